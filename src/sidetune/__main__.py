@@ -1,0 +1,5 @@
+"""``python -m sidetune``."""
+
+from sidetune.cli import main
+
+main()

@@ -1,0 +1,161 @@
+"""The artifact: a trained side that can be moved, loaded and trusted.
+
+    RUN/side.safetensors    side, norm and head
+    RUN/artifact.json       the authority for loading; written last, so its presence means complete
+
+`sidetune.predict` puts an artifact on its backbone.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sidetune.backbones.base import Identity, Variant
+from sidetune.errors import ArtifactError
+from sidetune.features import FinalNorm, Spec
+from sidetune.files import write_json, write_tensors
+from sidetune.model import SideModel
+from sidetune.recipe import Recipe
+from sidetune.sides import SIDES
+from sidetune.tasks import Task
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A trained side with everything needed to use it.
+
+    Args:
+        model: side, norm and head, in eval mode.
+        recipe: with every choice filled in.
+        task: what the outputs mean.
+        spec: the taps the side reads.
+        identity: of the backbone it was trained on.
+        variant: how that backbone was run.
+        norm_eps: epsilon of the backbone's final norm; None where it has none.
+        check_values: mean and std a tap on the built-in image.
+        data: fingerprint of what it was fitted on.
+        scores: of the run, by split.
+    """
+
+    model: SideModel
+    recipe: Recipe
+    task: Task
+    spec: Spec
+    identity: Identity
+    variant: Variant
+    norm_eps: float | None
+    check_values: dict[str, tuple[float, float]]
+    data: str
+    scores: dict[str, Any]
+
+    def save(self, folder: Path) -> None:
+        """Write side.safetensors, then artifact.json."""
+        tensors = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
+        write_tensors(folder / "side.safetensors", tensors)
+        write_json(
+            folder / "artifact.json",
+            {
+                "format": FORMAT,
+                "sidetune": version("sidetune"),
+                "recipe": self.recipe.model_dump(mode="json"),
+                "task": self.task.to_json(),
+                "spec": self.spec.to_json(),
+                "identity": self.identity.to_json(),
+                "variant": self.variant.to_json(),
+                "norm_eps": self.norm_eps,
+                "members": self.model.side.members,
+                "check_values": {name: list(pair) for name, pair in self.check_values.items()},
+                "data": self.data,
+                "scores": self.scores,
+            },
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> Artifact:
+        """Read an artifact without its backbone.
+
+        Raises:
+            ArtifactError: there is none, it is damaged, or it has another format version.
+        """
+        fields = _read_fields(folder)
+        try:
+            spec = Spec.from_json(fields["spec"])
+            recipe = Recipe.build(fields["recipe"])
+            task = Task.from_json(fields["task"])
+            tensors = load_file(folder / "side.safetensors")
+            model = build_model(recipe, spec, task.num_outputs, _stored_norm(tensors, fields["norm_eps"]))
+            model.load_state_dict(tensors)
+            return cls(
+                model.eval(),
+                recipe,
+                task,
+                spec,
+                Identity.from_json(fields["identity"]),
+                Variant.from_json(fields["variant"]),
+                fields["norm_eps"],
+                {name: (mean, std) for name, (mean, std) in fields["check_values"].items()},
+                fields["data"],
+                fields["scores"],
+            )
+        except (KeyError, TypeError, RuntimeError, SafetensorError, OSError) as error:
+            raise ArtifactError(
+                f"{folder} is damaged: {error}. Type: the fit command again, with a new --out"
+            ) from error
+
+
+def build_model(
+    recipe: Recipe, spec: Spec, num_outputs: int, final_norm: FinalNorm | None, *, members: int = 1
+) -> SideModel:
+    """The model that a recipe describes, its parameters not yet drawn or loaded."""
+    arguments = recipe.side.arguments()
+    if recipe.side.name in ("linear", "ridge"):
+        arguments.pop("l2")  # a choice of the solver, not of the module
+    side = SIDES[recipe.side.name](spec, members=members, **arguments)
+    norm = "none" if recipe.side.name == "ridge" else recipe.head.norm
+    if recipe.side.name == "linear" and norm == "trained":
+        norm = "backbone"
+    return SideModel(side, num_outputs, norm=norm, final_norm=final_norm)
+
+
+def find_device(name: str) -> torch.device:
+    """``auto`` is the GPU where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def _read_fields(folder: Path) -> dict[str, Any]:
+    path = folder / "artifact.json"
+    if not path.exists():
+        raise ArtifactError(
+            f"{folder} is not a finished run: it has no artifact.json. Type: sidetune fit .. --out {folder}"
+        )
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(
+            f"{path} is damaged: {error}. Type: the fit command again, with a new --out"
+        ) from error
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        found = fields.get("format") if isinstance(fields, dict) else type(fields).__name__
+        raise ArtifactError(f"{path} has format {found!r}, expected {FORMAT}. Type: pip install -U sidetune")
+    return fields
+
+
+def _stored_norm(tensors: dict[str, Tensor], eps: float | None) -> FinalNorm | None:
+    """A norm of the right shape for the model to load into."""
+    if eps is None:
+        return None
+    width = tensors["norm.weight"].shape[-1] if "norm.weight" in tensors else 1
+    return FinalNorm(torch.ones(width), torch.zeros(width), eps)

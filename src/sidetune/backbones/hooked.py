@@ -1,0 +1,253 @@
+"""The machinery that every eager backbone shares: a frozen module whose taps are read by hooks.
+
+A hook lives only as long as the call that needs it, and the forward pass is left as soon as the
+last tap has been read. Nothing here knows what kind of network the module is.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+
+from sidetune.backbones.base import Backbone, Identity, Precision, Variant
+from sidetune.data.preprocess import Preprocess
+from sidetune.errors import BackboneError, nearest
+from sidetune.features import Features, FinalNorm, Spec
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a module a tap is read.
+
+    Args:
+        name: the tap's name.
+        module: the submodule that is listened to.
+        reads: its first input, or its output.
+        copy: copy what is read, for modules that may later overwrite it in place.
+    """
+
+    name: str
+    module: nn.Module
+    reads: Literal["input", "output"] = "output"
+    copy: bool = False
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a concrete backbone hands to `HookedBackbone`.
+
+    Args:
+        module: the network; from here on it belongs to the backbone.
+        spec: every tap that can be read, in running order.
+        places: where each tap of `spec` is read, in the same order.
+        preprocess: how images reach the module.
+        identity: what the backbone is.
+        norm: the module's own final LayerNorm, if it has one.
+        versions: of the libraries, beside torch, that compute the features.
+    """
+
+    module: nn.Module
+    spec: Spec
+    places: tuple[Place, ...]
+    preprocess: Preprocess
+    identity: Identity
+    norm: FinalNorm | None
+    versions: dict[str, str]
+
+
+class HookedBackbone(Backbone):
+    """A frozen module read by hooks. Abstract: a concrete backbone says how its module is run.
+
+    One call at a time: two threads need two backbones.
+
+    Args:
+        parts: the module and all that is known about it.
+        taps: names of the taps to read; None reads the embedding and every block.
+        precision: ``fp32`` (autocast is switched off, whatever the caller has on), or ``bf16``
+            by autocast. The weights stay float32, and features have the dtype that autocast
+            gives: float32 for the residual stream, bfloat16 for most branch outputs.
+
+    Attributes:
+        module: the frozen network, in eval mode.
+        available: every tap that could be read, in running order.
+
+    Raises:
+        BackboneError: an unknown tap or precision.
+    """
+
+    module: nn.Module
+    available: Spec
+
+    def __init__(self, parts: Parts, *, taps: Sequence[str] | None, precision: Precision) -> None:
+        check_choice("precision", precision, get_args(Precision))
+        self.module = parts.module.eval().requires_grad_(False)
+        self.available = parts.spec
+        self.spec = _choose(parts.spec, taps)
+        self.preprocess = parts.preprocess
+        self.identity = parts.identity
+        self.norm = parts.norm
+        self.variant = Variant(
+            taps=self.spec.names,
+            precision=precision,
+            runtime="eager",
+            versions={"torch": torch.__version__, **parts.versions},
+        )
+        self.device = module_device(self.module)
+        self._places = tuple(place for place in parts.places if place.name in self.spec.names)
+
+    def __call__(self, images: Tensor) -> Features:
+        """Read the taps of a batch of preprocessed images.
+
+        Args:
+            images: (B, 3, size, size) float32, any device.
+
+        Returns:
+            Features of `self.spec`, contiguous, on the backbone's device, without autograd history.
+
+        Raises:
+            BackboneError: images of another shape or dtype.
+        """
+        expected = (3, self.preprocess.size, self.preprocess.size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected or images.dtype != torch.float32:
+            raise BackboneError(
+                f"got images {tuple(images.shape)} of {images.dtype}, expected (B, "
+                f"{', '.join(map(str, expected))}) of torch.float32: use backbone.preprocess"
+            )
+        bf16 = self.variant.precision == "bf16"
+        # no_grad, not inference_mode: a side that trains live saves these tensors for its backward.
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            read = capture(self._places, lambda: self._forward(images.to(self.device)))
+        return Features(tuple(_as_tokens(read[name]) for name in self.spec.names), self.spec)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the backbone to a device; returns itself."""
+        self.module.to(device)
+        self.device = torch.device(device)
+        return self
+
+    @abstractmethod
+    def _forward(self, images: Tensor) -> object:
+        """Run the module at least as far as its last tap. What it returns is not used."""
+
+
+class _LastTapRead(Exception):  # noqa: N818 - a signal, not an error
+    """Leaves the forward pass once nothing more is to be read."""
+
+
+def capture(
+    places: Sequence[Place], run: Callable[[], object], *, to_the_end: bool = False
+) -> dict[str, Tensor]:
+    """Listen to submodules while `run` runs.
+
+    Args:
+        places: what to listen to.
+        run: runs the module.
+        to_the_end: do not leave once everything has been read.
+
+    Returns:
+        A tensor (B, N, D) or (B, D, H, W) a tap, in the order of running.
+
+    Raises:
+        BackboneError: a submodule did not run, ran twice, or gave no tensor of such a shape.
+    """
+    read: dict[str, Tensor] = {}
+
+    def keep(place: Place, value: object) -> None:
+        if place.name in read:
+            raise BackboneError(
+                f"the submodule of tap {place.name!r} runs more than once; choose one that runs once"
+            )
+        read[place.name] = _tensor(place, value)
+        if len(read) == len(places) and not to_the_end:
+            raise _LastTapRead
+
+    with ExitStack() as hooks:
+        for place in places:
+            hooks.callback(_listen(place, keep))
+        with suppress(_LastTapRead):
+            run()
+    for place in places:
+        if place.name not in read:
+            raise BackboneError(f"the submodule of tap {place.name!r} did not run")
+    return read
+
+
+def _listen(place: Place, keep: Callable[[Place, object], None]) -> Callable[[], None]:
+    """Register one hook; returns what removes it."""
+    if place.reads == "input":
+        return place.module.register_forward_pre_hook(lambda _module, inputs: keep(place, inputs)).remove
+    return place.module.register_forward_hook(lambda _module, _inputs, output: keep(place, output)).remove
+
+
+def _tensor(place: Place, value: object) -> Tensor:
+    first = value[0] if isinstance(value, tuple) and value else value
+    if not isinstance(first, Tensor) or first.ndim not in (3, 4):
+        got = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
+        raise BackboneError(
+            f"the submodule of tap {place.name!r} gave {got}, expected a tensor (B, N, D) or "
+            "(B, D, H, W), or a tuple that starts with one"
+        )
+    return first.clone() if place.copy else first
+
+
+def _as_tokens(read: Tensor) -> Tensor:
+    """(B, N, D) as it is, (B, D, H, W) as (B, H*W, D); contiguous."""
+    tokens = read if read.ndim == 3 else read.flatten(2).transpose(1, 2)
+    return tokens.contiguous()
+
+
+def _choose(spec: Spec, taps: Sequence[str] | None) -> Spec:
+    if taps is None:
+        return spec.select(
+            [tap.name for tap in spec.taps if tap.kind in ("embedding", "block")] or spec.names
+        )
+    for name in taps:
+        if name not in spec.names:
+            raise BackboneError(f"no tap named {name!r}.{nearest(name, spec.names)}")
+    return spec.select(taps)
+
+
+def final_norm(module: nn.Module | None) -> FinalNorm | None:
+    """A copy of a LayerNorm; None for any other module."""
+    if not isinstance(module, nn.LayerNorm):
+        return None
+    shape = module.normalized_shape
+    weight = torch.ones(shape) if module.weight is None else module.weight
+    bias = torch.zeros(shape) if module.bias is None else module.bias
+    return FinalNorm(weight.detach().cpu().clone(), bias.detach().cpu().clone(), module.eps)
+
+
+def check_choice(what: str, value: str, choices: Sequence[str]) -> None:
+    """A value must be one of a few words.
+
+    Raises:
+        BackboneError: it is not; names the nearest.
+    """
+    if value not in choices:
+        raise BackboneError(f"unknown {what} {value!r}.{nearest(value, choices)}")
+
+
+def check_size(size: int, patch: int) -> None:
+    """An image's side must be a multiple of the patch's side, both in pixels.
+
+    Raises:
+        BackboneError: it is not; names the nearest two sizes that are.
+    """
+    if size < patch or size % patch:
+        lower = max(size // patch * patch, patch)
+        raise BackboneError(
+            f"size {size} is not a multiple of the patch size {patch}. "
+            f"Type: --size {lower} or --size {lower + patch}"
+        )
+
+
+def module_device(module: nn.Module) -> torch.device:
+    """Where the module's parameters are; the CPU for a module without any."""
+    parameter = next(module.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device

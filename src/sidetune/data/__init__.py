@@ -1,0 +1,81 @@
+"""Datasets from folders, CSV files and VTAB lists, and the one preprocessing object."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from sidetune.data.csv_table import read_csv_table
+from sidetune.data.dataset import SPLITS, Dataset, Split, TaskKind, sample_key
+from sidetune.data.folders import read_folders
+from sidetune.data.preprocess import Preprocess, load_image, open_image
+from sidetune.data.splits import Carving, stratified_split
+from sidetune.data.vtab import is_vtab, read_vtab
+from sidetune.errors import DataError, nearest
+
+__all__ = [
+    "SPLITS",
+    "Carving",
+    "Dataset",
+    "Preprocess",
+    "Split",
+    "TaskKind",
+    "load_dataset",
+    "load_image",
+    "open_image",
+    "sample_key",
+    "stratified_split",
+]
+
+
+def load_dataset(
+    path: Path,
+    *,
+    task: TaskKind = "classify",
+    labels: Sequence[str] | None = None,
+    split_seed: int = 0,
+    val_fraction: float = 0.2,
+    test_fraction: float = 0.2,
+) -> Dataset:
+    """Read a dataset: a folder in VTAB's layout, another folder of class folders, or a CSV file.
+
+    Splits that the data has are kept as they are. What is missing is carved out of the training
+    samples, stratified, and group-disjoint where there are groups:
+
+    - a folder without ``val`` gets one; a folder without ``test`` gets one;
+    - a CSV without a ``split`` column, or with ``train`` alone in it, gets both;
+    - a CSV with ``train`` and ``test`` gets ``val``;
+    - a CSV with ``train`` and ``val`` keeps an empty test split: a fit reports validation only.
+
+    `Dataset.carved` names the splits that were carved.
+
+    Args:
+        path: of the folder or the ``.csv`` file.
+        task: what the targets are; folders can only ``classify``.
+        labels: the label columns of a CSV, ``label`` if not given.
+        split_seed: draws the carved splits.
+        val_fraction: share of the training samples, before anything is carved, that becomes val.
+        test_fraction: the same for test.
+
+    Raises:
+        DataError: the data is not there, or is not what the task needs.
+    """
+    if task not in get_args(TaskKind):
+        raise DataError(f"no task named {task!r}.{nearest(task, get_args(TaskKind))}")
+    carving = Carving(val=val_fraction, test=test_fraction, seed=split_seed)
+    if path.suffix.lower() == ".csv" and not path.is_dir():
+        return read_csv_table(path, task=task, labels=labels, carving=carving)
+    if not path.is_dir():
+        found = "a file that is no .csv" if path.exists() else "nothing there"
+        raise DataError(
+            f"{path}: {found}, expected a folder of class folders, a folder with VTAB lists, or a .csv "
+            "file. Type: sidetune fit FOLDER, or sidetune fit TABLE.csv"
+        )
+    if task != "classify" or labels is not None:
+        asked = f"--task {task}" if task != "classify" else f"--labels {','.join(labels or ())}"
+        raise DataError(
+            f"{path} is a folder: its class folders are the labels, so only --task classify without --labels "
+            f"is possible, got {asked}. Give a table: sidetune fit TABLE.csv --task {task} --labels a,b"
+        )
+    return read_vtab(path) if is_vtab(path) else read_folders(path, carving=carving)

@@ -1,0 +1,85 @@
+"""`Dataset`: a table of samples, whatever the files on disk looked like.
+
+Folders, VTAB lists and CSV files all end as one `Dataset`: paths, targets, splits, groups. Labels
+and splits are never part of a feature store: relabelling a dataset does not re-extract it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+# The words that folders and CSV files may use for them.
+SPLIT_WORDS: dict[str, Split] = {
+    "train": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+}
+TaskKind = Literal["classify", "multilabel", "regress"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Samples with targets and splits, in a fixed order.
+
+    Args:
+        root: the folder that relative paths are relative to.
+        paths: as read from the folder or list: relative to root, or absolute.
+        task: what the targets are.
+        targets: classify: (n,) int64 class indices. multilabel: (n, K) float32 of 0 and 1, NaN where
+            unlabelled. regress: (n, K) float32, NaN where unlabelled.
+        outputs: K names: class names, or the label columns.
+        split: (n,) of "train", "val" and "test".
+        group: (n,) group names; a group never straddles splits. None where there are none.
+        fold: (n,) fold numbers as the CSV gives them. None where there are none.
+        carved: the splits that the data did not have and that were drawn from its training samples.
+        ignored: visible files beside the images that were left out because they are no images.
+    """
+
+    root: Path
+    paths: tuple[Path, ...]
+    task: TaskKind
+    targets: NDArray[np.int64] | NDArray[np.float32]
+    outputs: tuple[str, ...]
+    split: NDArray[np.str_]
+    group: NDArray[np.str_] | None = None
+    fold: NDArray[np.int64] | None = None
+    carved: tuple[Split, ...] = ()
+    ignored: int = 0
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def file(self, index: int) -> Path:
+        """The full path of a sample."""
+        return self.root / self.paths[index]
+
+    def rows(self, split: Split) -> NDArray[np.int64]:
+        """Indices of a split's samples, ascending."""
+        return np.flatnonzero(self.split == split).astype(np.int64)
+
+    def fingerprint(self, keys: tuple[str, ...]) -> str:
+        """sha256 over sample keys, targets, output names and splits: what a run was fitted on."""
+        digest = hashlib.sha256(repr((self.task, self.outputs)).encode())
+        for key, target, split in zip(keys, self.targets, self.split, strict=True):
+            digest.update(f"{key}|{target.tolist()}|{split}\n".encode())
+        return digest.hexdigest()
+
+
+def sample_key(path: Path, file: Path) -> str:
+    """``relative/path.jpg@<sha256 of the file's bytes>``: an edited image has another key.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with file.open("rb") as stream:
+        return f"{path.as_posix()}@{hashlib.file_digest(stream, 'sha256').hexdigest()}"

@@ -1,0 +1,96 @@
+"""Every error that a user can cause or meet, in one small tree.
+
+    SidetuneError               something failed while running           exit 1
+    ├── RequestError            the request was wrong                    exit 2
+    │   ├── RecipeError         an unknown key, or a value out of range
+    │   ├── DataError           images, labels, splits, CSV
+    │   ├── BackboneError       an unknown or unsupported backbone, weights that do not fit
+    │   ├── SideError           a side network that cannot read these taps
+    │   └── MissingExtraError   an optional dependency is not installed
+    ├── ImageError              an image file that is missing, damaged or too large
+    ├── StoreError              a store that is damaged, or belongs to another backbone
+    ├── ArtifactError           a run folder that is damaged, or does not fit what is at hand
+    └── DivergedError           no member of the run has finite weights
+
+A message says what was got, what was expected, and what to type next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import ClassVar
+
+
+class SidetuneError(ValueError):
+    """Something failed while running. The root of the tree above."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class RequestError(SidetuneError):
+    """The request was wrong: nothing was computed and nothing was written."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class RecipeError(RequestError):
+    """A recipe has an unknown key or a value out of range."""
+
+
+class DataError(RequestError):
+    """Images, labels, splits or a CSV are not what the task needs."""
+
+
+class BackboneError(RequestError):
+    """A backbone is unknown or unsupported, or its weights do not fit."""
+
+
+class SideError(RequestError):
+    """A side network cannot read the taps it was given."""
+
+
+class MissingExtraError(RequestError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, what: str, command: str) -> None:
+        super().__init__(f"{what} is not installed. Type: {command}")
+
+
+class ImageError(SidetuneError):
+    """An image file is missing, empty, damaged, not an image, or too large.
+
+    Args:
+        path: of the file, as the caller knows it.
+        reason: what is wrong with it, without the path: it stands alone in a list of skipped files.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[ImageError], tuple[Path, str]]:
+        # A decoding worker sends it to the parent process; the default would lose an argument.
+        return type(self), (self.path, self.reason)
+
+
+class StoreError(SidetuneError):
+    """A feature store is damaged, or belongs to another backbone."""
+
+
+class ArtifactError(SidetuneError):
+    """A run folder is damaged, or does not fit the backbone or the data at hand."""
+
+
+class DivergedError(SidetuneError):
+    """No member of the run has finite weights any more."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """The words that end an "unknown name" message: the nearest choice, then all of them."""
+    known = sorted(choices)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{hint} Known: {', '.join(known)}."

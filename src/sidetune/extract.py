@@ -1,0 +1,232 @@
+"""Run a backbone over a dataset into a store. The unit of work is a shard.
+
+The shard list is fixed before anything is decoded and micro-batches never cross shards, so the
+bytes do not depend on where a run was interrupted. A killed run loses the shard in flight.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sidetune.backbones.base import Backbone
+from sidetune.data.dataset import Dataset, sample_key
+from sidetune.data.preprocess import Preprocess, load_image
+from sidetune.errors import ImageError, StoreError
+from sidetune.features import Features
+from sidetune.files import locked
+from sidetune.progress import Progress
+from sidetune.store import (
+    DTYPES,
+    DTypeName,
+    Plan,
+    Store,
+    read_shard_entry,
+    write_manifest,
+    write_shard,
+    write_store_head,
+)
+from sidetune.summary import summarise
+
+SHARD_BYTES = 256 * 2**20
+SHARD_RECORDS = 1024  # small features: a shard is still lost in seconds, not minutes
+MICRO_BATCH = 32
+DISK_LIMIT = 0.90  # of the disk, after the store is written
+DECODERS = 4
+
+
+def extract(
+    dataset: Dataset, backbone: Backbone, folder: Path, *, dtype: DTypeName = "fp16", quiet: bool = False
+) -> Store:
+    """Bring a store up to date with a dataset: extract what it does not hold yet.
+
+    Args:
+        dataset: every split is extracted; labels are kept for information only.
+        backbone: its taps are what is stored.
+        folder: the store; made, resumed, extended, or found complete.
+        dtype: of the stored features.
+        quiet: no progress.
+
+    Returns:
+        The complete store.
+
+    Raises:
+        StoreError: the folder holds another backbone's features, another dtype or fewer taps, the disk
+            would fill past 90 %, or the features overflow the dtype.
+    """
+    keys = sample_keys(dataset)
+    files = {key: dataset.file(row) for row, key in enumerate(keys)}
+    with locked(folder):
+        plan = _plan(folder, backbone, dtype, keys)
+        todo = [number for number in range(len(plan.shards)) if read_shard_entry(folder, number) is None]
+        if todo or not (folder / "manifest.json").exists():
+            _check_disk(folder, plan, todo)
+            (folder / "manifest.json").unlink(missing_ok=True)
+            write_store_head(folder, plan, backbone.norm)
+            _write_shards(folder, plan, backbone, files, todo, quiet)
+            labels = {key: _label(dataset, row) for row, key in enumerate(keys)}
+            write_manifest(folder, plan, labels)
+    return Store.open(folder)
+
+
+def sample_keys(dataset: Dataset) -> tuple[str, ...]:
+    """The key of every sample. A file that cannot be read has ``unreadable`` for its sha256."""
+    keys = []
+    for row, path in enumerate(dataset.paths):
+        try:
+            keys.append(sample_key(path, dataset.file(row)))
+        except OSError:
+            keys.append(f"{path.as_posix()}@unreadable")
+    return tuple(keys)
+
+
+def _plan(folder: Path, backbone: Backbone, dtype: DTypeName, keys: Sequence[str]) -> Plan:
+    """The folder's plan, checked against the backbone and extended by the keys it lacks."""
+    wanted = Plan(
+        backbone.identity,
+        backbone.variant,
+        backbone.spec,
+        dtype,
+        None if backbone.norm is None else backbone.norm.eps,
+    )
+    plan = wanted
+    if (folder / "plan.json").exists():
+        plan = Plan.read(folder)
+        check_backbone(folder, plan, backbone)
+        if plan.dtype != dtype:
+            raise StoreError(
+                f"{folder} holds {plan.dtype}, asked for {dtype}. Type: --set features.dtype={plan.dtype}"
+            )
+        plan = replace(plan, shards=_possible_shards(folder, plan, set(keys)))
+    held = {key for shard in plan.shards for key in shard}
+    missing = [key for key in dict.fromkeys(keys) if key not in held]
+    size = max(1, min(SHARD_RECORDS, SHARD_BYTES // plan.record_bytes))
+    new = tuple(tuple(missing[first : first + size]) for first in range(0, len(missing), size))
+    alike = (backbone.spec, backbone.variant.precision) == (plan.spec, plan.variant.precision)
+    if new and not alike:
+        raise StoreError(
+            f"{folder} lacks {len(missing)} of these samples and cannot be extended: it holds "
+            f"{len(plan.spec)} taps in {plan.variant.precision}, this backbone reads {len(backbone.spec)} in "
+            f"{backbone.variant.precision}. Type: --store with another folder"
+        )
+    return replace(plan, shards=plan.shards + new)
+
+
+def check_backbone(folder: Path, plan: Plan, backbone: Backbone) -> None:
+    """Refuse another backbone's store, or one with fewer taps.
+
+    Raises:
+        StoreError: names each field that differs.
+    """
+    difference = backbone.identity.difference(plan.identity)
+    if difference:
+        raise StoreError(
+            f"{folder} holds features of another backbone; "
+            + "; ".join(difference)
+            + ". Type: --store with another folder, or leave --store out"
+        )
+    lacking = [name for name in backbone.spec.names if name not in plan.spec.names]
+    if lacking:
+        raise StoreError(f"{folder} lacks the taps {', '.join(lacking)}. Type: --store with another folder")
+
+
+def _possible_shards(folder: Path, plan: Plan, keys: set[str]) -> tuple[tuple[str, ...], ...]:
+    """Drop unwritten shards at the end that ask for samples this dataset does not have."""
+    shards = list(plan.shards)
+    while shards and read_shard_entry(folder, len(shards) - 1) is None and not keys.issuperset(shards[-1]):
+        shards.pop()
+    return tuple(shards)
+
+
+def _check_disk(folder: Path, plan: Plan, todo: Sequence[int]) -> None:
+    needed = sum(len(plan.shards[number]) for number in todo) * plan.record_bytes
+    disk = shutil.disk_usage(folder)
+    if disk.used + needed > DISK_LIMIT * (disk.used + disk.free):
+        raise StoreError(
+            f"the store needs {needed / 2**30:.1f} GiB more and {folder} has {disk.free / 2**30:.1f} GiB "
+            "free; sidetune does not fill a disk past 90 %. "
+            "Type: --live, or --set features.dtype=fp16, or a smaller --size"
+        )
+
+
+def _write_shards(
+    folder: Path, plan: Plan, backbone: Backbone, files: dict[str, Path], todo: Sequence[int], quiet: bool
+) -> None:
+    total = sum(len(keys) for keys in plan.shards)
+    done = total - sum(len(plan.shards[number]) for number in todo)
+    with (
+        Progress("extract", total, "images", done=done, quiet=quiet) as progress,
+        ThreadPoolExecutor(DECODERS) as pool,
+    ):
+        for number in todo:
+            shard_files = [files[key] for key in plan.shards[number]]
+            parts: list[dict[str, Tensor]] = []
+            reasons: dict[int, str] = {}
+            for first, images, bad in decoded(shard_files, backbone.preprocess, pool):
+                reasons |= {first + slot: reason for slot, reason in bad.items()}
+                parts.append(_stored(images, backbone, plan))
+                progress.advance(len(images))
+            tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            tensors["valid"] = torch.ones(len(shard_files), dtype=torch.uint8)
+            tensors["valid"][list(reasons)] = 0
+            write_shard(folder, number, tensors, reasons)
+
+
+def decoded(
+    files: Sequence[Path], preprocess: Preprocess, pool: ThreadPoolExecutor
+) -> Iterator[tuple[int, Tensor, dict[int, str]]]:
+    """Micro-batches of preprocessed images, the next one decoded while this one is used.
+
+    Yields:
+        The first file's index, images (b, 3, size, size), and slot -> reason for each image that could
+        not be decoded (its pixels are zero).
+    """
+
+    def one(file: Path) -> Tensor | str:
+        try:
+            return load_image(file, preprocess)
+        except ImageError as error:
+            return error.reason
+
+    batches = [files[first : first + MICRO_BATCH] for first in range(0, len(files), MICRO_BATCH)]
+    ahead = [pool.submit(one, file) for file in batches[0]] if batches else []
+    for index, batch in enumerate(batches):
+        current = [future.result() for future in ahead]
+        if index + 1 < len(batches):
+            ahead = [pool.submit(one, file) for file in batches[index + 1]]
+        bad = {slot: item for slot, item in enumerate(current) if isinstance(item, str)}
+        blank = torch.zeros(3, preprocess.size, preprocess.size)
+        images = torch.stack([blank if isinstance(item, str) else item for item in current])
+        yield index * MICRO_BATCH, images, bad
+        assert len(batch) == len(images)
+
+
+def _stored(images: Tensor, backbone: Backbone, plan: Plan) -> dict[str, Tensor]:
+    """A micro-batch's tensors as a shard holds them. The summary is of the rounded features."""
+    with torch.inference_mode():
+        features = backbone(images).select(plan.spec.names)
+        layers = tuple(layer.to("cpu", DTYPES[plan.dtype]) for layer in features.layers)
+    for layer, tap in zip(layers, plan.spec.taps, strict=True):
+        if not torch.isfinite(layer).all():
+            raise StoreError(
+                f"tap {tap.name!r} is not finite in {plan.dtype}. "
+                "Type: --set features.dtype=bf16 and a new --store"
+            )
+    summary = summarise(Features(layers, plan.spec))
+    tensors = dict(zip(plan.spec.names, layers, strict=True))
+    tensors |= {
+        f"summary.mean.{name}": mean for name, mean in zip(plan.spec.names, summary.mean, strict=True)
+    }
+    tensors |= {f"summary.cls.{name}": cls for name, cls in zip(plan.spec.names, summary.cls, strict=True)}
+    return tensors | {"summary.mean_square": summary.mean_square}
+
+
+def _label(dataset: Dataset, row: int) -> str:
+    target = dataset.targets[row]
+    return dataset.outputs[int(target)] if dataset.task == "classify" else str(target.tolist())

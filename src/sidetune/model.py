@@ -1,0 +1,120 @@
+"""Side -> norm -> head: what the loop trains and the artifact keeps.
+
+``logits = Head(Norm(Pool(tokens)))``, with the member axis all the way: (M, B, K).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sidetune.errors import RecipeError, nearest
+from sidetune.features import Features, FinalNorm
+from sidetune.keyed import Draws, generator
+from sidetune.sides.base import Side
+
+NormKind = Literal["backbone", "trained", "none"]
+LAYER_NORM_EPS = 1e-6  # where the backbone has no final norm of its own
+HEAD_START_STD = 0.01
+
+
+class SideModel(nn.Module):
+    """A side network with its norm and head.
+
+    Args:
+        side: reads features, returns pooled tokens (M, B, width).
+        num_outputs: K.
+        norm: ``backbone`` copies the backbone's own final norm, frozen; ``trained`` starts there;
+            ``none``. A backbone without one: layer norm without affine.
+        final_norm: the backbone's, None where it has none.
+    """
+
+    def __init__(
+        self,
+        side: Side,
+        num_outputs: int,
+        *,
+        norm: NormKind = "backbone",
+        final_norm: FinalNorm | None = None,
+    ) -> None:
+        super().__init__()
+        self.side = side
+        self.norm = Norm(side, norm, final_norm)
+        self.head = Head(side.members, side.width, num_outputs)
+
+    def forward(self, features: Features, draws: Draws | None = None) -> Tensor:
+        """Features -> outputs (M, B, K)."""
+        return self.outputs(self.side(features, draws))
+
+    def outputs(self, pooled: Tensor) -> Tensor:
+        """Pooled tokens (M, B, width) -> outputs (M, B, K)."""
+        result: Tensor = self.head(self.norm(pooled))
+        return result
+
+    def start(self, seeds: Sequence[int]) -> None:
+        """Draw every member's starting parameters from its own seed, head included."""
+        self.side.start(seeds)
+        for member, seed in enumerate(seeds):
+            self.head.start_member(member, generator(seed, "start/head"))
+
+
+class Norm(nn.Module):
+    """Layer norm over D with the backbone's affine; each half on its own where two are concatenated."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, side: Side, kind: NormKind, final_norm: FinalNorm | None) -> None:
+        super().__init__()
+        if kind not in get_args(NormKind):
+            raise RecipeError(
+                f"norm is {kind!r}.{nearest(kind, get_args(NormKind))} Type: --set head.norm=backbone"
+            )
+        self.kind, self.halves = kind, side.halves
+        self.width = side.width // side.halves
+        self.eps = LAYER_NORM_EPS if final_norm is None else final_norm.eps
+        weight = bias = None
+        if final_norm is not None and kind != "none":
+            weight, bias = final_norm.weight.detach().clone(), final_norm.bias.detach().clone()
+        if kind == "trained":
+            weight = torch.ones(self.width) if weight is None else weight
+            bias = torch.zeros(self.width) if bias is None else bias
+            self.weight = nn.Parameter(weight.repeat(side.members, 1))
+            self.bias = nn.Parameter(bias.repeat(side.members, 1))
+        else:
+            self.register_buffer("weight", weight)
+            self.register_buffer("bias", bias)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(M, B, width) -> (M, B, width)."""
+        if self.kind == "none":
+            return pooled
+        halves = pooled.unflatten(-1, (self.halves, self.width))  # (M, B, halves, D)
+        normed = F.layer_norm(halves, (self.width,), eps=self.eps)
+        if self.weight is not None and self.bias is not None:
+            weight, bias = (affine.view(-1, 1, 1, self.width) for affine in (self.weight, self.bias))
+            normed = normed * weight.to(normed.dtype) + bias.to(normed.dtype)
+        return normed.flatten(-2)
+
+
+class Head(nn.Module):
+    """Linear (M, width, K), one a member."""
+
+    def __init__(self, members: int, width: int, num_outputs: int) -> None:
+        super().__init__()
+        self.weight_MDK = nn.Parameter(torch.zeros(members, width, num_outputs))
+        self.bias_MK = nn.Parameter(torch.zeros(members, num_outputs))
+
+    def start_member(self, member: int, keyed: torch.Generator) -> None:
+        """Weights normal with std 0.01: not zero, so that the side has a gradient at step one."""
+        with torch.no_grad():
+            draw = torch.randn(self.weight_MDK.shape[1:], generator=keyed)
+            self.weight_MDK[member] = draw * HEAD_START_STD
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(M, B, width) -> (M, B, K)."""
+        return torch.baddbmm(self.bias_MK[:, None], pooled, self.weight_MDK)

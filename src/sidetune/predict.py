@@ -1,0 +1,244 @@
+"""An artifact on its backbone: load, predict, evaluate.
+
+Loading builds the backbone that the recipe names, refuses another identity with the difference, and
+measures the check values again: a backbone that computes something else is refused too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sidetune.artifact import Artifact, find_device
+from sidetune.backbones import build_backbone
+from sidetune.backbones.base import Backbone
+from sidetune.data import SPLITS, Dataset, load_dataset
+from sidetune.errors import ArtifactError, DataError, nearest
+from sidetune.evaluate import Evaluation, evaluate
+from sidetune.extract import DECODERS, decoded, sample_keys
+
+# largest difference of a tap's mean and std on the built-in image, in units of its std
+SAME_PRECISION_LIMIT = 2e-3
+OTHER_PRECISION_LIMIT = 3e-2
+
+
+def load(
+    run: str | Path,
+    *,
+    backbone: Backbone | None = None,
+    weights: str | Path | None = None,
+    device: str = "auto",
+) -> Predictor:
+    """Load a run folder, ready to predict.
+
+    Args:
+        run: a run folder that `fit` finished.
+        backbone: the backbone itself; needed for one that was given to `fit` as an object.
+        weights: where the backbone's weights are now, if not where they were.
+        device: ``auto`` is the GPU where there is one.
+
+    Raises:
+        ArtifactError: not a finished run, damaged, or another backbone.
+    """
+    artifact = Artifact.read(Path(run))
+    if backbone is None:
+        arguments = artifact.recipe.backbone.arguments()
+        if weights is not None:
+            arguments["weights"] = str(weights)
+        backbone = build_backbone(artifact.recipe.backbone.name, **arguments)
+    return Predictor(artifact, backbone.to(find_device(device)))
+
+
+def evaluate_run(
+    run: str | Path,
+    data: str | Path,
+    *,
+    split: str = "auto",
+    labels: Sequence[str] | None = None,
+    weights: str | Path | None = None,
+    device: str = "auto",
+) -> RunEvaluation:
+    """Score a finished run on labelled images.
+
+    Args:
+        run: a run folder that `fit` finished.
+        data: as `fit` takes it.
+        split: ``auto`` is the test split where the data name one or are the run's own, else all rows.
+        labels: the CSV's label columns; None: the run's own.
+        weights: where the backbone's weights are now, if not where they were.
+        device: ``auto`` is the GPU where there is one.
+
+    Raises:
+        DataError: the data are not what the run knows, or the split is empty.
+        ArtifactError: see `load`.
+    """
+    predictor = load(run, weights=weights, device=device)
+    recipe = predictor.artifact.recipe.data
+    dataset = load_dataset(
+        Path(data),
+        task=recipe.task,
+        labels=recipe.labels if labels is None else labels,
+        split_seed=recipe.split_seed,
+        val_fraction=recipe.val_fraction,
+        test_fraction=recipe.test_fraction,
+    )
+    if split == "auto":
+        own = dataset.fingerprint(sample_keys(dataset)) == predictor.artifact.data
+        split = "test" if own or "test" not in dataset.carved else "all"
+    if split not in ("all", *SPLITS):
+        raise DataError(f"no split named {split!r}.{nearest(split, ('auto', 'all', *SPLITS))}")
+    rows = np.arange(len(dataset)) if split == "all" else np.flatnonzero(dataset.split == split)
+    if not len(rows):
+        raise DataError(f"the split {split!r} of {data} is empty. Type: --split all")
+    evaluation, skipped = predictor.evaluate(dataset, rows)
+    return RunEvaluation(
+        evaluation, split, {dataset.paths[row].as_posix(): reason for row, reason in skipped.items()}
+    )
+
+
+@dataclass(frozen=True)
+class RunEvaluation:
+    """What `evaluate_run` found.
+
+    Args:
+        evaluation: the scores.
+        split: the split that was scored.
+        skipped: path -> why it could not be read.
+    """
+
+    evaluation: Evaluation
+    split: str
+    skipped: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run says about one image.
+
+    Args:
+        path: as it was given.
+        label: classify: the likeliest class. Else None.
+        values: a number an output: probabilities, or values in the targets' units.
+        error: why the image could not be read; then label is None and values is empty.
+    """
+
+    path: str
+    label: str | None = None
+    values: Mapping[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+
+class Predictor:
+    """An artifact on its backbone.
+
+    Args:
+        artifact: what was trained.
+        backbone: must have the artifact's identity and give its taps.
+
+    Raises:
+        ArtifactError: another identity, missing taps, or other check values.
+    """
+
+    def __init__(self, artifact: Artifact, backbone: Backbone) -> None:
+        self.artifact, self.backbone = artifact, backbone
+        self._check()
+        self.model = artifact.model.to(backbone.device)
+
+    def predict(self, paths: Sequence[str | Path]) -> list[Prediction]:
+        """One `Prediction` an image file, in order; unreadable files have an error instead."""
+        outputs = self.artifact.task.outputs
+        classify = self.artifact.task.kind == "classify"
+        predictions: list[Prediction] = []
+        for values, bad in self._outputs([Path(path) for path in paths]):
+            for slot, row in enumerate(values.tolist()):
+                path = str(paths[len(predictions)])
+                if slot in bad:
+                    predictions.append(Prediction(path, error=bad[slot]))
+                    continue
+                label = outputs[row.index(max(row))] if classify else None
+                predictions.append(Prediction(path, label, dict(zip(outputs, row, strict=True))))
+        return predictions
+
+    def _outputs(self, files: Sequence[Path]) -> Iterator[tuple[Tensor, dict[int, str]]]:
+        with ThreadPoolExecutor(DECODERS) as pool, torch.inference_mode():
+            for _, images, bad in decoded(files, self.backbone.preprocess, pool):
+                features = self.backbone(images).select(self.artifact.spec.names)
+                output = self.model(features.to(self.backbone.device, torch.float32))[0]
+                yield self.artifact.task.predictions(output).cpu(), bad
+
+    def evaluate(self, dataset: Dataset, rows: NDArray[np.int64]) -> tuple[Evaluation, dict[int, str]]:
+        """Scores on labelled images, with intervals.
+
+        Args:
+            dataset: its classes must be known to the run, in any order.
+            rows: the rows to score.
+
+        Returns:
+            The evaluation, and row -> reason for images that could not be read.
+
+        Raises:
+            DataError: another task, a class the run does not know, or no readable image.
+        """
+        targets = self._targets(dataset)[rows]
+        parts: list[Tensor] = []
+        skipped: dict[int, str] = {}
+        for values, bad in self._outputs([dataset.file(row) for row in rows.tolist()]):
+            done = sum(part.shape[0] for part in parts)
+            parts.append(values)
+            skipped |= {done + slot: reason for slot, reason in bad.items()}
+        readable = [at for at in range(len(rows)) if at not in skipped]
+        if not readable:
+            raise DataError(
+                f"none of {len(rows)} images of {dataset.root} can be read, expected at least one"
+            )
+        predictions = torch.cat(parts).double().numpy()[readable]
+        found = evaluate(self.artifact.task, predictions, targets[readable])
+        return found, {int(rows[at]): reason for at, reason in skipped.items()}
+
+    def _targets(self, dataset: Dataset) -> NDArray[np.int64] | NDArray[np.float32]:
+        """The dataset's targets in the run's order of classes or columns."""
+        task = self.artifact.task
+        unknown = [name for name in dataset.outputs if name not in task.outputs]
+        if dataset.task != task.kind or unknown:
+            got = ", ".join((unknown or list(dataset.outputs))[:5])
+            known = ", ".join(task.outputs[:5]) + (" .." if task.num_outputs > 5 else "")
+            raise DataError(
+                f"the data are for {dataset.task} with {got}; the run knows {task.kind} with {known}. "
+                "Rename the folders or columns to the run's"
+            )
+        position = np.array([task.outputs.index(name) for name in dataset.outputs])
+        if task.kind == "classify":
+            return position[dataset.targets.astype(np.int64)]
+        columns = np.full((len(dataset), task.num_outputs), np.nan, dtype=np.float32)
+        columns[:, position] = dataset.targets
+        return columns
+
+    def _check(self) -> None:
+        difference = self.backbone.identity.difference(self.artifact.identity)
+        if difference:
+            raise ArtifactError(
+                "the run was trained on another backbone; "
+                + "; ".join(difference)
+                + ". Type: --weights PATH with the weights it was trained on"
+            )
+        lacking = [name for name in self.artifact.spec.names if name not in self.backbone.spec.names]
+        if lacking:
+            raise ArtifactError(f"the backbone lacks the taps {', '.join(lacking)}. Build it with taps=None")
+        same = self.backbone.variant.precision == self.artifact.variant.precision
+        limit = SAME_PRECISION_LIMIT if same else OTHER_PRECISION_LIMIT
+        found = self.backbone.check_values()
+        for name, (mean, std) in self.artifact.check_values.items():
+            off = max(abs(found[name][0] - mean), abs(found[name][1] - std)) / max(std, 1e-12)
+            if not off <= limit:
+                raise ArtifactError(
+                    f"tap {name!r} has mean and std {found[name]} on the built-in image, expected "
+                    f"{(mean, std)} within {limit} std: this backbone computes something else. "
+                    "Type: sidetune fit again on this machine"
+                )

@@ -1,0 +1,174 @@
+"""The recipe: everything that decides a run's result, in frozen models that refuse unknown keys.
+
+A run is known by the sha256 of its recipe's canonical JSON without paths, devices and workers, never
+by a parsed name. ``--set side.rank=16`` reaches any field. Each part's dials are documented where the
+part is; defaults that depend on the data are None here and filled by `TrainRecipe.resolved`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sidetune.backbones.base import Precision, canonical_json
+from sidetune.data.dataset import TaskKind
+from sidetune.errors import RecipeError, nearest
+from sidetune.model import NormKind
+from sidetune.sides import SIDES, AnySideRecipe
+from sidetune.sides.losa import LosaRecipe
+from sidetune.store import DTypeName
+
+
+class Part(BaseModel):
+    """A frozen part of a recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataRecipe(Part):
+    """Which targets are read and how samples without a split are split. See `load_dataset`."""
+
+    task: TaskKind = "classify"
+    labels: tuple[str, ...] | None = None
+    split_seed: int = 0
+    val_fraction: float = Field(0.2, gt=0, lt=1)
+    test_fraction: float = Field(0.2, gt=0, lt=1)
+    class_weights: Literal["none", "balanced"] = "none"
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+
+
+class BackboneRecipe(Part):
+    """Which backbone and how it is run. ``weights`` is a path or ``hub``. See `build_backbone`."""
+
+    name: str = "demo"
+    size: int | None = Field(None, gt=0)
+    taps: tuple[str, ...] | None = None
+    weights: str | None = None
+    precision: Precision = "fp32"
+    resize: Literal["squash", "crop"] | None = None
+    seed: int | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `build_backbone` that were asked for."""
+        return {name: value for name, value in self if name != "name" and value is not None}
+
+
+class FeaturesRecipe(Part):
+    """How features reach the side.
+
+    Args:
+        mode: ``stored`` runs the backbone once an image; ``live`` at every epoch.
+        dtype: of stored features.
+        tap_scale: ``rms`` brings every tap to the scale of the last, measured on the training split.
+    """
+
+    mode: Literal["stored", "live"] = "stored"
+    dtype: DTypeName = "fp16"
+    tap_scale: Literal["rms", "none"] = "rms"
+
+
+class HeadRecipe(Part):
+    """The common norm before the head. See `sidetune.model`."""
+
+    norm: NormKind = "backbone"
+
+
+class TrainRecipe(Part):
+    """The one loop's dials.
+
+    Args:
+        epochs: None: clamp(30,000 / training images, 10, 100).
+        batch_size: samples a step.
+        lr: peak learning rate of AdamW.
+        weight_decay: of matrices; norms, biases and vectors have none.
+        warmup: share of the steps in which the rate climbs from lr/100; then cosine to lr/1000.
+        clip_norm: largest norm of a member's gradient; None: no clipping.
+        select: which epoch is kept: the ``last``, or the ``best`` on validation.
+        precision: ``auto`` is bf16 autocast on a GPU and fp32 on a CPU.
+        seed: of start, order and drop-path.
+    """
+
+    epochs: int | None = Field(None, ge=1)
+    batch_size: int = Field(32, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    warmup: float = Field(0.1, ge=0, lt=1)
+    clip_norm: float | None = Field(1.0, gt=0)
+    select: Literal["last", "best"] = "last"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    seed: int = 0
+
+    def resolved(self, num_images: int) -> TrainRecipe:
+        """The same with data-dependent defaults filled in."""
+        if self.epochs is not None:
+            return self
+        # few images need many passes; 30,000 image visits are enough for any set that we measured
+        return self.model_copy(update={"epochs": min(100, max(10, 30_000 // num_images))})
+
+
+class Recipe(Part):
+    """A whole run, but for where the data are and where the result goes."""
+
+    data: DataRecipe = DataRecipe()
+    backbone: BackboneRecipe = BackboneRecipe()
+    features: FeaturesRecipe = FeaturesRecipe()
+    side: AnySideRecipe = LosaRecipe()
+    head: HeadRecipe = HeadRecipe()
+    train: TrainRecipe = TrainRecipe()
+
+    @classmethod
+    def build(cls, fields: dict[str, Any], settings: Sequence[str] = ()) -> Self:
+        """A recipe from nested fields, then ``part.field=value`` settings.
+
+        Raises:
+            RecipeError: an unknown key (with the nearest name), or a value that does not fit.
+        """
+        fields = {key: dict(value) for key, value in fields.items()}
+        for setting in settings:
+            path, separator, text = setting.partition("=")
+            part, dot, field = path.partition(".")
+            if not separator or not dot:
+                raise RecipeError(
+                    f"--set got {setting!r}, expected part.field=value. Type: --set side.rank=16"
+                )
+            fields.setdefault(part, {})[field] = _value(setting, text)
+        name = fields.get("side", {}).setdefault("name", "losa") if "side" in fields else "losa"
+        if name not in SIDES:
+            raise RecipeError(f"no side named {name!r}.{nearest(str(name), SIDES)}")
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            raise RecipeError(_message(error, cls.model_validate({"side": {"name": name}}))) from None
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the canonical JSON without paths: 64 hex digits. Equal recipes, equal runs."""
+        fields = self.model_dump(mode="json")
+        fields["backbone"].pop("weights")  # the weights themselves are in the backbone's identity
+        return hashlib.sha256(canonical_json(fields).encode()).hexdigest()
+
+
+def _value(setting: str, text: str) -> Any:  # noqa: ANN401 - any YAML value
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f"--set {setting!r}: the value is not YAML ({error}). Type: --set side.rank=16"
+        ) from None
+
+
+def _message(error: ValidationError, example: Recipe) -> str:
+    """The first complaint in our words: the dotted key, what was got, what was expected."""
+    complaint = error.errors()[0]
+    location = [str(step) for step in complaint["loc"]]
+    if location[0] == "side" and len(location) > 1 and location[1] in SIDES:
+        location.pop(1)  # the union's tag is no part of the key
+    key = ".".join(location)
+    if complaint["type"] == "extra_forbidden":
+        known = [f"{part}.{field}" for part, fields in example.model_dump().items() for field in fields]
+        return f"no setting {key!r}.{nearest(key, known)}"
+    return f"{key} is {complaint['input']!r}: {complaint['msg'][:1].lower()}{complaint['msg'][1:]}"

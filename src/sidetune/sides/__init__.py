@@ -1,0 +1,28 @@
+"""Side networks, one paper a file. The file's name is the ``--side`` name."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Discriminator
+
+from sidetune.sides.attentive import Attentive, AttentiveRecipe
+from sidetune.sides.base import Side
+from sidetune.sides.last import Last, LastRecipe
+from sidetune.sides.linear import Linear, LinearRecipe
+from sidetune.sides.losa import Losa, LosaRecipe
+from sidetune.sides.ridge import Ridge, RidgeRecipe
+
+AnySideRecipe = Annotated[
+    AttentiveRecipe | LastRecipe | LinearRecipe | LosaRecipe | RidgeRecipe, Discriminator("name")
+]
+
+SIDES: dict[str, type[Side]] = {
+    "attentive": Attentive,
+    "last": Last,
+    "linear": Linear,
+    "losa": Losa,
+    "ridge": Ridge,
+}
+
+SOLVED = ("linear", "ridge")  # their heads are solved from pooled features, never trained by the loop

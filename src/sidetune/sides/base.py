@@ -1,0 +1,170 @@
+"""What every side network is: a module that reads `Features` and returns pooled tokens.
+
+Common to all sides: ``logits = Head(Norm(Pool(tokens)))``. A side computes ``Pool(tokens)``; norm and
+head stand in `sidetune.model`. Every parameter has a leading member axis M: training one network is
+M = 1, so solo and fleet are one code.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from sidetune.errors import SideError, nearest
+from sidetune.features import Features, Spec, Tap
+from sidetune.keyed import Draws, generator
+
+Pool = Literal["mean", "cls", "cls+mean", "all", "tokens"]
+
+
+class SideRecipe(BaseModel):
+    """What every side's own recipe shares. The fields are the side's keyword arguments."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the side's constructor."""
+        return self.model_dump(exclude={"name"})
+
+
+class Side(nn.Module, ABC):
+    """A side network over the taps of a frozen backbone.
+
+    Args:
+        spec: the taps of the features it will be given.
+        members: M, networks trained together.
+        pool: ``mean`` of patch tokens, ``cls``, ``cls+mean`` concatenated, mean of ``all`` tokens, or
+            ``tokens``: no pooling, for tasks that ask for tokens.
+
+    A side's `tap_scale` (one number a tap, ones until measured) multiplies each tap as it is read.
+    """
+
+    tap_scale: Tensor
+
+    def __init__(self, spec: Spec, *, members: int = 1, pool: Pool = "mean") -> None:
+        super().__init__()
+        if pool not in get_args(Pool):
+            raise SideError(f"pool is {pool!r}.{nearest(pool, get_args(Pool))} Type: --set side.pool=mean")
+        if pool in ("cls", "cls+mean") and spec.last.cls_index is None:
+            raise SideError(
+                f"pool {pool!r} needs a class token and this backbone has none. Type: --set side.pool=mean"
+            )
+        self.spec, self.members, self.pool = spec, members, pool
+        self.register_buffer("tap_scale", torch.ones(len(spec)))
+
+    @property
+    def width(self) -> int:
+        """Width of what `forward` returns: D, or 2D for ``cls+mean``."""
+        return self.spec.last.width * (2 if self.pool == "cls+mean" else 1)
+
+    @property
+    def halves(self) -> int:
+        """How many vectors of width D are concatenated in the output; each is normed on its own."""
+        return 2 if self.pool == "cls+mean" else 1
+
+    @abstractmethod
+    def tokens(self, features: Features, draws: Draws | None = None) -> Tensor:
+        """The side's final tokens, before pooling: (M, B, N, D), or (1, B, N, D) if M share them."""
+
+    def forward(self, features: Features, draws: Draws | None = None) -> Tensor:
+        """Pool(tokens).
+
+        Args:
+            features: of this side's spec.
+            draws: the keyed randomness of a training step; None outside training.
+
+        Returns:
+            (M, B, width), or (M, B, N, D) with pool ``tokens``.
+        """
+        pooled = pool_tokens(self.tokens(features, draws), self.spec.last, self.pool, features.mask)
+        return pooled.expand(self.members, *pooled.shape[1:])
+
+    def scaled(self, features: Features, name: str) -> Tensor:
+        """A tap times its scale: (B, N, D)."""
+        position = self.spec.index(name)
+        return features.layers[position] * self.tap_scale[position].to(features.layers[position].dtype)
+
+    def start(self, seeds: Sequence[int]) -> None:
+        """Draw every member's starting parameters from its own seed.
+
+        Args:
+            seeds: one a member. Members of equal seed start equal.
+        """
+        assert len(seeds) == self.members, (len(seeds), self.members)
+        for member, seed in enumerate(seeds):
+            keyed = generator(seed, "start")
+            for module in self.modules():
+                if isinstance(module, MemberModule):
+                    module.start_member(member, keyed)
+
+    def num_parameters(self) -> int:
+        """Trained numbers a member, without norm and head."""
+        return sum(parameter.numel() for parameter in self.parameters()) // self.members
+
+
+class MemberModule(nn.Module):
+    """A part of a side whose parameters have a leading member axis and a keyed start."""
+
+    def start_member(self, member: int, keyed: torch.Generator) -> None:
+        """Draw the starting parameters of one member, in a fixed order."""
+        raise NotImplementedError
+
+
+def normal_start(parameter: Tensor, member: int, fan_in: int, keyed: torch.Generator) -> None:
+    """Fill one member's slice from a normal with std 1/sqrt(fan_in)."""
+    with torch.no_grad():
+        draw = torch.randn(parameter.shape[1:], generator=keyed, dtype=torch.float32)
+        parameter[member] = (draw * fan_in**-0.5).to(parameter)
+
+
+def pool_tokens(tokens: Tensor, tap: Tap, pool: Pool, mask: Tensor | None = None) -> Tensor:
+    """Pool (.., B, N, D) over tokens: (.., B, D), (.., B, 2D) for ``cls+mean``.
+
+    Args:
+        tokens: final tokens of a side, or a tap.
+        tap: says which tokens are prefix tokens.
+        pool: see `Side`.
+        mask: (B, N) bool, True where a token counts.
+    """
+    if pool == "tokens":
+        return tokens
+    if pool == "cls":
+        return tap.cls_token(tokens)
+    if pool == "all":
+        return _mean(tokens, mask)
+    patch_mask = None if mask is None else tap.patch_tokens(mask[..., None])[..., 0]
+    mean = _mean(tap.patch_tokens(tokens), patch_mask)
+    return mean if pool == "mean" else torch.cat([tap.cls_token(tokens), mean], -1)
+
+
+def _mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return tokens.mean(-2)
+    weight = mask.to(tokens.dtype)[..., None]
+    return (tokens * weight).sum(-2) / weight.sum(-2).clamp(min=1)
+
+
+def kept_blocks(spec: Spec, every: int, side: str) -> tuple[Tap, ...]:
+    """Every k-th block tap counted back from L, in running order; all of one width and grid.
+
+    Raises:
+        SideError: no block is tapped, or their shapes differ.
+    """
+    if not spec.blocks:
+        raise SideError(
+            f"{side} reads block taps and got {', '.join(spec.names)}. Type: --set backbone.taps=null"
+        )
+    if every < 1:
+        raise SideError(f"every is {every}, expected 1 or more. Type: --set side.every=1")
+    kept = tuple(reversed(spec.blocks[::-1][::every]))
+    if len({(tap.width, tap.num_tokens) for tap in kept}) > 1:
+        shapes = ", ".join(f"{tap.name} {tap.num_tokens}x{tap.width}" for tap in kept)
+        raise SideError(
+            f"{side} needs block taps of one width and one grid, got {shapes}. Type: --side ridge"
+        )
+    return kept

@@ -1,0 +1,139 @@
+"""LAST, Low-rank Attention Side-Tuning (Tang et al., 2024, arXiv 2402.04009).
+
+    LSA_i(x) = softmax(Q K^T / sqrt(R/heads)) V W_out,   Q,K,V = LN_i(x) W_{q,k,v}   (D->R)
+    u_0 = z_0 + LSA_0(z_0)
+    v_i = u_{i-1} + z_i;   u_i = v_i + LSA_i(v_i),   i = 1..L
+    tokens = u_L - sum_{i<L} z_i  ==  z_L + sum_i LSA_i(.)
+
+z_0 is the embedding that enters block 1, z_i the frozen pre-norm output of block i. The second form
+of ``tokens`` is the one computed: no large sums cancel in bf16. The order inside a module, the layer
+sums and the correction are stated; one module on the embedding and R = 16 are inferred from the
+published 0.66 M parameters; heads are unknown. W_out starts at zero, so the side starts as the
+linear probe.
+
+This is the textbook form, one line an equation.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from sidetune.errors import SideError
+from sidetune.features import Features, Spec
+from sidetune.keyed import Draws
+from sidetune.sides.base import MemberModule, Pool, Side, SideRecipe, kept_blocks, normal_start
+
+LAYER_NORM_EPS = 1e-6
+
+
+class LastRecipe(SideRecipe):
+    """LAST's dials; the first value of each switch is the default. See `Last`."""
+
+    name: Literal["last"] = "last"
+    rank: int = Field(16, ge=1)
+    pool: Pool = "mean"
+    heads: int = Field(1, ge=1)
+    keep_last: bool = True
+    every: int = Field(1, ge=1)
+    drop_path: float = Field(0.0, ge=0, lt=1)
+
+
+class Last(Side):
+    """LAST over the embedding and the block taps.
+
+    Parameters a member: (L + 1) * (4 * D * R + 2 * D), L the blocks that are read.
+
+    Args:
+        spec: the tap ``embedding`` and block taps of one width and grid.
+        rank: R, the width of attention, over all heads.
+        members: M.
+        pool: see `Side`.
+        heads: divides R.
+        keep_last: whether z_L is part of the final tokens.
+        every: read every k-th block, counted back from L; blocks left out enter no sum.
+        drop_path: probability that a sample skips an LSA branch in training.
+
+    Raises:
+        SideError: no embedding or block taps, unequal shapes, or heads do not divide R.
+    """
+
+    def __init__(  # noqa: PLR0913 - the paper's uncertain choices, one switch each
+        self,
+        spec: Spec,
+        *,
+        rank: int = 16,
+        members: int = 1,
+        pool: Pool = "mean",
+        heads: int = 1,
+        keep_last: bool = True,
+        every: int = 1,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__(spec, members=members, pool=pool)
+        self.blocks = kept_blocks(spec, every, "last")
+        self.keep_last, self.drop_path = keep_last, drop_path
+        if "embedding" not in spec.names:
+            raise SideError(
+                f"last reads the tap 'embedding' and got {', '.join(spec.names)}. "
+                "Type: --set backbone.taps=null"
+            )
+        if rank % heads:
+            raise SideError(f"heads {heads} does not divide rank {rank}. Type: --set side.heads=1")
+        self.attention = nn.ModuleList(
+            LowRankSelfAttention(members, spec.last.width, rank, heads) for _ in range(len(self.blocks) + 1)
+        )
+
+    def tokens(self, features: Features, draws: Draws | None = None) -> Tensor:
+        """z_L + sum_i LSA_i(v_i): (M, B, N, D)."""
+        z_BND = self.scaled(features, "embedding")
+        z_sum_BND = z_BND
+        lsa_sum_MBND = self._branch(0, z_BND.expand(self.members, *z_BND.shape), features, draws)
+        for i, tap in enumerate(self.blocks, start=1):
+            z_BND = self.scaled(features, tap.name)
+            z_sum_BND = z_sum_BND + z_BND
+            v_MBND = z_sum_BND + lsa_sum_MBND
+            lsa_sum_MBND = lsa_sum_MBND + self._branch(i, v_MBND, features, draws)
+        return z_BND + lsa_sum_MBND if self.keep_last else lsa_sum_MBND
+
+    def _branch(self, i: int, v_MBND: Tensor, features: Features, draws: Draws | None) -> Tensor:
+        out_MBND: Tensor = self.attention[i](v_MBND, features.mask)
+        if self.training and self.drop_path:
+            assert draws is not None, "drop-path needs the step's draws"
+            keep = draws.keep(f"drop-path/{i}", self.drop_path, len(features), out_MBND.device)
+            out_MBND = out_MBND * keep[:, :, None, None].to(out_MBND.dtype)
+        return out_MBND
+
+
+class LowRankSelfAttention(MemberModule):
+    """LSA(x): layer norm, attention of width R over the tokens of a sample, back to width D."""
+
+    def __init__(self, members: int, width: int, rank: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_weight_MD = nn.Parameter(torch.ones(members, width))
+        self.norm_bias_MD = nn.Parameter(torch.zeros(members, width))
+        self.qkv_MDR = nn.Parameter(torch.zeros(members, width, 3 * rank))
+        self.out_MRD = nn.Parameter(torch.zeros(members, rank, width))
+
+    def start_member(self, member: int, keyed: torch.Generator) -> None:
+        """q, k, v normal with std 1/sqrt(D), out zero, layer norm the identity."""
+        normal_start(self.qkv_MDR, member, self.qkv_MDR.shape[1], keyed)
+
+    def forward(self, x_MBND: Tensor, mask: Tensor | None) -> Tensor:
+        """(M, B, N, D) -> (M, B, N, D); masked tokens are no keys."""
+        members, batch, num_tokens, width = x_MBND.shape
+        normed = F.layer_norm(x_MBND, (width,), eps=LAYER_NORM_EPS)
+        normed = normed * self.norm_weight_MD[:, None, None] + self.norm_bias_MD[:, None, None]
+        qkv = torch.bmm(normed.flatten(1, 2), self.qkv_MDR)
+        q, k, v = (
+            part.reshape(members * batch, num_tokens, self.heads, -1).transpose(1, 2)
+            for part in qkv.view(members * batch, num_tokens, -1).chunk(3, dim=-1)
+        )
+        keys = None if mask is None else mask.repeat(members, 1)[:, None, None, :]
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keys).transpose(1, 2)
+        return torch.bmm(mixed.reshape(members, batch * num_tokens, -1), self.out_MRD).view_as(x_MBND)

@@ -1,0 +1,174 @@
+"""LoSA, Low-rank Side Adaptation (Mercea et al., CVPR 2024, arXiv 2402.02887).
+
+    y_0 = b_L
+    y_l = y_{l-1} + g_l(b_l + y_{l-1}),  l = 1..L              tokens = y_L
+
+    C_l(X) = a * GELU(X Wc_down) Wc_up                         mixes channels
+    T_l(X) = a * Wt_up GELU(Wt_down X)                         mixes tokens
+    h = b_l + y_{l-1};  c = C_l(h);  t = T_l(h + c);  g_l(h) = c + t
+
+b_l (B, N, D) is the frozen pre-norm output of block l. No official code is public: this is a
+reconstruction, and each uncertain choice is a switch (docs/explanation/design.md has the evidence).
+The recursion is read in a third party's code; that both mixers alternate is stated; their order and
+composition are inferred. Up-projections start at zero, so the side starts as the linear probe.
+
+This is the textbook form, one line an equation.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from sidetune.errors import SideError
+from sidetune.features import Features, Spec
+from sidetune.keyed import Draws
+from sidetune.sides.base import MemberModule, Pool, Side, SideRecipe, kept_blocks, normal_start
+
+Order = Literal["channel->token", "token->channel", "parallel"]
+FirstState = Literal["b_L", "zero", "z_0"]
+
+
+class LosaRecipe(SideRecipe):
+    """LoSA's dials; the first value of each switch is the default. See `Losa`."""
+
+    name: Literal["losa"] = "losa"
+    rank: int = Field(8, ge=1)
+    pool: Pool = "mean"
+    order: Order = "channel->token"
+    mix_tokens: bool = True
+    first_state: FirstState = "b_L"
+    a: float = 1.0
+    every: int = Field(1, ge=1)
+    drop_path: float = Field(0.0, ge=0, lt=1)
+
+
+class Losa(Side):
+    """LoSA over the block taps.
+
+    Parameters a member: 2 * R * L * (D + N); without token mixing 2 * R * L * D.
+
+    Args:
+        spec: taps of one width and grid.
+        rank: R of both mixers.
+        members: M.
+        pool: see `Side`.
+        order: which mixer sees the other's output; ``parallel``: neither does.
+        mix_tokens: off leaves the channel mixers alone.
+        first_state: y_0.
+        a: scale of both mixers.
+        every: read every k-th block, counted back from L.
+        drop_path: probability that a sample skips a layer's g_l in training.
+
+    Raises:
+        SideError: no block taps, unequal shapes, or y_0 = z_0 without an embedding tap.
+    """
+
+    def __init__(  # noqa: PLR0913 - the paper's uncertain choices, one switch each
+        self,
+        spec: Spec,
+        *,
+        rank: int = 8,
+        members: int = 1,
+        pool: Pool = "mean",
+        order: Order = "channel->token",
+        mix_tokens: bool = True,
+        first_state: FirstState = "b_L",
+        a: float = 1.0,
+        every: int = 1,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__(spec, members=members, pool=pool)
+        self.blocks = kept_blocks(spec, every, "losa")
+        self.order, self.first_state, self.drop_path = order, first_state, drop_path
+        if first_state == "z_0" and "embedding" not in spec.names:
+            raise SideError(
+                "first_state z_0 needs the tap 'embedding', which is not read. "
+                "Type: --set side.first_state=b_L"
+            )
+        width, num_tokens = self.blocks[0].width, self.blocks[0].num_tokens
+        self.channel = nn.ModuleList(ChannelMixer(members, width, rank, a) for _ in self.blocks)
+        self.token = nn.ModuleList(
+            TokenMixer(members, num_tokens, rank, a) for _ in self.blocks if mix_tokens
+        )
+
+    def tokens(self, features: Features, draws: Draws | None = None) -> Tensor:
+        """y_L: (M, B, N, D)."""
+        y_MBND = self._first_state(features)
+        for layer, tap in enumerate(self.blocks):
+            h_MBND = self.scaled(features, tap.name) + y_MBND
+            g_MBND = self._mix(layer, h_MBND, features.mask)
+            if self.training and self.drop_path:
+                assert draws is not None, "drop-path needs the step's draws"
+                keep = draws.keep(f"drop-path/{layer}", self.drop_path, len(features), g_MBND.device)
+                g_MBND = g_MBND * keep[:, :, None, None].to(g_MBND.dtype)
+            y_MBND = y_MBND + g_MBND
+        return y_MBND
+
+    def _first_state(self, features: Features) -> Tensor:
+        last = self.scaled(features, self.blocks[-1].name)
+        if self.first_state == "zero":
+            last = torch.zeros_like(last)
+        elif self.first_state == "z_0":
+            last = self.scaled(features, "embedding")
+        return last.expand(self.members, *last.shape)
+
+    def _mix(self, layer: int, h_MBND: Tensor, mask: Tensor | None) -> Tensor:
+        """g_l(h); never h itself: the outer residual carries it."""
+        channel = self.channel[layer]
+        if not self.token:
+            return channel(h_MBND)  # type: ignore[no-any-return]
+        token = self.token[layer]
+        if self.order == "channel->token":
+            c_MBND = channel(h_MBND)
+            t_MBND = token(h_MBND + c_MBND, mask)
+        elif self.order == "token->channel":
+            t_MBND = token(h_MBND, mask)
+            c_MBND = channel(h_MBND + t_MBND)
+        else:
+            c_MBND, t_MBND = channel(h_MBND), token(h_MBND, mask)
+        return c_MBND + t_MBND  # type: ignore[no-any-return]
+
+
+class ChannelMixer(MemberModule):
+    """C(X) = a * GELU(X W_down) W_up: the same two matrices at every token."""
+
+    def __init__(self, members: int, width: int, rank: int, a: float) -> None:
+        super().__init__()
+        self.a = a
+        self.down_MDR = nn.Parameter(torch.zeros(members, width, rank))
+        self.up_MRD = nn.Parameter(torch.zeros(members, rank, width))
+
+    def start_member(self, member: int, keyed: torch.Generator) -> None:
+        """Down normal with std 1/sqrt(D), up zero."""
+        normal_start(self.down_MDR, member, self.down_MDR.shape[1], keyed)
+
+    def forward(self, x_MBND: Tensor) -> Tensor:
+        """(M, B, N, D) -> (M, B, N, D)."""
+        code = F.gelu(torch.bmm(x_MBND.flatten(1, 2), self.down_MDR))
+        return (self.a * torch.bmm(code, self.up_MRD)).view_as(x_MBND)
+
+
+class TokenMixer(MemberModule):
+    """T(X) = a * W_up GELU(W_down X): the same two matrices at every channel. Tied to N."""
+
+    def __init__(self, members: int, num_tokens: int, rank: int, a: float) -> None:
+        super().__init__()
+        self.a = a
+        self.down_MRN = nn.Parameter(torch.zeros(members, rank, num_tokens))
+        self.up_MNR = nn.Parameter(torch.zeros(members, num_tokens, rank))
+
+    def start_member(self, member: int, keyed: torch.Generator) -> None:
+        """Down normal with std 1/sqrt(N), up zero."""
+        normal_start(self.down_MRN, member, self.down_MRN.shape[2], keyed)
+
+    def forward(self, x_MBND: Tensor, mask: Tensor | None) -> Tensor:
+        """(M, B, N, D) -> (M, B, N, D); masked tokens are read as zero."""
+        if mask is not None:
+            x_MBND = x_MBND * mask[:, :, None].to(x_MBND.dtype)
+        code = F.gelu(torch.matmul(self.down_MRN[:, None], x_MBND))
+        return self.a * torch.matmul(self.up_MNR[:, None], code)

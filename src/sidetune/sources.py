@@ -1,0 +1,134 @@
+"""Where a run's features come from: a store, or the backbone itself.
+
+Both give the same thing for the same rows of a dataset, so everything after them (tap scale, ridge,
+probes, the loop, scores) is one code.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sidetune.backbones.base import Backbone
+from sidetune.data.dataset import Dataset
+from sidetune.errors import StoreError
+from sidetune.extract import DECODERS, MICRO_BATCH, decoded
+from sidetune.features import Features, FinalNorm, Spec
+from sidetune.progress import Progress
+from sidetune.store import Store
+from sidetune.summary import Summary, concatenate, summarise
+
+
+class Source(ABC):
+    """Features of a dataset's rows.
+
+    Attributes:
+        spec: the taps it gives.
+        final_norm: the backbone's, None where it has none.
+        valid: (n,) bool, False where an image could not be decoded.
+        skipped: row -> why it is not valid.
+    """
+
+    spec: Spec
+    final_norm: FinalNorm | None
+    valid: NDArray[np.bool_]
+    skipped: dict[int, str]
+
+    @abstractmethod
+    def features(self, rows: Sequence[int]) -> Features:
+        """Features of these rows, in this order: float32, outside any autograd graph."""
+
+    @abstractmethod
+    def summary(self) -> Summary:
+        """Pooled taps of every row of the dataset; rows that are not valid hold no meaning."""
+
+    def batches(self, rows: NDArray[np.int64], size: int = MICRO_BATCH) -> Iterator[Features]:
+        """The features of many rows, a batch at a time, in order."""
+        for first in range(0, len(rows), size):
+            yield self.features(rows[first : first + size].tolist())
+
+
+class StoredSource(Source):
+    """Reads a store. Nothing of the backbone is needed.
+
+    Args:
+        store: complete.
+        keys: the dataset's sample keys, in row order.
+        spec: the taps to read; None: all of the store's.
+
+    Raises:
+        StoreError: the store lacks samples or taps.
+    """
+
+    def __init__(self, store: Store, keys: Sequence[str], spec: Spec | None = None) -> None:
+        missing = store.missing(keys)
+        if missing:
+            raise StoreError(
+                f"{store.folder} lacks {len(missing)} of {len(keys)} samples, the first {missing[0]!r} "
+                f"(new, edited, or moved). Type: sidetune extract DATA --out {store.folder}"
+            )
+        self.store, self.keys = store, list(keys)
+        self.spec = store.plan.spec if spec is None else store.plan.spec.select(spec.names)
+        self.final_norm = store.final_norm
+        self.valid = store.valid(keys)
+        self.skipped = {row: store.skipped[key] for row, key in enumerate(keys) if key in store.skipped}
+
+    def features(self, rows: Sequence[int]) -> Features:
+        """See `Source.features`."""
+        return self.store.features([self.keys[row] for row in rows], self.spec)
+
+    def summary(self) -> Summary:
+        """See `Source.summary`."""
+        return self.store.summary(self.keys).select(self.spec)
+
+
+class LiveSource(Source):
+    """Decodes images and runs the backbone whenever features are asked for; nothing is stored.
+
+    One pass over the dataset at the start measures the summary and finds images that do not decode.
+
+    Args:
+        dataset: the images.
+        backbone: frozen; runs under no_grad.
+        quiet: no progress for the first pass.
+    """
+
+    def __init__(self, dataset: Dataset, backbone: Backbone, *, quiet: bool = False) -> None:
+        self.files = [dataset.file(row) for row in range(len(dataset))]
+        self.backbone = backbone
+        self.spec, self.final_norm = backbone.spec, backbone.norm
+        self.skipped = {}
+        self._pool = ThreadPoolExecutor(DECODERS)
+        self._summary = self._first_pass(quiet)
+        self.valid = np.array([row not in self.skipped for row in range(len(dataset))], dtype=bool)
+
+    def features(self, rows: Sequence[int]) -> Features:
+        """See `Source.features`."""
+        files = [self.files[row] for row in rows]
+        micro_batches = decoded(files, self.backbone.preprocess, self._pool)
+        parts = [self._run(images) for _, images, _ in micro_batches]
+        layers = tuple(torch.cat(layer) for layer in zip(*(part.layers for part in parts), strict=True))
+        return Features(layers, self.spec)
+
+    def summary(self) -> Summary:
+        """See `Source.summary`."""
+        return self._summary
+
+    def _first_pass(self, quiet: bool) -> Summary:
+        parts = []
+        with Progress("features", len(self.files), "images", quiet=quiet) as progress:
+            for first, images, bad in decoded(self.files, self.backbone.preprocess, self._pool):
+                self.skipped |= {first + slot: reason for slot, reason in bad.items()}
+                parts.append(summarise(self._run(images)))
+                progress.advance(len(images))
+        return concatenate(parts)
+
+    def _run(self, images: Tensor) -> Features:
+        with torch.no_grad():
+            return self.backbone(images).to("cpu", torch.float32)

@@ -1,0 +1,240 @@
+"""The one loop: one member or many, sides or baselines.
+
+It sees ``model(inputs, draws) -> (M, B, K)``. Members never mix: each has its own loss, its own
+gradient norm and its own slice of every parameter. All randomness is keyed by (seed, purpose, epoch,
+step), so a checkpoint holds no generator state and a resumed run ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sidetune.checkpoint import Epoch, Scores, State, load_checkpoint, save_checkpoint
+from sidetune.errors import DivergedError
+from sidetune.features import Features
+from sidetune.keyed import Draws, generator
+from sidetune.progress import Progress
+from sidetune.recipe import TrainRecipe
+from sidetune.tasks import Task
+
+CHECKPOINT_SECONDS = 20.0  # at most this much training is lost to a kill
+
+
+class Inputs(Protocol):
+    """Gives a batch of what the model reads: `Features` for sides."""
+
+    def __call__(self, rows: Sequence[int]) -> Features:
+        """Inputs of these rows, in this order."""
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What the loop trains on.
+
+    Args:
+        inputs: rows -> a batch of inputs.
+        targets: of every row that `rows` names, as the task takes them.
+        rows: (n,) rows to train on.
+    """
+
+    inputs: Inputs
+    targets: Tensor
+    rows: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What `train` returns.
+
+    Args:
+        history: one `Epoch` an epoch.
+        dropped: members whose loss was not finite; their weights are of no use.
+    """
+
+    history: list[Epoch]
+    dropped: tuple[int, ...]
+
+
+def train(  # noqa: PLR0913 - the loop is the meeting place of all parts
+    model: nn.Module,
+    data: TrainingSet,
+    task: Task,
+    recipe: TrainRecipe,
+    *,
+    seeds: Sequence[int],
+    validate: Callable[[nn.Module], Sequence[Scores]],
+    checkpoint: Path | None = None,
+    run_hash: str = "",
+    quiet: bool = False,
+) -> Trained:
+    """Train every member of a model in place.
+
+    Args:
+        model: (inputs, draws) -> (M, B, K); started, on its device.
+        data: inputs, targets, rows.
+        task: its loss; its headline score decides ``select: best``.
+        recipe: resolved.
+        seeds: one a member. The first also orders the batches.
+        validate: called after every epoch; scores, one dict a member.
+        checkpoint: file to resume from and to write to; None: neither.
+        run_hash: what the checkpoint must belong to.
+        quiet: no progress.
+
+    Returns:
+        The history and the members that were dropped.
+
+    Raises:
+        DivergedError: no member's loss is finite any more.
+        ArtifactError: the checkpoint belongs to another run.
+    """
+    assert recipe.epochs is not None, "resolve the recipe first"
+    device = next(model.parameters()).device
+    optimizer = _optimizer(model, recipe)
+    state = State(loss_sum=torch.zeros(len(seeds), dtype=torch.float64), alive=torch.ones(len(seeds)).bool())
+    if checkpoint is not None and checkpoint.exists():
+        load_checkpoint(checkpoint, run_hash, model, optimizer, state)
+    steps = math.ceil(len(data.rows) / recipe.batch_size)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=_is_bf16(recipe, device))
+    saved = time.monotonic()
+    with Progress("train", recipe.epochs * steps, "steps", done=_done(state, steps), quiet=quiet) as progress:
+        while state.epoch < recipe.epochs:
+            started = time.monotonic()
+            order = _order(data.rows, seeds[0], state.epoch)
+            model.train()
+            while state.step < steps:
+                rows = order[state.step * recipe.batch_size : (state.step + 1) * recipe.batch_size]
+                lr = learning_rate(_done(state, steps), recipe.epochs * steps, recipe)
+                inputs = data.inputs(rows.tolist()).to(device)
+                draws = Draws(seeds, state.epoch, state.step)
+                with autocast:
+                    loss = task.loss(model(inputs, draws), data.targets[rows].to(device)).mean(1)
+                _drop_members(loss, state)
+                _step(model, optimizer, loss, state.alive, lr, recipe.clip_norm)
+                state.loss_sum += loss.detach().double().cpu() * len(rows)
+                state.step += 1
+                progress.advance(1, _note(state, len(data.rows), steps, recipe, task))
+                if checkpoint is not None and time.monotonic() - saved >= CHECKPOINT_SECONDS:
+                    save_checkpoint(checkpoint, run_hash, model, optimizer, state)
+                    saved = time.monotonic()
+            model.eval()
+            lr = learning_rate(_done(state, steps) - 1, recipe.epochs * steps, recipe)
+            _end_epoch(state, validate(model), lr, len(data.rows), time.monotonic() - started)
+            _keep_best(model, state, task, recipe)
+    if recipe.select == "best":
+        model.load_state_dict(state.best_weights)
+    return Trained(state.history, tuple((~state.alive).nonzero().flatten().tolist()))
+
+
+def learning_rate(step: int, total: int, recipe: TrainRecipe) -> float:
+    """Linear from lr/100 over the warm-up's steps, then cosine to lr/1000 at the last step."""
+    warm = round(recipe.warmup * total)
+    if step < warm:
+        return recipe.lr * (0.01 + 0.99 * step / warm)
+    through = (step - warm) / max(total - 1 - warm, 1)
+    return recipe.lr * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * min(through, 1.0))))
+
+
+def _is_bf16(recipe: TrainRecipe, device: torch.device) -> bool:
+    return recipe.precision == "bf16" or (recipe.precision == "auto" and device.type == "cuda")
+
+
+def _optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.AdamW:
+    """AdamW; matrices decay, norms, biases and vectors (one axis beside the member axis) do not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.ndim > 2]
+    vectors = [parameter for parameter in trained if parameter.ndim <= 2]
+    assert len(matrices) + len(vectors) == len(trained) > 0
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.lr)
+
+
+def _order(rows: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.int64]:
+    order: NDArray[np.int64] = torch.randperm(len(rows), generator=generator(seed, "order", epoch)).numpy()
+    return rows[order]
+
+
+def _drop_members(loss: Tensor, state: State) -> None:
+    """A member whose loss is not finite takes no further part.
+
+    Raises:
+        DivergedError: none is left.
+    """
+    state.alive &= torch.isfinite(loss.detach()).cpu()
+    if not state.alive.any():
+        raise DivergedError(
+            f"the loss is {loss.detach().tolist()} at epoch {state.epoch}, step {state.step}: every member "
+            "diverged. Type: --set train.lr=3e-4"
+        )
+
+
+def _step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Tensor,
+    alive: Tensor,
+    lr: float,
+    clip: float | None,
+) -> None:
+    """One update. The sum of the members' losses has each member's own gradient in its own slice."""
+    optimizer.zero_grad()
+    loss.sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    dead = (~alive).nonzero().flatten().tolist()
+    for gradient in gradients if dead else ():
+        gradient[dead] = 0.0
+    if clip is not None:
+        _clip_members(gradients, clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+
+
+def _clip_members(gradients: Sequence[Tensor], clip: float) -> None:
+    """Scale each member's gradient to norm `clip` at most, over all its parameters together."""
+    squares = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients]).sum(0)  # (M,)
+    scale = (clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(scale.view(-1, *[1] * (gradient.ndim - 1)))
+
+
+def _end_epoch(state: State, val: Sequence[Scores], lr: float, num_rows: int, seconds: float) -> None:
+    loss = tuple((state.loss_sum / num_rows).tolist())
+    state.history.append(Epoch(state.epoch, loss, lr, tuple(val), seconds))
+    state.epoch, state.step = state.epoch + 1, 0
+    state.loss_sum = torch.zeros_like(state.loss_sum)
+
+
+def _keep_best(model: nn.Module, state: State, task: Task, recipe: TrainRecipe) -> None:
+    """Remember the weights of the best epoch on validation (of the members' mean headline score)."""
+    if recipe.select != "best":
+        return
+    scores = [score for member in state.history[-1].val if (score := member[task.headline]) is not None]
+    mean = sum(scores) / max(len(scores), 1)
+    if mean > state.best:
+        state.best = mean
+        state.best_weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def _done(state: State, steps: int) -> int:
+    return state.epoch * steps + state.step
+
+
+def _note(state: State, num_rows: int, steps: int, recipe: TrainRecipe, task: Task) -> str:
+    seen = min(state.step * recipe.batch_size, num_rows)
+    text = f"epoch {state.epoch + 1}/{recipe.epochs} loss {state.loss_sum.nanmean().item() / seen:.3f}"
+    if state.history and (score := state.history[-1].val[0].get(task.headline)) is not None:
+        text += f" val {task.headline} {score:.3f}"
+    return text

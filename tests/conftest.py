@@ -1,0 +1,16 @@
+from pathlib import Path
+
+import pytest
+import torch
+from images import make_folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 learnable images of 3 classes in class folders. Read only: all tests share it."""
+    return make_folder(tmp_path_factory.mktemp("images"), 3, 60)
