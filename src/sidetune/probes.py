@@ -18,7 +18,7 @@ from sidetune.evaluate import scores
 from sidetune.features import FinalNorm
 from sidetune.model import NormKind, SideModel
 from sidetune.sides.base import Pool
-from sidetune.sides.linear import PENALTIES, Linear, LinearRecipe, LinearSolution, solve_linear
+from sidetune.sides.linear import PENALTIES, Coordinates, Linear, LinearRecipe, LinearSolution, solve_linear
 from sidetune.sides.ridge import LAMBDAS, Ridge, RidgeRecipe, solve_ridge
 from sidetune.summary import Summary
 from sidetune.tasks import Task
@@ -113,9 +113,9 @@ def fit_linear(
         )
         pooled = data.summary.pooled(data.summary.spec.last.name, pool)
         normed = model.norm(pooled[None])[0]
-        solution = None
+        coordinates, solution = Coordinates(normed[data.train]), None
         for l2 in penalties:
-            solution = solve_linear(normed[data.train], data.targets[data.train], task, l2, start=solution)
+            solution = solve_linear(coordinates, data.targets[data.train], task, l2, start=solution)
             output = normed[data.val].double() @ solution.weight + solution.bias
             loss = task.loss(output[None], data.targets[data.val]).mean().item()
             rank = (headline(task, output, data.targets[data.val]), -loss)

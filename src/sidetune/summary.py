@@ -67,10 +67,10 @@ class Summary:
 
 
 def summarise(features: Features) -> Summary:
-    """Pool every tap of a batch, in float32."""
+    """Pool every tap of a batch, in float32 (float64 features stay so)."""
     mean, cls, mean_square = [], [], []
     for layer, tap in zip(features.layers, features.spec.taps, strict=True):
-        tokens = layer.float()
+        tokens = layer if layer.dtype == torch.float64 else layer.float()
         mean.append(pool_tokens(tokens, tap, "mean", features.mask))
         cls.append(tokens.new_zeros(len(tokens), 0) if tap.cls_index is None else tap.cls_token(tokens))
         mean_square.append(

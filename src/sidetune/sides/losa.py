@@ -149,8 +149,8 @@ class ChannelMixer(MemberModule):
 
     def forward(self, x_MBND: Tensor) -> Tensor:
         """(M, B, N, D) -> (M, B, N, D)."""
-        code = F.gelu(torch.bmm(x_MBND.flatten(1, 2), self.down_MDR))
-        return (self.a * torch.bmm(code, self.up_MRD)).view_as(x_MBND)
+        code = self.a * F.gelu(torch.bmm(x_MBND.flatten(1, 2), self.down_MDR))
+        return torch.bmm(code, self.up_MRD).view_as(x_MBND)
 
 
 class TokenMixer(MemberModule):
@@ -170,5 +170,5 @@ class TokenMixer(MemberModule):
         """(M, B, N, D) -> (M, B, N, D); masked tokens are read as zero."""
         if mask is not None:
             x_MBND = x_MBND * mask[:, :, None].to(x_MBND.dtype)
-        code = F.gelu(torch.matmul(self.down_MRN[:, None], x_MBND))
-        return self.a * torch.matmul(self.up_MNR[:, None], code)
+        code = self.a * F.gelu(torch.matmul(self.down_MRN[:, None], x_MBND))
+        return torch.matmul(self.up_MNR[:, None], code)
