@@ -2,6 +2,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from fitted_runs import FittedRuns
 from images import make_folder
 
 
@@ -14,3 +16,9 @@ def one_thread() -> None:
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 learnable images of 3 classes in class folders. Read only: all tests share it."""
     return make_folder(tmp_path_factory.mktemp("images"), 3, 60)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> FittedRuns:
+    """Finished runs on `image_folder` with the toy backbone, made when first asked for. Read only."""
+    return FittedRuns(tmp_path_factory.mktemp("runs"), image_folder)

@@ -1,7 +1,8 @@
 """The artifact: a trained side that can be moved, loaded and trusted.
 
     RUN/side.safetensors    side, norm and head
-    RUN/artifact.json       the authority for loading; written last, so its presence means complete
+    RUN/artifact.json       the authority for loading, with the sha256 of the weights; written last, so
+                            its presence means complete
 
 `sidetune.predict` puts an artifact on its backbone.
 """
@@ -15,20 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sidetune.backbones.base import Identity, Variant
-from sidetune.errors import ArtifactError
+from sidetune.errors import ArtifactError, RequestError, nearest
 from sidetune.features import FinalNorm, Spec
-from sidetune.files import write_json, write_tensors
+from sidetune.files import sha256_file, write_json, write_tensors
 from sidetune.model import SideModel
 from sidetune.recipe import Recipe
-from sidetune.sides import SIDES
+from sidetune.sides import SIDES, SOLVED
 from sidetune.tasks import Task
 
 FORMAT = 1
+AGAIN = "Type: the fit command with a new --out"
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class Artifact:
     def save(self, folder: Path) -> None:
         """Write side.safetensors, then artifact.json."""
         tensors = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
-        write_tensors(folder / "side.safetensors", tensors)
+        weights = folder / "side.safetensors"
+        write_tensors(weights, tensors)
         write_json(
             folder / "artifact.json",
             {
@@ -75,6 +77,7 @@ class Artifact:
                 "variant": self.variant.to_json(),
                 "norm_eps": self.norm_eps,
                 "members": self.model.side.members,
+                "weights": sha256_file(weights),
                 "check_values": {name: list(pair) for name, pair in self.check_values.items()},
                 "data": self.data,
                 "scores": self.scores,
@@ -93,7 +96,7 @@ class Artifact:
             spec = Spec.from_json(fields["spec"])
             recipe = Recipe.build(fields["recipe"])
             task = Task.from_json(fields["task"])
-            tensors = load_file(folder / "side.safetensors")
+            tensors = _read_weights(folder / "side.safetensors", fields["weights"])
             model = build_model(recipe, spec, task.num_outputs, _stored_norm(tensors, fields["norm_eps"]))
             model.load_state_dict(tensors)
             return cls(
@@ -108,9 +111,9 @@ class Artifact:
                 fields["data"],
                 fields["scores"],
             )
-        except (KeyError, TypeError, RuntimeError, SafetensorError, OSError) as error:
+        except (KeyError, TypeError, RuntimeError, RequestError) as error:
             raise ArtifactError(
-                f"{folder} is damaged: {error}. Type: the fit command again, with a new --out"
+                f"{folder / 'artifact.json'} is damaged, or of another version of sidetune: {error}. {AGAIN}"
             ) from error
 
 
@@ -119,8 +122,10 @@ def build_model(
 ) -> SideModel:
     """The model that a recipe describes, its parameters not yet drawn or loaded."""
     arguments = recipe.side.arguments()
-    if recipe.side.name in ("linear", "ridge"):
+    if recipe.side.name in SOLVED:
         arguments.pop("l2")  # a choice of the solver, not of the module
+    if arguments.get("pool") == "best":
+        arguments["pool"] = "mean"  # every backbone has it; validation has not chosen yet
     side = SIDES[recipe.side.name](spec, members=members, **arguments)
     norm = "none" if recipe.side.name == "ridge" else recipe.head.norm
     if recipe.side.name == "linear" and norm == "trained":
@@ -129,9 +134,21 @@ def build_model(
 
 
 def find_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one, else the CPU."""
+    """``cpu``, ``cuda`` or ``cuda:N``; ``auto`` is the GPU where there is one, else the CPU.
+
+    Raises:
+        RequestError: an unknown device, or a GPU that is not there.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+        raise RequestError(f"no device named {name!r}.{nearest(name, ('auto', 'cpu', 'cuda', 'cuda:0'))}")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise RequestError(
+            f"got device {name!r}, and PyTorch finds {torch.cuda.device_count()} GPUs here. "
+            "Type: --device auto"
+        )
     return torch.device(name)
 
 
@@ -139,18 +156,29 @@ def _read_fields(folder: Path) -> dict[str, Any]:
     path = folder / "artifact.json"
     if not path.exists():
         raise ArtifactError(
-            f"{folder} is not a finished run: it has no artifact.json. Type: sidetune fit .. --out {folder}"
+            f"{folder} is not a finished run: it has no artifact.json. "
+            f"Type: sidetune fit DATA --out {folder}, or the path of a finished run"
         )
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(
-            f"{path} is damaged: {error}. Type: the fit command again, with a new --out"
-        ) from error
+        raise ArtifactError(f"{path} is damaged: {error}. {AGAIN}") from error
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         found = fields.get("format") if isinstance(fields, dict) else type(fields).__name__
         raise ArtifactError(f"{path} has format {found!r}, expected {FORMAT}. Type: pip install -U sidetune")
     return fields
+
+
+def _read_weights(path: Path, expected: str) -> dict[str, Tensor]:
+    if not path.exists():
+        raise ArtifactError(f"{path} is missing, expected the side's weights. {AGAIN}")
+    found = sha256_file(path)
+    if found != expected:
+        raise ArtifactError(
+            f"{path} is damaged or was exchanged: its sha256 starts with {found[:12]}, expected "
+            f"{expected[:12]}. {AGAIN}"
+        )
+    return load_file(path)
 
 
 def _stored_norm(tensors: dict[str, Tensor], eps: float | None) -> FinalNorm | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sidetune.errors import ArtifactError
@@ -94,9 +94,14 @@ def load_checkpoint(
     Raises:
         ArtifactError: it belongs to another run, or is damaged.
     """
-    with safe_open(path, framework="pt") as stored:
-        progress = json.loads(stored.metadata()["state"])
-        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a dict
+    try:
+        with safe_open(path, framework="pt") as stored:
+            progress = json.loads(stored.metadata()["state"])
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ArtifactError(
+            f"{path} is damaged: {error}. Type: rm {path}, then the same fit command, which trains anew"
+        ) from error
     if progress["run"] != run_hash:
         raise ArtifactError(f"{path} is a checkpoint of another run. Type: --out with a new folder")
     model.load_state_dict(_under(tensors, "model."))

@@ -11,13 +11,11 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from sidetune.errors import SidetuneError
+from sidetune.errors import RequestError, SidetuneError
 
 app = typer.Typer(
     help="Adapt a frozen vision foundation model in minutes, on the machine you have.",
@@ -28,20 +26,27 @@ app = typer.Typer(
 store_app = typer.Typer(help="Look at feature stores.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
 
-Data = Annotated[Path, typer.Argument(help="A folder of class folders, a VTAB folder, or a CSV file.")]
+Data = Annotated[
+    Path, typer.Argument(metavar="DATA", help="A folder of class folders, a VTAB folder, or a CSV file.")
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that `fit` finished.")]
-Out = Annotated[Path, typer.Option(help="Where the result goes.")]
+Out = Annotated[Path, typer.Option(metavar="FOLDER", file_okay=False, help="Where the result goes.")]
 BackboneName = Annotated[str, typer.Option("--backbone", help="demo, toy, or timm:MODEL.")]
 Weights = Annotated[str | None, typer.Option(help="The backbone's weights: a file, a folder, or hub.")]
 Size = Annotated[int | None, typer.Option(help="Image side in pixels; default: the backbone's own.")]
 Task = Annotated[str, typer.Option(help="classify, multilabel or regress.")]
-Labels = Annotated[str | None, typer.Option(help="The CSV's label columns, as a,b,c.")]
+Labels = Annotated[str | None, typer.Option(help="The CSV's label columns, as a,b,c; default: label.")]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="PART.FIELD=VALUE", help="Any field of the recipe.")
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="PART.FIELD=VALUE", help="Any field of the recipe, as side.rank=16; may be repeated."
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on the last line of stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+
+INTERRUPTED = 130  # what a shell says of a command that Ctrl-C ended
 
 
 def main() -> None:
@@ -49,13 +54,24 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except SidetuneError as error:
-        print(f"error: {error}", file=sys.stderr)
-        if "--json" in sys.argv:
-            print(json.dumps({"error": str(error), "exit": error.exit_code}))
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
+    except OSError as error:  # no permission, no space left
+        _fail(f"{error.filename or 'sidetune'}: {error.strerror}", SidetuneError.exit_code)
     except KeyboardInterrupt:
-        print("interrupted: the same command resumes", file=sys.stderr)
-        sys.exit(130)
+        _fail("interrupted. The same command resumes", INTERRUPTED)
+    except SystemExit as end:  # typer has parsed the command line, or met Ctrl-C, and exits
+        if end.code == INTERRUPTED:
+            _fail("interrupted. The same command resumes", INTERRUPTED)
+        if end.code == RequestError.exit_code and "--json" in sys.argv:
+            _print_json({"error": "the command line is wrong: stderr says where", "exit": end.code})
+        raise
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    _log(f"error: {message}")
+    if "--json" in sys.argv:
+        _print_json({"error": message, "exit": code})
+    sys.exit(code)
 
 
 @app.command()
@@ -71,28 +87,31 @@ def fit(
     live: Annotated[
         bool, typer.Option("--live", help="Run the backbone at every epoch; store nothing.")
     ] = False,
-    store: Annotated[Path | None, typer.Option(help="Where features are kept.")] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            file_okay=False,
+            help="Where features are kept; default: under $SIDETUNE_STORES, or .sidetune/stores.",
+        ),
+    ] = None,
     settings: Settings = None,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a side network: features, ridge and linear probe, the side, scores, RUN/."""
+    """Train a side network: features, ridge and linear probe, the side, scores."""
     import sidetune
+    from sidetune.tables import choices, print_scores
 
     recipe = _recipe(backbone, size, weights, settings, task=task, labels=labels, side=side, live=live)
     if not quiet:
-        train = recipe.train
-        epochs = "derived" if train.epochs is None else train.epochs
-        _log(
-            f"backbone {recipe.backbone.name} · side {recipe.side.name} · features {recipe.features.mode} · "
-            f"lr {train.lr:g} · batch {train.batch_size} · epochs {epochs} · seed {train.seed}"
-        )
+        _log(choices(recipe, device))
     run = sidetune.fit(data, out=out, recipe=recipe, store=store, device=device, quiet=quiet)
     if as_json:
         _print_json({"run": str(run.folder), "recipe_hash": run.recipe_hash, **run.metrics})
         return
-    _print_scores(run.metrics)
+    print_scores(run.metrics)
     print(f"\n{run.folder / 'report.html'}")
 
 
@@ -134,6 +153,7 @@ def evaluate(
 ) -> None:
     """Score a run on labelled images. auto: the data's test split if it has one, else all images."""
     from sidetune.predict import evaluate_run
+    from sidetune.tables import print_evaluation
 
     found = evaluate_run(run, data, split=split, labels=_columns(labels), weights=weights, device=device)
     if as_json:
@@ -141,35 +161,34 @@ def evaluate(
             {"run": str(run), "split": found.split, "skipped": found.skipped, **found.evaluation.to_json()}
         )
         return
-    table = Table(
-        "score", "value", "95 % interval", title=f"{found.split}: {found.evaluation.num_samples} images"
-    )
-    for name, value in found.evaluation.scores.items():
-        table.add_row(name.replace("_", " "), _number(value), _interval(found.evaluation.intervals.get(name)))
-    Console().print(table)
-    if found.skipped:
-        _log(f"{len(found.skipped)} images could not be read")
+    print_evaluation(found.evaluation, found.split)
+    for path, reason in found.skipped.items():
+        _log(f"{path}: {reason}")
 
 
 @app.command()
 def predict(
     run: RunFolder,
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files.")],
     weights: Weights = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Say what a run sees in images."""
+    """Say what a run sees in images. Exit 1 if one of them cannot be read."""
     import sidetune
+    from sidetune.tables import prediction_lines
 
     predictions = sidetune.load(run, weights=weights, device=device).predict(images)
     if as_json:
         _print_json({"run": str(run), "predictions": [asdict(item) for item in predictions]})
-        return
-    for item in predictions:
-        likeliest = sorted(item.values.items(), key=lambda pair: -pair[1])[:3]
-        values = "  ".join(f"{name} {value:.3f}" for name, value in likeliest)
-        print(f"{item.path}\t{item.error or item.label or ''}\t{values}")
+    else:
+        for line in prediction_lines(predictions):
+            print(line)
+    unreadable = [item for item in predictions if item.error is not None]
+    for item in unreadable:
+        _log(f"error: {item.path}: {item.error}")
+    if unreadable:
+        raise typer.Exit(SidetuneError.exit_code)
 
 
 @app.command()
@@ -204,27 +223,24 @@ def demo(
 
 @store_app.command("ls")
 def store_ls(
-    stores: Annotated[list[Path] | None, typer.Argument(metavar="[STORE]...", help="Default: all.")] = None,
+    stores: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="STORE", help="Default: all under $SIDETUNE_STORES, or .sidetune/stores."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List stores: samples, taps, precision, bytes."""
-    from sidetune.store import describe, list_stores
+    from sidetune.store import describe, list_stores, stores_root
+    from sidetune.tables import store_lines
 
     rows = [describe(folder) for folder in stores or list_stores()]
     if as_json:
         _print_json({"stores": rows})
         return
-    table = Table("store", "samples", "taps", "dtype", "GiB", "state")
-    for row in rows:
-        table.add_row(
-            row["store"],
-            f"{row['samples']:,}",
-            str(row["taps"]),
-            row["dtype"],
-            f"{row['bytes'] / 2**30:.2f}",
-            row["state"],
-        )
-    Console().print(table)
+    for line in store_lines(rows):
+        print(line)
+    if not rows:
+        _log(f"no store in {stores_root()}. Type: sidetune extract DATA --out FOLDER")
 
 
 @store_app.command("verify")
@@ -269,59 +285,29 @@ def _columns(labels: str | None) -> list[str] | None:
     return None if labels is None else [name.strip() for name in labels.split(",")]
 
 
-def _print_scores(metrics: dict[str, Any]) -> None:
-    headline = metrics["headline"]
-    table = Table(
-        "method", "parameters", f"val {_words(headline)}", f"test {_words(headline)}", "95 %", "seconds"
-    )
-    for row in metrics["rows"]:
-        test = row["test"] or {"scores": {}, "intervals": {}}
-        table.add_row(
-            row["method"],
-            f"{row['parameters']:,}",
-            _number(row["val"]["scores"][headline]),
-            _number(test["scores"].get(headline)),
-            _interval(test["intervals"].get(headline)),
-            f"{row['seconds']:.1f}",
-        )
-    Console().print(table)
-
-
 def _print_store(store: Any, as_json: bool) -> None:  # noqa: ANN401 - Store, imported late
     if as_json:
         fields = {"store": str(store.folder), "samples": store.num_records, "bytes": store.num_bytes}
         _print_json({**fields, "skipped": store.skipped})
         return
-    print(
-        f"{store.folder}: {store.num_records:,} samples, {store.num_bytes / 2**30:.2f} GiB, "
-        f"{len(store.skipped)} skipped"
-    )
+    from sidetune.figures import size
+
+    print(f"{store.folder}: {store.num_records:,} samples, {size(store.num_bytes)}")
+    for key, reason in store.skipped.items():
+        _log(f"{key.rpartition('@')[0]}: {reason}")
 
 
 def _print_names(lines: dict[str, str], as_json: bool) -> None:
     if as_json:
         _print_json(lines)
         return
-    table = Table("name", "what it is")
-    for name, line in lines.items():
-        table.add_row(name, line)
-    Console().print(table)
+    from sidetune.tables import print_names
+
+    print_names(lines)
 
 
 def _first_line(documented: object) -> str:
     return (inspect.getdoc(documented) or "").split("\n")[0]
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _interval(pair: Any) -> str:  # noqa: ANN401 - a list or tuple of two, or None
-    return "-" if not pair else f"{pair[0]:.3f} .. {pair[1]:.3f}"
 
 
 def _print_json(value: dict[str, Any]) -> None:

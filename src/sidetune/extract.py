@@ -7,7 +7,7 @@ bytes do not depend on where a run was interrupted. A killed run loses the shard
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,15 +21,14 @@ from sidetune.data.preprocess import Preprocess, load_image
 from sidetune.errors import ImageError, StoreError
 from sidetune.features import Features
 from sidetune.files import locked
-from sidetune.progress import Progress
+from sidetune.progress import Progress, say
+from sidetune.shards import is_written, shard_path, write_shard
 from sidetune.store import (
     DTYPES,
     DTypeName,
     Plan,
     Store,
-    read_shard_entry,
     write_manifest,
-    write_shard,
     write_store_head,
 )
 from sidetune.summary import summarise
@@ -39,6 +38,7 @@ SHARD_RECORDS = 1024  # small features: a shard is still lost in seconds, not mi
 MICRO_BATCH = 32
 DISK_LIMIT = 0.90  # of the disk, after the store is written
 DECODERS = 4
+ANOTHER = "Type: fit --store OTHER, or extract --out OTHER"
 
 
 def extract(
@@ -64,14 +64,15 @@ def extract(
     files = {key: dataset.file(row) for row, key in enumerate(keys)}
     with locked(folder):
         plan = _plan(folder, backbone, dtype, keys)
-        todo = [number for number in range(len(plan.shards)) if read_shard_entry(folder, number) is None]
+        todo = [number for number in range(len(plan.shards)) if not is_written(folder, number)]
         if todo or not (folder / "manifest.json").exists():
-            _check_disk(folder, plan, todo)
+            _check_alike(folder, plan, backbone, todo)
+            _check_disk(folder, plan, todo, quiet)
             (folder / "manifest.json").unlink(missing_ok=True)
             write_store_head(folder, plan, backbone.norm)
-            _write_shards(folder, plan, backbone, files, todo, quiet)
             labels = {key: _label(dataset, row) for row, key in enumerate(keys)}
-            write_manifest(folder, plan, labels)
+            _write_shards(folder, plan, backbone, files, labels, todo, quiet=quiet)
+            write_manifest(folder, plan)
     return Store.open(folder)
 
 
@@ -88,14 +89,13 @@ def sample_keys(dataset: Dataset) -> tuple[str, ...]:
 
 def _plan(folder: Path, backbone: Backbone, dtype: DTypeName, keys: Sequence[str]) -> Plan:
     """The folder's plan, checked against the backbone and extended by the keys it lacks."""
-    wanted = Plan(
+    plan = Plan(
         backbone.identity,
         backbone.variant,
         backbone.spec,
         dtype,
         None if backbone.norm is None else backbone.norm.eps,
     )
-    plan = wanted
     if (folder / "plan.json").exists():
         plan = Plan.read(folder)
         check_backbone(folder, plan, backbone)
@@ -108,13 +108,6 @@ def _plan(folder: Path, backbone: Backbone, dtype: DTypeName, keys: Sequence[str
     missing = [key for key in dict.fromkeys(keys) if key not in held]
     size = max(1, min(SHARD_RECORDS, SHARD_BYTES // plan.record_bytes))
     new = tuple(tuple(missing[first : first + size]) for first in range(0, len(missing), size))
-    alike = (backbone.spec, backbone.variant.precision) == (plan.spec, plan.variant.precision)
-    if new and not alike:
-        raise StoreError(
-            f"{folder} lacks {len(missing)} of these samples and cannot be extended: it holds "
-            f"{len(plan.spec)} taps in {plan.variant.precision}, this backbone reads {len(backbone.spec)} in "
-            f"{backbone.variant.precision}. Type: --store with another folder"
-        )
     return replace(plan, shards=plan.shards + new)
 
 
@@ -127,36 +120,65 @@ def check_backbone(folder: Path, plan: Plan, backbone: Backbone) -> None:
     difference = backbone.identity.difference(plan.identity)
     if difference:
         raise StoreError(
-            f"{folder} holds features of another backbone; "
-            + "; ".join(difference)
-            + ". Type: --store with another folder, or leave --store out"
+            f"{folder} holds features of another backbone; " + "; ".join(difference) + f". {ANOTHER}"
         )
     lacking = [name for name in backbone.spec.names if name not in plan.spec.names]
     if lacking:
-        raise StoreError(f"{folder} lacks the taps {', '.join(lacking)}. Type: --store with another folder")
+        raise StoreError(f"{folder} lacks the taps {', '.join(lacking)}. {ANOTHER}")
 
 
 def _possible_shards(folder: Path, plan: Plan, keys: set[str]) -> tuple[tuple[str, ...], ...]:
-    """Drop unwritten shards at the end that ask for samples this dataset does not have."""
-    shards = list(plan.shards)
-    while shards and read_shard_entry(folder, len(shards) - 1) is None and not keys.issuperset(shards[-1]):
-        shards.pop()
-    return tuple(shards)
+    """Cut the plan at the first unwritten shard that asks for samples this dataset does not have.
 
-
-def _check_disk(folder: Path, plan: Plan, todo: Sequence[int]) -> None:
-    needed = sum(len(plan.shards[number]) for number in todo) * plan.record_bytes
-    disk = shutil.disk_usage(folder)
-    if disk.used + needed > DISK_LIMIT * (disk.used + disk.free):
+    Raises:
+        StoreError: that shard is not at the end: it was written once and has been damaged.
+    """
+    unwritten = [number for number in range(len(plan.shards)) if not is_written(folder, number)]
+    impossible = [number for number in unwritten if not keys.issuperset(plan.shards[number])]
+    if not impossible:
+        return plan.shards
+    first = impossible[0]
+    if len(plan.shards) - first > sum(number >= first for number in unwritten):
         raise StoreError(
-            f"the store needs {needed / 2**30:.1f} GiB more and {folder} has {disk.free / 2**30:.1f} GiB "
-            "free; sidetune does not fill a disk past 90 %. "
-            "Type: --live, or --set features.dtype=fp16, or a smaller --size"
+            f"shard {shard_path(folder, first)} is damaged, and only the data that it was extracted from can "
+            f"mend it. Type: extract that data again, or {ANOTHER.removeprefix('Type: ')}"
+        )
+    return plan.shards[:first]
+
+
+def _check_alike(folder: Path, plan: Plan, backbone: Backbone, todo: Sequence[int]) -> None:
+    """All shards of a store have the same taps in the same precision."""
+    if todo and (backbone.spec, backbone.variant.precision) != (plan.spec, plan.variant.precision):
+        raise StoreError(
+            f"{folder} lacks {sum(len(plan.shards[number]) for number in todo)} of these samples and cannot "
+            f"be extended: it holds {len(plan.spec)} taps in {plan.variant.precision}, this backbone reads "
+            f"{len(backbone.spec)} in {backbone.variant.precision}. {ANOTHER}"
         )
 
 
+def _check_disk(folder: Path, plan: Plan, todo: Sequence[int], quiet: bool) -> None:
+    """Say how many bytes will be written, and refuse where they would fill the disk."""
+    needed = sum(len(plan.shards[number]) for number in todo) * plan.record_bytes
+    disk = shutil.disk_usage(folder)
+    if todo and disk.used + needed > DISK_LIMIT * (disk.used + disk.free):
+        raise StoreError(
+            f"the store needs {needed / 2**20:,.1f} MiB more and {folder} has {disk.free / 2**20:,.1f} MiB "
+            "free; sidetune does not fill a disk past 90 %. "
+            "Type: --live, or --set features.dtype=fp16, or a smaller --size"
+        )
+    if todo:
+        say(f"extract: {needed / 2**20:,.1f} MiB of features to write", quiet=quiet)
+
+
 def _write_shards(
-    folder: Path, plan: Plan, backbone: Backbone, files: dict[str, Path], todo: Sequence[int], quiet: bool
+    folder: Path,
+    plan: Plan,
+    backbone: Backbone,
+    files: Mapping[str, Path],
+    labels: Mapping[str, str],
+    todo: Sequence[int],
+    *,
+    quiet: bool,
 ) -> None:
     total = sum(len(keys) for keys in plan.shards)
     done = total - sum(len(plan.shards[number]) for number in todo)
@@ -175,7 +197,8 @@ def _write_shards(
             tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             tensors["valid"] = torch.ones(len(shard_files), dtype=torch.uint8)
             tensors["valid"][list(reasons)] = 0
-            write_shard(folder, number, tensors, reasons)
+            slots = {slot: labels[key] for slot, key in enumerate(plan.shards[number])}
+            write_shard(folder, number, tensors, skipped=reasons, labels=slots)
 
 
 def decoded(
@@ -196,7 +219,7 @@ def decoded(
 
     batches = [files[first : first + MICRO_BATCH] for first in range(0, len(files), MICRO_BATCH)]
     ahead = [pool.submit(one, file) for file in batches[0]] if batches else []
-    for index, batch in enumerate(batches):
+    for index in range(len(batches)):
         current = [future.result() for future in ahead]
         if index + 1 < len(batches):
             ahead = [pool.submit(one, file) for file in batches[index + 1]]
@@ -204,19 +227,23 @@ def decoded(
         blank = torch.zeros(3, preprocess.size, preprocess.size)
         images = torch.stack([blank if isinstance(item, str) else item for item in current])
         yield index * MICRO_BATCH, images, bad
-        assert len(batch) == len(images)
 
 
 def _stored(images: Tensor, backbone: Backbone, plan: Plan) -> dict[str, Tensor]:
     """A micro-batch's tensors as a shard holds them. The summary is of the rounded features."""
     with torch.inference_mode():
-        features = backbone(images).select(plan.spec.names)
+        features = backbone(images)
         layers = tuple(layer.to("cpu", DTYPES[plan.dtype]) for layer in features.layers)
-    for layer, tap in zip(layers, plan.spec.taps, strict=True):
+    for layer, read, tap in zip(layers, features.layers, plan.spec.taps, strict=True):
+        if not torch.isfinite(read).all():
+            raise StoreError(
+                f"tap {tap.name!r} holds NaN or infinity as the backbone gives it in "
+                f"{backbone.variant.precision}. Type: --set backbone.precision=fp32, or other --weights"
+            )
         if not torch.isfinite(layer).all():
             raise StoreError(
-                f"tap {tap.name!r} is not finite in {plan.dtype}. "
-                "Type: --set features.dtype=bf16 and a new --store"
+                f"tap {tap.name!r} reaches {read.abs().max():.4g}, more than {plan.dtype} can hold. "
+                f"Type: --set features.dtype=bf16, and a new folder where --store or --out names one"
             )
     summary = summarise(Features(layers, plan.spec))
     tensors = dict(zip(plan.spec.names, layers, strict=True))

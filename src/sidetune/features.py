@@ -57,6 +57,11 @@ class Tap:
             raise RequestError(
                 f"tap {self.name!r} has kind {self.kind!r}.{nearest(self.kind, get_args(TapKind))}"
             )
+        if self.prefix_per not in get_args(PrefixPer):
+            raise RequestError(
+                f"tap {self.name!r} has prefix_per {self.prefix_per!r}."
+                f"{nearest(self.prefix_per, get_args(PrefixPer))}"
+            )
         if self.width < 1 or len(self.grid) != 3 or min(self.grid) < 1 or self.num_prefix < 0:
             raise RequestError(
                 f"tap {self.name!r} has width {self.width}, grid {self.grid}, num_prefix "

@@ -44,6 +44,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     """A safetensors file, written as `write_text` does."""
     temporary = _temporary(path)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+    temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets nobody else read its files
     with temporary.open("rb+") as stream:
         os.fsync(stream.fileno())
     _commit(temporary, path)

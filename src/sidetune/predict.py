@@ -6,6 +6,7 @@ measures the check values again: a backbone that computes something else is refu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,12 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sidetune.artifact import Artifact, find_device
-from sidetune.backbones import build_backbone
+from sidetune.backbones import BACKBONES, build_backbone
 from sidetune.backbones.base import Backbone
 from sidetune.data import SPLITS, Dataset, load_dataset
-from sidetune.errors import ArtifactError, DataError, nearest
+from sidetune.errors import ArtifactError, DataError, RequestError, nearest
 from sidetune.evaluate import Evaluation, evaluate
 from sidetune.extract import DECODERS, decoded, sample_keys
+from sidetune.recipe import BackboneRecipe
 
 # largest difference of a tap's mean and std on the built-in image, in units of its std
 SAME_PRECISION_LIMIT = 2e-3
@@ -46,14 +48,30 @@ def load(
 
     Raises:
         ArtifactError: not a finished run, damaged, or another backbone.
+        RequestError: no such device, or weights that do not fit.
     """
+    place = find_device(device)
     artifact = Artifact.read(Path(run))
     if backbone is None:
-        arguments = artifact.recipe.backbone.arguments()
-        if weights is not None:
-            arguments["weights"] = str(weights)
-        backbone = build_backbone(artifact.recipe.backbone.name, **arguments)
-    return Predictor(artifact, backbone.to(find_device(device)))
+        backbone = _build(artifact.recipe.backbone, weights)
+    return Predictor(artifact, backbone.to(place))
+
+
+def _build(recipe: BackboneRecipe, weights: str | Path | None) -> Backbone:
+    """The backbone that a run's recipe names."""
+    if re.split("[:/]", recipe.name)[0] not in BACKBONES:
+        raise ArtifactError(
+            f"the run was trained on {recipe.name!r}, a backbone that was given as an object: no name builds "
+            "it. Type, in Python: sidetune.load(RUN, backbone=...)"
+        )
+    if weights is not None:
+        recipe = recipe.model_copy(update={"weights": str(weights)})
+    elif recipe.weights not in (None, "hub", "random") and not Path(str(recipe.weights)).exists():
+        raise ArtifactError(
+            f"the run was trained with the weights {recipe.weights}, and they are not there (any more, or "
+            "seen from this folder). Type: --weights with their path"
+        )
+    return build_backbone(recipe.name, **recipe.arguments())
 
 
 def evaluate_run(
@@ -62,6 +80,7 @@ def evaluate_run(
     *,
     split: str = "auto",
     labels: Sequence[str] | None = None,
+    backbone: Backbone | None = None,
     weights: str | Path | None = None,
     device: str = "auto",
 ) -> RunEvaluation:
@@ -72,6 +91,7 @@ def evaluate_run(
         data: as `fit` takes it.
         split: ``auto`` is the test split where the data name one or are the run's own, else all rows.
         labels: the CSV's label columns; None: the run's own.
+        backbone: as `load` takes it.
         weights: where the backbone's weights are now, if not where they were.
         device: ``auto`` is the GPU where there is one.
 
@@ -79,7 +99,9 @@ def evaluate_run(
         DataError: the data are not what the run knows, or the split is empty.
         ArtifactError: see `load`.
     """
-    predictor = load(run, weights=weights, device=device)
+    if split not in ("auto", "all", *SPLITS):
+        raise DataError(f"no split named {split!r}.{nearest(split, ('auto', 'all', *SPLITS))}")
+    predictor = load(run, backbone=backbone, weights=weights, device=device)
     recipe = predictor.artifact.recipe.data
     dataset = load_dataset(
         Path(data),
@@ -92,11 +114,10 @@ def evaluate_run(
     if split == "auto":
         own = dataset.fingerprint(sample_keys(dataset)) == predictor.artifact.data
         split = "test" if own or "test" not in dataset.carved else "all"
-    if split not in ("all", *SPLITS):
-        raise DataError(f"no split named {split!r}.{nearest(split, ('auto', 'all', *SPLITS))}")
     rows = np.arange(len(dataset)) if split == "all" else np.flatnonzero(dataset.split == split)
     if not len(rows):
-        raise DataError(f"the split {split!r} of {data} is empty. Type: --split all")
+        others = " or ".join(name for name in SPLITS if len(dataset.rows(name)))
+        raise DataError(f"the split {split!r} of {data} is empty. Type: --split {others}, or --split all")
     evaluation, skipped = predictor.evaluate(dataset, rows)
     return RunEvaluation(
         evaluation, split, {dataset.paths[row].as_posix(): reason for row, reason in skipped.items()}
@@ -152,7 +173,15 @@ class Predictor:
         self.model = artifact.model.to(backbone.device)
 
     def predict(self, paths: Sequence[str | Path]) -> list[Prediction]:
-        """One `Prediction` an image file, in order; unreadable files have an error instead."""
+        """One `Prediction` an image file, in order; unreadable files have an error instead.
+
+        Raises:
+            RequestError: a single path, not a list.
+        """
+        if isinstance(paths, str | Path):
+            raise RequestError(
+                f"got the path {str(paths)!r}, expected a list. Type: predict([{str(paths)!r}])"
+            )
         outputs = self.artifact.task.outputs
         classify = self.artifact.task.kind == "classify"
         predictions: list[Prediction] = []
@@ -224,13 +253,17 @@ class Predictor:
         difference = self.backbone.identity.difference(self.artifact.identity)
         if difference:
             raise ArtifactError(
-                "the run was trained on another backbone; "
+                "the backbone here is not the one that the run was trained on, there: "
                 + "; ".join(difference)
-                + ". Type: --weights PATH with the weights it was trained on"
+                + ". Type: --weights with the path of the weights that it was trained on, or, in Python, "
+                "sidetune.load(RUN, backbone=...)"
             )
         lacking = [name for name in self.artifact.spec.names if name not in self.backbone.spec.names]
         if lacking:
-            raise ArtifactError(f"the backbone lacks the taps {', '.join(lacking)}. Build it with taps=None")
+            raise ArtifactError(
+                f"the backbone reads the taps {', '.join(self.backbone.spec.names)} and lacks "
+                f"{', '.join(lacking)}, which the run reads. Build it with taps=None"
+            )
         same = self.backbone.variant.precision == self.artifact.variant.precision
         limit = SAME_PRECISION_LIMIT if same else OTHER_PRECISION_LIMIT
         found = self.backbone.check_values()
@@ -238,7 +271,8 @@ class Predictor:
             off = max(abs(found[name][0] - mean), abs(found[name][1] - std)) / max(std, 1e-12)
             if not off <= limit:
                 raise ArtifactError(
-                    f"tap {name!r} has mean and std {found[name]} on the built-in image, expected "
-                    f"{(mean, std)} within {limit} std: this backbone computes something else. "
-                    "Type: sidetune fit again on this machine"
+                    f"tap {name!r} has mean {found[name][0]:.4g} and std {found[name][1]:.4g} on the "
+                    f"built-in image, expected {mean:.4g} and {std:.4g} within {limit:g} std: the backbone "
+                    "has the right weights and computes something else. Type: the fit command on this "
+                    "machine, with a new --out"
                 )

@@ -14,6 +14,12 @@ from rich.progress import Progress as Bar
 PLAIN_EVERY = 10.0  # seconds between plain lines
 
 
+def say(text: str, *, quiet: bool = False) -> None:
+    """One line on stderr, unless quiet."""
+    if not quiet:
+        print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
 class Progress:
     """Counts work done and says rate and time left.
 
@@ -67,4 +73,4 @@ class Progress:
 
     def _print(self, text: str) -> None:
         self._printed = time.monotonic()
-        print(f"{self.label}: {text}", file=sys.stderr, flush=True)  # noqa: T201
+        say(f"{self.label}: {text}")

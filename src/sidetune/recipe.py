@@ -26,7 +26,7 @@ from sidetune.store import DTypeName
 class Part(BaseModel):
     """A frozen part of a recipe."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataRecipe(Part):
@@ -137,7 +137,7 @@ class Recipe(Part):
                 )
             fields.setdefault(part, {})[field] = _value(setting, text)
         name = fields.get("side", {}).setdefault("name", "losa") if "side" in fields else "losa"
-        if name not in SIDES:
+        if str(name) not in SIDES:
             raise RecipeError(f"no side named {name!r}.{nearest(str(name), SIDES)}")
         try:
             return cls.model_validate(fields)
@@ -167,6 +167,8 @@ def _message(error: ValidationError, example: Recipe) -> str:
     location = [str(step) for step in complaint["loc"]]
     if location[0] == "side" and len(location) > 1 and location[1] in SIDES:
         location.pop(1)  # the union's tag is no part of the key
+    if len(location) == 1 and isinstance(complaint["input"], dict):
+        location += list(complaint["input"])[:1]  # an unknown part: say the whole key that was typed
     key = ".".join(location)
     if complaint["type"] == "extra_forbidden":
         known = [f"{part}.{field}" for part, fields in example.model_dump().items() for field in fields]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,7 @@ from sidetune.artifact import Artifact
 from sidetune.backbones.base import Backbone
 from sidetune.checkpoint import Epoch
 from sidetune.data.dataset import Dataset
-from sidetune.errors import ArtifactError
+from sidetune.errors import ArtifactError, RequestError
 from sidetune.files import csv_text, write_json, write_text
 from sidetune.recipe import Recipe
 from sidetune.store import DTypeName, stores_root
@@ -46,15 +46,15 @@ class Run:
         """Open a finished run.
 
         Raises:
-            ArtifactError: it is not finished.
+            ArtifactError: it is not finished, or damaged.
         """
         if not (folder / "artifact.json").exists():
             raise ArtifactError(
                 f"{folder} is not a finished run: it has no artifact.json. "
-                f"Type: sidetune fit .. --out {folder}"
+                f"Type: sidetune fit DATA --out {folder}"
             )
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        return cls(folder, metrics, json.loads((folder / "recipe.json").read_text(encoding="utf-8"))["hash"])
+        metrics, asked = _read_object(folder / "metrics.json"), _read_object(folder / "recipe.json")
+        return cls(folder, metrics, str(asked.get("hash")))
 
     @property
     def row(self) -> dict[str, Any]:
@@ -67,48 +67,77 @@ class Run:
         return Artifact.read(self.folder)
 
 
-def begin_run(folder: Path, recipe: Recipe, data: str, backbone: str) -> Run | None:
-    """Claim a run folder for this recipe, data and backbone, or find the run finished there.
+def find_run(folder: Path, recipe: Recipe, data: str, backbone: str) -> Run | None:
+    """The finished run of this recipe, data and backbone, None where there is none yet. Writes nothing.
+
+    A run that was interrupted before its first checkpoint has nothing to lose: its folder is free.
+
+    Args:
+        folder: the run folder.
+        recipe: as asked for.
+        data: the dataset's fingerprint.
+        backbone: the digest of its identity.
 
     Raises:
-        ArtifactError: the folder holds another run; names what differs.
+        RequestError: it is a file, or a folder that holds something else than a run.
+        ArtifactError: it holds another run; names what differs.
     """
-    asked = {
-        "recipe": recipe.model_dump(mode="json"),
-        "hash": recipe.hash,
-        "data": data,
-        "backbone": backbone,
-    }
-    path = folder / "recipe.json"
-    if not path.exists():
-        write_json(path, asked)
+    if not (folder / "recipe.json").exists():
+        _check_free(folder)
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    differing = [
-        {"hash": "recipe"}.get(key, key)
-        for key in ("hash", "data", "backbone")
-        if found.get(key) != asked[key]
-    ]
-    if differing:
+    found = _read_object(folder / "recipe.json")
+    differing = list(_differences(found, recipe, data, backbone))
+    finished = (folder / "artifact.json").exists()
+    if differing and (finished or (folder / "checkpoint.safetensors").exists()):
         raise ArtifactError(
-            f"{folder} holds a run with another {' and another '.join(differing)}"
-            f"{_difference(found.get('recipe', {}), recipe)}. Type: --out with a new folder"
+            f"{folder} holds another run: {'; '.join(differing)}. Type: --out with a new folder"
         )
-    return Run.open(folder) if (folder / "artifact.json").exists() else None
+    return Run.open(folder) if finished else None
 
 
-def _difference(found: Mapping[str, Any], recipe: Recipe) -> str:
-    """The recipe fields that differ: `` (train.lr: 0.001 there, 0.003 asked)``."""
-    lines = []
+def begin_run(folder: Path, recipe: Recipe, data: str, backbone: str) -> Run | None:
+    """Claim a run folder by writing recipe.json, or find the run finished there. As `find_run`."""
+    finished = find_run(folder, recipe, data, backbone)
+    if finished is None:
+        fields = recipe.model_dump(mode="json")
+        write_json(
+            folder / "recipe.json",
+            {"recipe": fields, "hash": recipe.hash, "data": data, "backbone": backbone},
+        )
+    return finished
+
+
+def _check_free(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(f"{folder} is a file, expected a run folder. Type: --out with a new folder")
+    others = sorted(path.name for path in folder.glob("[!.]*"))
+    if others:
+        raise RequestError(
+            f"{folder} holds no run but {', '.join(others[:3])}{' ..' if len(others) > 3 else ''}; expected "
+            "an empty or a new folder. Type: --out with a new folder"
+        )
+
+
+def _differences(found: Mapping[str, Any], recipe: Recipe, data: str, backbone: str) -> Iterator[str]:
+    """What a folder's recipe.json and what is asked for do not share, a phrase each."""
+    if found.get("hash") != recipe.hash:
+        yield from _field_differences(found.get("recipe", {}), recipe)
+    if found.get("data") != data:
+        yield "its data are others (images, labels or splits)"
+    if found.get("backbone") != backbone:
+        yield "its backbone is another (weights, architecture or preprocessing)"
+
+
+def _field_differences(found: Mapping[str, Any], recipe: Recipe) -> Iterator[str]:
     for part, fields in recipe.model_dump(mode="json").items():
         there = found.get(part, {})
         names = sorted(fields.keys() | there.keys())
-        lines += [
-            f"{part}.{name}: {there.get(name)} there, {fields.get(name)} asked"
-            for name in names
-            if there.get(name) != fields.get(name)
-        ]
-    return f" ({'; '.join(lines)})" if lines else ""
+        if fields.get("name") != there.get("name"):
+            names = ["name"]  # of two sides no other field can be compared
+        for name in names:
+            if fields.get(name) != there.get(name) and name != "weights":  # a path is no part of the hash
+                theirs, ours = (json.dumps(value.get(name)) for value in (there, fields))
+                yield f"{part}.{name} is {theirs} there and {ours} here"
 
 
 def write_run(
@@ -118,9 +147,8 @@ def write_run(
     dataset: Dataset,
     task: Task,
     predictions: Mapping[str, tuple[NDArray[np.int64], Tensor]],
-    skipped: Mapping[int, str],
 ) -> None:
-    """Write metrics.json, history.jsonl, predictions.csv and skipped.csv.
+    """Write metrics.json, history.jsonl and predictions.csv.
 
     Args:
         folder: the run folder.
@@ -129,7 +157,6 @@ def write_run(
         dataset: names the samples.
         task: names the outputs.
         predictions: split -> (rows, predictions (n, K)).
-        skipped: row -> reason.
     """
     write_json(folder / "metrics.json", metrics)
     lines = [json.dumps(epoch.to_json()) for epoch in history]
@@ -144,6 +171,10 @@ def write_run(
                 [dataset.paths[row].as_posix(), split, *target, *(f"{number:.6g}" for number in value)]
             )
     write_text(folder / "predictions.csv", csv_text(table))
+
+
+def write_skipped(folder: Path, dataset: Dataset, skipped: Mapping[int, str]) -> None:
+    """Write skipped.csv: the path of each image that could not be read, and why (row -> reason)."""
     reasons = [[dataset.paths[row].as_posix(), reason] for row, reason in sorted(skipped.items())]
     write_text(folder / "skipped.csv", csv_text([["path", "reason"], *reasons]))
 
@@ -165,6 +196,19 @@ def environment(device: torch.device) -> dict[str, Any]:
         else f"{os.cpu_count()} CPU cores",
         "threads": torch.get_num_threads(),
     }
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} is damaged: {error}. Type: the fit command with a new --out") from error
+    if not isinstance(value, dict):
+        raise ArtifactError(
+            f"{path} is damaged: got a {type(value).__name__}, expected an object. "
+            "Type: the fit command with a new --out"
+        )
+    return value
 
 
 def _target_names(task: Task) -> list[str]:

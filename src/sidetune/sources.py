@@ -17,7 +17,6 @@ from torch import Tensor
 
 from sidetune.backbones.base import Backbone
 from sidetune.data.dataset import Dataset
-from sidetune.errors import StoreError
 from sidetune.extract import DECODERS, MICRO_BATCH, decoded
 from sidetune.features import Features, FinalNorm, Spec
 from sidetune.progress import Progress
@@ -63,16 +62,12 @@ class StoredSource(Source):
         spec: the taps to read; None: all of the store's.
 
     Raises:
-        StoreError: the store lacks samples or taps.
+        StoreError: the store lacks samples.
+        RequestError: the store lacks a tap.
     """
 
     def __init__(self, store: Store, keys: Sequence[str], spec: Spec | None = None) -> None:
-        missing = store.missing(keys)
-        if missing:
-            raise StoreError(
-                f"{store.folder} lacks {len(missing)} of {len(keys)} samples, the first {missing[0]!r} "
-                f"(new, edited, or moved). Type: sidetune extract DATA --out {store.folder}"
-            )
+        store.require(keys)
         self.store, self.keys = store, list(keys)
         self.spec = store.plan.spec if spec is None else store.plan.spec.select(spec.names)
         self.final_norm = store.final_norm

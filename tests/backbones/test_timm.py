@@ -5,11 +5,11 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from tiny_vits import hub_folder
 
 from sidetune.backbones.base import weights_digest
 from sidetune.backbones.timm import TimmBackbone
 from sidetune.errors import BackboneError
+from tiny_vits import hub_folder
 
 NAME = "test_vit"  # timm's own small model: 160 px, patch 16, 6 blocks of width 64
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_vits import demo_is_missing, hub_folder
 from torch import Tensor, nn
 
 from sidetune.backbones.base import Identity, Variant, weights_digest
@@ -20,6 +19,7 @@ from sidetune.backbones.toy import ToyBackbone
 from sidetune.backbones.wrap import Wiring, WrappedBackbone
 from sidetune.data.preprocess import Preprocess
 from sidetune.errors import BackboneError, RequestError
+from tiny_vits import demo_is_missing, hub_folder
 
 
 @dataclass(frozen=True)

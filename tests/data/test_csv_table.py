@@ -3,8 +3,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from images import make_csv
 
+from images import make_csv
 from sidetune.data import Dataset, load_dataset
 from sidetune.errors import DataError
 

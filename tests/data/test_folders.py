@@ -3,8 +3,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from images import make_folder
 
+from images import make_folder
 from sidetune.data import load_dataset
 from sidetune.errors import DataError
 

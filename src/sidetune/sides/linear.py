@@ -8,8 +8,6 @@ loop: an under-trained probe is no opponent (docs/explanation/design.md).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +23,7 @@ from sidetune.features import Features
 from sidetune.keyed import Draws
 from sidetune.sides.base import Side, SideRecipe
 from sidetune.tasks import Task
+from sidetune.threads import SMALL, one_thread
 
 PENALTIES = tuple(10.0**exponent for exponent in range(0, -6, -1))  # 1 .. 1e-5, each starts at the last
 GRADIENT_TOLERANCE = 1e-6  # largest component of the gradient of the mean loss, in steps of unit curvature
@@ -59,13 +58,14 @@ class Coordinates:
     def __init__(self, x: Tensor) -> None:
         x = x.double()
         self.mean, self.spread = x.mean(0), x.std(0, unbiased=False).clamp(min=1e-12)
-        left, self.singular, right = torch.linalg.svd((x - self.mean) / self.spread, full_matrices=False)
-        self.axes = right.T  # (F, r)
-        self.along = left * self.singular  # (n, r)
+        with one_thread(when=min(x.shape) <= SMALL):
+            left, self.singular, right = torch.linalg.svd((x - self.mean) / self.spread, full_matrices=False)
+        self.axes: Tensor = right.T  # (F, r)
+        self.along: Tensor = left * self.singular  # (n, r)
 
     def step(self, l2: float) -> Tensor:
         """Scale of each axis: one over the root of the loss's curvature along it, (r,)."""
-        curvature = LOSS_CURVATURE * self.singular.square() / len(self.along) + l2
+        curvature: Tensor = LOSS_CURVATURE * self.singular.square() / len(self.along) + l2
         return curvature.clamp(min=1e-12).rsqrt()
 
 
@@ -134,14 +134,3 @@ def solve_linear(
     along = torch.from_numpy(found.x).view(shape) * step
     weight = (x.axes @ along[:-1]) / x.spread[:, None]
     return LinearSolution(weight, along[-1] - x.mean @ weight, along, int(found.nit), gradient)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Many small products: threads that wait for each other cost more than they bring on busy cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -26,6 +26,7 @@ from sidetune.features import Features, Spec
 from sidetune.keyed import Draws
 from sidetune.sides.base import Side, SideRecipe
 from sidetune.summary import Summary, summarise
+from sidetune.threads import SMALL, one_thread
 
 LAMBDAS = tuple(10.0 ** (exponent / 2) for exponent in range(-10, 5))  # 1e-5 .. 1e2
 
@@ -133,7 +134,8 @@ def solve_ridge(
     x_mean = x.double().mean(0)
     x = x.double() - x_mean
     y = y.double() - y.double().mean(0)
-    eigenvalues, basis, to_weight = _decompose(x)
+    with one_thread(when=min(x.shape) <= SMALL):
+        eigenvalues, basis, to_weight = _decompose(x)
     coordinates = basis.T @ y
     best: tuple[tuple[float, float], float, Tensor] | None = None
     scores = {}

@@ -1,0 +1,249 @@
+"""Every method of a run, fitted on the same features and scored alike: the probes, then the side.
+
+Job                    features, targets, splits: what every method works from
+fit_methods(job)       ridge on the last tap and on all, the linear probe, the side: a `Fitted` each
+score(job, fitted)     its line of the score table: a `Row`
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sidetune.artifact import build_model
+from sidetune.backbones.base import Backbone
+from sidetune.checkpoint import Epoch, Scores
+from sidetune.data.dataset import Dataset
+from sidetune.evaluate import Evaluation, evaluate, scores
+from sidetune.figures import duration, label, number
+from sidetune.model import SideModel
+from sidetune.probes import Pooled, Probe, fit_linear, fit_ridge
+from sidetune.progress import say
+from sidetune.recipe import Recipe
+from sidetune.sides import SOLVED
+from sidetune.sides.linear import LinearRecipe
+from sidetune.sides.ridge import RidgeRecipe
+from sidetune.sources import Source
+from sidetune.summary import Summary
+from sidetune.tasks import Task
+from sidetune.train import TrainingSet, train
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every method works from.
+
+    Args:
+        recipe: as asked for.
+        dataset: every sample.
+        backbone: where the source comes from.
+        out: the run folder.
+        quiet: no progress.
+        data: fingerprint of the dataset.
+        source: features of every row.
+        summary: the same, pooled.
+        split: rows of each split that could be read.
+        task: measured on the training rows.
+        seconds: that features and summary took.
+    """
+
+    recipe: Recipe
+    dataset: Dataset
+    backbone: Backbone
+    out: Path
+    quiet: bool
+    data: str
+    source: Source
+    summary: Summary
+    split: dict[str, NDArray[np.int64]]
+    task: Task
+    seconds: float
+
+    @property
+    def targets(self) -> Tensor:
+        """Of every row, as the task takes them."""
+        return torch.from_numpy(self.dataset.targets)
+
+    def say(self, text: str) -> None:
+        """One line on stderr, unless quiet."""
+        say(text, quiet=self.quiet)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A method that is ready to predict: a probe, or the side itself.
+
+    Args:
+        name: of its row in the score table.
+        model: side, norm and head.
+        recipe: with every choice filled in.
+        parameters: without the head.
+        seconds: that fitting took.
+        detail: what was chosen, for the tables.
+        outputs: split -> the head's outputs (n, K), on the CPU.
+        history: one `Epoch` an epoch; none for what was solved.
+    """
+
+    name: str
+    model: SideModel
+    recipe: Recipe
+    parameters: int
+    seconds: float
+    detail: dict[str, Any]
+    outputs: Callable[[str], Tensor]
+    history: Sequence[Epoch] = ()
+
+
+def fit_methods(job: Job) -> Iterator[Fitted]:
+    """The opponents, then the run's own side: its row comes last."""
+    yield from _solve_probes(job)
+    if job.recipe.side.name not in SOLVED:
+        yield _train_side(job)
+
+
+def _solve_probes(job: Job) -> Iterator[Fitted]:
+    """Stage two: ridge on the last tap, ridge on all taps, and the linear probe."""
+    pooled = Pooled(job.summary, job.targets, job.split["train"], job.split["val"], job.dataset.group)
+    probes: dict[str, RidgeRecipe | LinearRecipe] = {
+        "ridge-last": RidgeRecipe(taps="last"),
+        "ridge": RidgeRecipe(),
+        "linear": LinearRecipe(),
+    }
+    asked = job.recipe.side
+    if isinstance(asked, RidgeRecipe | LinearRecipe):
+        probes.pop(asked.name)
+        probes[asked.name] = asked  # with its own settings, and last
+    for name, recipe in probes.items():
+        started = time.monotonic()
+        probe = _solve(job, pooled, recipe)
+        yield Fitted(
+            name,
+            probe.model,
+            job.recipe.model_copy(update={"side": probe.recipe}),
+            parameters=0,
+            seconds=time.monotonic() - started,
+            detail=probe.detail,
+            outputs=partial(_probe_outputs, job, probe),
+        )
+
+
+def _solve(job: Job, pooled: Pooled, recipe: RidgeRecipe | LinearRecipe) -> Probe:
+    if isinstance(recipe, RidgeRecipe):
+        return fit_ridge(recipe, pooled, job.task)
+    norm, final_norm = job.recipe.head.norm, job.source.final_norm
+    return fit_linear(recipe, pooled, job.task, norm=norm, final_norm=final_norm)
+
+
+def _probe_outputs(job: Job, probe: Probe, split: str) -> Tensor:
+    return probe.outputs(job.summary, job.split[split])
+
+
+def _train_side(job: Job) -> Fitted:
+    """Stage three: the side, by the one loop."""
+    started = time.monotonic()
+    recipe = job.recipe.train.resolved(len(job.split["train"]))
+    model = build_model(job.recipe, job.source.spec, job.task.num_outputs, job.source.final_norm)
+    if job.recipe.features.tap_scale == "rms":
+        training = job.summary.rows(torch.from_numpy(job.split["train"]))
+        model.side.tap_scale.copy_(training.tap_scale())
+    model.start([recipe.seed])
+    model.to(job.backbone.device)
+    parameters = model.side.num_parameters() + sum(p.numel() for p in model.norm.parameters())
+    name = job.recipe.side.name
+    images = len(job.split["train"])
+    job.say(f"training {name}: {parameters:,} parameters, {images:,} images, {recipe.epochs} epochs")
+    trained = train(
+        model,
+        TrainingSet(job.source.features, job.targets, job.split["train"]),
+        job.task,
+        recipe,
+        seeds=[recipe.seed],
+        validate=partial(_validate, job),
+        checkpoint=job.out / "checkpoint.safetensors",
+        run_hash=job.recipe.hash,
+        quiet=job.quiet,
+    )
+    return Fitted(
+        name,
+        model.eval(),
+        job.recipe.model_copy(update={"train": recipe}),
+        parameters,
+        seconds=time.monotonic() - started,
+        detail={"epochs": recipe.epochs, "lr": recipe.lr},
+        outputs=partial(_side_outputs, job, model),
+        history=trained.history,
+    )
+
+
+def _validate(job: Job, model: nn.Module) -> list[Scores]:
+    targets = job.dataset.targets[job.split["val"]]
+    members = job.task.predictions(_member_outputs(job, model, "val")).double().numpy()
+    return [scores(job.task, predictions, targets) for predictions in members]
+
+
+def _side_outputs(job: Job, model: nn.Module, split: str) -> Tensor:
+    return _member_outputs(job, model, split)[0]
+
+
+def _member_outputs(job: Job, model: nn.Module, split: str) -> Tensor:
+    """Outputs of a split: (M, n, K), on the CPU."""
+    parts = [torch.zeros(1, 0, job.task.num_outputs)]
+    with torch.no_grad():
+        for batch in job.source.batches(job.split[split]):
+            parts.append(model(batch.to(job.backbone.device)).float().cpu())
+    return torch.cat(parts, 1)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the score table, with the predictions behind it.
+
+    Args:
+        fitted: the method.
+        predictions: of ``val`` and ``test``, (n, K).
+        val: its scores.
+        test: its scores; None where there is no test split.
+        seconds: that predicting and scoring took.
+    """
+
+    fitted: Fitted
+    predictions: dict[str, Tensor]
+    val: Evaluation
+    test: Evaluation | None
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As metrics.json holds it."""
+        return {
+            "method": self.fitted.name,
+            "parameters": self.fitted.parameters,
+            "seconds": self.fitted.seconds,
+            "detail": self.fitted.detail,
+            "val": self.val.to_json(),
+            "test": None if self.test is None else self.test.to_json(),
+        }
+
+
+def score(job: Job, fitted: Fitted) -> Row:
+    """Predict validation and test, score them, and say the headline."""
+    started = time.monotonic()
+    predictions = {name: job.task.predictions(fitted.outputs(name)) for name in ("val", "test")}
+    found = {
+        name: evaluate(job.task, values.double().numpy(), job.dataset.targets[job.split[name]])
+        for name, values in predictions.items()
+        if len(values)
+    }
+    headline = job.task.headline
+    words, unit = label(headline)
+    shown = [f"{name} {number(headline, one.scores[headline])} {unit}" for name, one in found.items()]
+    job.say(f"{fitted.name}: {words}, {', '.join(map(str.strip, shown))} ({duration(fitted.seconds)})")
+    return Row(fitted, predictions, found["val"], found.get("test"), time.monotonic() - started)

@@ -1,0 +1,112 @@
+"""What the command line prints for people: results as text that reads well at 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from sidetune.evaluate import Evaluation
+from sidetune.figures import duration, label, number, size
+from sidetune.predict import Prediction
+from sidetune.recipe import Recipe
+from sidetune.sides import SOLVED
+
+LIKELIEST = 3  # classes that are shown of an image
+
+
+def choices(recipe: Recipe, device: str) -> str:
+    """Every choice that a result hangs on, defaults too."""
+    train, features = recipe.train, recipe.features
+    size = "the backbone's own" if recipe.backbone.size is None else f"{recipe.backbone.size} px"
+    kept = "live" if features.mode == "live" else f"stored, {features.dtype}"
+    epochs = "10 to 100, by the number of images" if train.epochs is None else train.epochs
+    lines = [
+        f"backbone {recipe.backbone.name} · size {size} · side {recipe.side.name} · task {recipe.data.task}",
+        f"features {kept} · device {device}",
+        f"epochs {epochs} · lr {train.lr:g} · batch {train.batch_size} · seed {train.seed}",
+    ]
+    return "\n".join(lines[:2] if recipe.side.name in SOLVED else lines)
+
+
+def print_scores(metrics: Mapping[str, Any]) -> None:
+    """A run's metrics: one line a method with its headline score, the run's own side last."""
+    headline, data = metrics["headline"], metrics["data"]
+    split = "test" if metrics["rows"][-1]["test"] else "val"
+    counts = ", ".join(f"{data[f'num_{name}']:,} {name}" for name in ("train", "val", "test"))
+    table = _table(
+        "method", "val", "test", f"95 % of {split}", "parameters", "time", title=_title(headline, counts)
+    )
+    for row in metrics["rows"]:
+        test = row["test"] or {"scores": {}}
+        table.add_row(
+            row["method"],
+            number(headline, row["val"]["scores"][headline]),
+            number(headline, test["scores"].get(headline)),
+            _interval(headline, row[split]["intervals"].get(headline)),
+            f"{row['parameters']:,}",
+            duration(row["seconds"]),
+        )
+    Console().print(table)
+
+
+def print_evaluation(evaluation: Evaluation, split: str) -> None:
+    """Every score of a split with its interval."""
+    images = f"{evaluation.num_samples:,} images"
+    table = _table("score", "value", "95 %", title=f"{images} of {split}" if split != "all" else images)
+    for name, value in evaluation.scores.items():
+        interval = _interval(name, evaluation.intervals.get(name))
+        table.add_row(_title(name), number(name, value), interval)
+    Console().print(table)
+
+
+def prediction_lines(predictions: Sequence[Prediction]) -> Iterator[str]:
+    """One line an image that could be read: path, the likeliest class where there is one, values."""
+    for item in predictions:
+        if item.error is not None:
+            continue
+        values = list(item.values.items())
+        if item.label is not None:
+            values = sorted(values, key=lambda pair: -pair[1])[:LIKELIEST]
+        cells = [] if item.label is None else [item.label]
+        cells.append("  ".join(f"{name} {value:.3f}" for name, value in values))
+        yield "\t".join([item.path, *cells])
+
+
+def store_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Two lines a store: its path alone, so that it can be copied, and what it holds."""
+    for row in rows:
+        yield row["store"]
+        yield (
+            f"    {row['architecture']} · {row['samples']:,} samples · {row['taps']} taps · {row['dtype']} · "
+            f"{size(row['bytes'])} · {row['state']}"
+        )
+
+
+def print_names(lines: Mapping[str, str]) -> None:
+    """Names and what they stand for."""
+    table = Table("name", "what it is", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name, line in lines.items():
+        table.add_row(name, line)
+    Console().print(table)
+
+
+def _table(*columns: str, title: str) -> Table:
+    """A table whose first column is a name and whose others are numbers, one line a row."""
+    print()  # noqa: T201 - apart from the progress above it
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, show_edge=False)
+    for number_of, column in enumerate(columns):
+        table.add_column(column, justify="right" if number_of else "left", no_wrap=True)
+    return table
+
+
+def _title(name: str, remark: str = "") -> str:
+    words, unit = label(name)
+    return f"{words}{unit and f', {unit}'}{remark and f' ({remark})'}"
+
+
+def _interval(name: str, pair: Sequence[float] | None) -> str:
+    return f"{number(name, pair[0])} .. {number(name, pair[1])}" if pair else "–"

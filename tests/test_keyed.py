@@ -1,0 +1,54 @@
+import hashlib
+
+import pytest
+import torch
+
+from sidetune.keyed import Draws, generator
+
+KEY = {"seed": 3, "purpose": "order", "epoch": 5, "step": 7}
+
+
+def draw(**changes):
+    return torch.rand(8, generator=generator(**{**KEY, **changes}))
+
+
+def test_the_same_key_gives_the_same_draw():
+    assert torch.equal(draw(), draw())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 4}, {"seed": -3}, {"purpose": "orders"}, {"epoch": 7, "step": 5}, {"epoch": 6}, {"step": 8}],
+)
+def test_any_part_of_the_key_changes_the_draw(change):
+    assert not torch.equal(draw(), draw(**change))
+
+
+def test_the_key_is_the_one_that_checkpoints_and_artifacts_rest_on():
+    digest = hashlib.sha256(b"3/order/5/7").digest()
+    expected = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    assert torch.equal(draw(), torch.rand(8, generator=expected))
+
+
+def test_no_draw_touches_the_global_generator():
+    before = torch.random.get_rng_state()
+    draw()
+    Draws([0, 1]).keep("branch", 0.5, 16, torch.device("cpu"))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.6])
+def test_keep_is_zero_or_one_over_the_rate_kept_and_one_in_the_mean(rate):
+    kept = Draws([0, 1], epoch=2, step=3).keep("branch", rate, 20_000, torch.device("cpu"))
+    assert kept.shape == (2, 20_000)
+    assert set(kept.unique().tolist()) <= {0.0, torch.tensor(1 / (1 - rate)).item()}
+    assert kept.mean(1) == pytest.approx([1.0, 1.0], abs=0.03)
+
+
+def test_a_member_draws_what_it_would_draw_alone():
+    cpu = torch.device("cpu")
+    fleet = Draws([5, 6], epoch=1).keep("branch", 0.5, 64, cpu)
+    assert torch.equal(fleet[1:], Draws([6], epoch=1).keep("branch", 0.5, 64, cpu))
+    assert not torch.equal(fleet[0], fleet[1])
+    assert not torch.equal(fleet, Draws([5, 6], epoch=1).keep("other", 0.5, 64, cpu))
+    assert not torch.equal(fleet, Draws([5, 6], epoch=1, step=1).keep("branch", 0.5, 64, cpu))

@@ -1,0 +1,199 @@
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from sidetune.errors import RecipeError
+from sidetune.recipe import Recipe, TrainRecipe
+from sidetune.sides import SIDES
+from sidetune.sides.last import LastRecipe
+
+
+def value(setting, **fields):
+    """The field that a setting reaches."""
+    part, _, field = setting.partition("=")[0].partition(".")
+    return getattr(getattr(Recipe.build(fields, [setting]), part), field)
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("side.rank=16", 16),
+        ("train.lr=1e-3", 1e-3),  # YAML 1.1 reads a string here
+        ("train.lr=3", 3.0),
+        ("train.clip_norm=null", None),
+        ("train.epochs=null", None),
+        ("train.select=best", "best"),
+        ("backbone.taps=[block.1, block.4]", ("block.1", "block.4")),
+        ("backbone.taps=null", None),
+        ("backbone.name=timm:vit_tiny_patch16_224", "timm:vit_tiny_patch16_224"),
+        ("backbone.weights=a=b.safetensors", "a=b.safetensors"),
+        ("data.labels=[a, b]", ("a", "b")),
+        ("side.mix_tokens=false", False),
+        ("side.order=token->channel", "token->channel"),
+        ("head.norm=none", "none"),
+        ("features.dtype=bf16", "bf16"),
+    ],
+)
+def test_a_setting_reaches_its_field(setting, expected):
+    found = value(setting)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+def test_settings_come_after_fields_and_the_last_one_counts():
+    fields = {"train": {"lr": 0.5, "batch_size": 4}}
+    recipe = Recipe.build(fields, ["train.lr=0.1", "train.lr=0.2"])
+    assert (recipe.train.lr, recipe.train.batch_size) == (0.2, 4)
+    assert fields == {"train": {"lr": 0.5, "batch_size": 4}}, "the caller's own fields stay as they were"
+
+
+@pytest.mark.parametrize("name", sorted(SIDES))
+def test_the_side_is_chosen_by_its_name(name):
+    recipe = Recipe.build({"side": {"name": name}})
+    assert recipe.side.name == name
+    assert Recipe.build(recipe.model_dump(mode="json")) == recipe
+
+
+def test_the_default_side_is_losa():
+    assert Recipe().side.name == Recipe.build({}, ["side.rank=3"]).side.name == "losa"
+
+
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [
+        ("rank=16", "--set got 'rank=16', expected part.field=value. Type: --set side.rank=16"),
+        ("side.rank", "--set got 'side.rank', expected part.field=value. Type: --set side.rank=16"),
+        ("side.rnk=16", "no setting 'side.rnk'. Did you mean 'side.rank'? Known: backbone.name, "),
+        ("train.learning_rate=1", "no setting 'train.learning_rate'."),
+        ("trian.lr=1", "no setting 'trian.lr'. Did you mean 'train.lr'? Known: "),
+        ("side.heads=2", "no setting 'side.heads'."),  # LAST has it, LoSA has not
+        (
+            "side.name=losaa",
+            "no side named 'losaa'. Did you mean 'losa'? Known: attentive, last, linear, losa, ridge.",
+        ),
+        ("side.name=[losa]", "no side named ['losa']."),
+        ("train.lr=-1", "train.lr is -1: input should be greater than 0"),
+        ("train.lr=.inf", "train.lr is inf: input should be a finite number"),
+        ("train.lr=", "train.lr is None: input should be a valid number"),
+        ("train.epochs=2.5", "train.epochs is 2.5: input should be a valid integer"),
+        ("side.rank=0", "side.rank is 0: input should be greater than or equal to 1"),
+        ("side.rank=many", "side.rank is 'many': input should be a valid integer"),
+        ("features.dtype=fp8", "features.dtype is 'fp8': input should be 'fp16', 'bf16' or 'fp32'"),
+        ("data.labels=a", "data.labels is 'a': input should be a valid tuple"),
+        ("data.val_fraction=1", "data.val_fraction is 1: input should be less than 1"),
+        ("backbone.taps=[a, 3]", "backbone.taps.1 is 3: input should be a valid string"),
+        ("train.lr=[1", "--set 'train.lr=[1': the value is not YAML ("),
+    ],
+)
+def test_a_wrong_setting_says_what_was_got_and_expected(setting, text):
+    with pytest.raises(RecipeError) as caught:
+        Recipe.build({}, [setting])
+    assert str(caught.value).startswith(text)
+
+
+def test_known_settings_are_those_of_the_side_asked_for():
+    with pytest.raises(RecipeError) as caught:
+        Recipe.build({"side": {"name": "last"}}, ["side.head=2"])
+    assert str(caught.value).startswith("no setting 'side.head'. Did you mean ")
+    known = str(caught.value).partition("Known: ")[2]
+    assert {f"side.{field}" for field in LastRecipe.model_fields} <= set(known.rstrip(".").split(", "))
+    assert "side.mix_tokens" not in known
+
+
+def test_a_recipe_is_frozen():
+    recipe = Recipe()
+    for part, field in ((recipe, "train"), (recipe.train, "lr"), (recipe.side, "rank")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(part, field, 1)
+
+
+# the hash
+
+# Another value for every field: a new field without one fails the test below.
+OTHERS = {
+    "data": {
+        "task": "regress",
+        "labels": ["a"],
+        "split_seed": 1,
+        "val_fraction": 0.3,
+        "test_fraction": 0.3,
+        "class_weights": "balanced",
+        "label_smoothing": 0.1,
+    },
+    "backbone": {
+        "name": "toy",
+        "size": 48,
+        "taps": ["block.1"],
+        "weights": "a/path",
+        "precision": "bf16",
+        "resize": "crop",
+        "seed": 1,
+    },
+    "features": {"mode": "live", "dtype": "bf16", "tap_scale": "none"},
+    "side": {
+        "name": "last",
+        "rank": 9,
+        "pool": "cls",
+        "order": "parallel",
+        "mix_tokens": False,
+        "first_state": "zero",
+        "a": 2.0,
+        "every": 2,
+        "drop_path": 0.1,
+    },
+    "head": {"norm": "none"},
+    "train": {
+        "epochs": 7,
+        "batch_size": 16,
+        "lr": 2e-3,
+        "weight_decay": 0.1,
+        "warmup": 0.2,
+        "clip_norm": 2.0,
+        "select": "best",
+        "precision": "bf16",
+        "seed": 1,
+    },
+}
+FIELDS = [
+    (part, field) for part, fields in Recipe().model_dump(mode="json").items() for field in sorted(fields)
+]
+
+
+@pytest.mark.parametrize(("part", "field"), FIELDS, ids=".".join)
+def test_every_field_but_the_path_of_the_weights_changes_the_hash(part, field):
+    changed = Recipe.build({part: {field: OTHERS[part][field]}})
+    assert changed != Recipe()
+    assert (changed.hash == Recipe().hash) == ((part, field) == ("backbone", "weights"))
+
+
+def test_the_hash_does_not_depend_on_the_order_of_fields():
+    fields = Recipe.build({"train": {"lr": 0.5, "seed": 3}, "side": {"name": "last", "rank": 4}}).model_dump(
+        mode="json"
+    )
+    turned = {part: dict(reversed(list(values.items()))) for part, values in reversed(list(fields.items()))}
+    assert json.dumps(turned) != json.dumps(fields)
+    assert Recipe.build(turned).hash == Recipe.build(fields).hash
+    assert len(Recipe().hash) == 64
+
+
+def test_equal_values_give_equal_hashes_however_they_were_written():
+    assert Recipe.build({}, ["train.lr=1"]).hash == Recipe.build({"train": {"lr": 1.0}}).hash
+    assert Recipe.build({}, ["train.lr=1e-3"]).hash == Recipe().hash
+
+
+# derived defaults
+
+
+@pytest.mark.parametrize(
+    ("images", "epochs"), [(1, 100), (300, 100), (301, 99), (1000, 30), (3000, 10), (3001, 10), (10**6, 10)]
+)
+def test_epochs_are_thirty_thousand_visits_between_ten_and_a_hundred(images, epochs):
+    assert TrainRecipe().resolved(images).epochs == epochs
+    asked = TrainRecipe(epochs=3)
+    assert asked.resolved(images) == asked
+
+
+def test_arguments_of_the_backbone_are_those_asked_for():
+    recipe = Recipe.build({"backbone": {"name": "toy", "size": 48, "seed": 0}})
+    assert recipe.backbone.arguments() == {"size": 48, "precision": "fp32", "seed": 0}

@@ -1,0 +1,104 @@
+import importlib
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from sidetune.backbones import build_backbone
+from sidetune.data import load_dataset
+from sidetune.errors import RequestError, StoreError
+from sidetune.extract import extract, sample_keys
+from sidetune.sources import LiveSource, StoredSource
+
+EXTRACT = importlib.import_module("sidetune.extract")  # the package's attribute is the function
+
+
+@pytest.fixture(scope="module")
+def both(image_folder, tmp_path_factory):
+    """The same 60 images, two of them spoilt, from a store of small shards and live."""
+    own = tmp_path_factory.mktemp("sources")
+    images = shutil.copytree(image_folder, own / "images")
+    dataset = load_dataset(images)
+    for row in (4, 37):
+        dataset.file(row).write_bytes(b"no image")
+    backbone = build_backbone("toy")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EXTRACT, "SHARD_RECORDS", 13)
+        store = extract(dataset, backbone, own / "s", dtype="fp32", quiet=True)
+    return StoredSource(store, sample_keys(dataset)), LiveSource(dataset, backbone, quiet=True)
+
+
+def test_features_are_the_same_stored_and_live(both):
+    stored, live = both
+    assert stored.spec == live.spec
+    rows = [59, 0, 17, 0, *range(20, 55)]  # more than one micro-batch
+    for got, expected in zip(stored.features(rows).layers, live.features(rows).layers, strict=True):
+        assert torch.allclose(got, expected, rtol=0, atol=1e-5)
+        assert {got.dtype, expected.dtype} == {torch.float32}
+        assert not (got.requires_grad or expected.requires_grad)
+        assert not (got.is_inference() or expected.is_inference()), (
+            "a side's backward must be able to keep it"
+        )
+
+
+def test_summaries_are_the_same_stored_and_live(both):
+    stored, live = both
+    a, b = stored.summary(), live.summary()
+    assert len(a) == len(b) == 60
+    for got, expected in zip((*a.mean, *a.cls), (*b.mean, *b.cls), strict=True):
+        assert torch.allclose(got, expected, rtol=0, atol=1e-5)
+    assert torch.allclose(a.mean_square, b.mean_square, rtol=1e-5)
+    assert torch.allclose(a.tap_scale(), b.tap_scale(), rtol=1e-5)
+
+
+def test_norm_and_skipped_images_are_the_same_stored_and_live(both):
+    for source in both:
+        assert source.skipped == {
+            4: "not an image that Pillow reads",
+            37: "not an image that Pillow reads",
+        }
+        assert np.flatnonzero(~source.valid).tolist() == [4, 37]
+        assert source.final_norm.eps == 1e-6
+    assert torch.equal(both[0].final_norm.weight, both[1].final_norm.weight)
+
+
+@pytest.mark.parametrize("size", [7, 32])
+def test_batches_are_all_rows_in_order(both, size):
+    rows = np.array([3, 50, 9, 8, 7, 33, 2, 1])
+    for source in both:
+        parts = list(source.batches(rows, size))
+        assert [len(part) for part in parts] == ([7, 1] if size == 7 else [8])
+        got = torch.cat([part["block.4"] for part in parts])
+        assert torch.allclose(got, source.features(rows.tolist())["block.4"], rtol=0, atol=1e-5)
+        assert list(source.batches(rows[:0], size)) == []
+
+
+def test_a_stored_source_reads_only_the_taps_asked_for(both):
+    stored, _ = both
+    spec = build_backbone("toy", taps=["block.2", "block.4"]).spec
+    few = StoredSource(stored.store, stored.keys, spec)
+    assert few.spec == few.features([0]).spec == few.summary().spec == spec
+    assert torch.equal(few.features([5])["block.2"], stored.features([5])["block.2"])
+    assert torch.equal(few.summary().mean[1], stored.summary().mean[4])
+    with pytest.raises(RequestError, match=r"^no tap named 'ffn\.1'\."):
+        StoredSource(stored.store, stored.keys, build_backbone("toy", taps=["ffn.1"]).spec)
+
+
+def test_missing_samples_say_what_to_type(both):
+    store = both[0].store
+    with pytest.raises(StoreError) as caught:
+        StoredSource(store, [both[0].keys[0], "class0/new.png@ab"])
+    assert str(caught.value) == (
+        f"{store.folder} lacks 1 of 2 samples, the first 'class0/new.png@ab' (new, edited, or moved). "
+        f"Type: sidetune extract DATA --out {store.folder}"
+    )
+
+
+def test_nothing_of_the_backbone_stays_in_the_autograd_graph(both):
+    _, live = both
+    layer = live.features([0, 1]).layers[-1]
+    weight = torch.ones(32, requires_grad=True)
+    (layer * weight).sum().backward()
+    assert weight.grad is not None
+    assert all(parameter.grad is None for parameter in live.backbone.module.parameters())

@@ -1,0 +1,115 @@
+import numpy as np
+import pytest
+import torch
+
+from sidetune.features import Features, Spec, Tap
+from sidetune.summary import concatenate, summarise
+
+SHAPE = {"width": 6, "grid": (2, 2, 2), "num_prefix": 2}
+CLIP = (
+    Tap("embedding", "embedding", **SHAPE),
+    Tap("block.1", "block", **SHAPE, cls_index=1),
+    Tap("block.2", "block", **{**SHAPE, "width": 4}, cls_index=0),
+)
+FRAME = tuple(
+    Tap(tap.name, tap.kind, tap.width, tap.grid, 2, prefix_per="frame", cls_index=tap.cls_index)
+    for tap in CLIP
+)
+
+
+def features(taps, *, masked, batch=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    layers = tuple(
+        10.0**scale * (torch.randn(batch, tap.num_tokens, tap.width, generator=generator) + 0.5)
+        for scale, tap in enumerate(taps)
+    )
+    mask = None
+    if masked:
+        mask = torch.rand(batch, taps[0].num_tokens, generator=generator) > 0.4
+        mask[:, -1] = True  # at least one patch token counts
+    return Features(layers, Spec(taps), mask)
+
+
+def oracle(layer, tap, mask):
+    """One sample at a time, one token at a time, float64: mean of patches, class token, mean square."""
+    frames, height, width = tap.grid
+    units, patches = (frames, height * width) if tap.prefix_per == "frame" else (1, frames * height * width)
+    is_prefix = ([True] * tap.num_prefix + [False] * patches) * units
+    means, classes, squares = [], [], []
+    for tokens, counts in zip(layer.double().numpy(), mask.numpy(), strict=True):
+        inside = [t for t, prefix, c in zip(tokens, is_prefix, counts, strict=True) if c and not prefix]
+        means.append(sum(inside) / len(inside))
+        squares.append(np.mean([t**2 for t, c in zip(tokens, counts, strict=True) if c]))
+        if tap.cls_index is not None:
+            starts = range(0, len(tokens), tap.num_prefix + patches)
+            classes.append(sum(tokens[start + tap.cls_index] for start in starts) / units)
+    return np.array(means), np.array(classes), np.array(squares)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all tokens", "mask"])
+@pytest.mark.parametrize("taps", [CLIP, FRAME], ids=["clip", "frame"])
+def test_summary_equals_a_float64_oracle(taps, masked):
+    batch = features(taps, masked=masked)
+    summary = summarise(batch)
+    everything = torch.ones(len(batch), taps[0].num_tokens)
+    for i, (layer, tap) in enumerate(zip(batch.layers, taps, strict=True)):
+        mean, cls, square = oracle(layer, tap, everything if batch.mask is None else batch.mask)
+        scale = 10.0**i
+        np.testing.assert_allclose(summary.mean[i].numpy(), mean, rtol=0, atol=1e-5 * scale)
+        np.testing.assert_allclose(summary.mean_square[:, i].numpy(), square, rtol=1e-5)
+        if tap.cls_index is None:
+            assert summary.cls[i].shape == (5, 0)
+        else:
+            np.testing.assert_allclose(summary.cls[i].numpy(), cls, rtol=0, atol=1e-5 * scale)
+        assert {summary.mean[i].dtype, summary.cls[i].dtype, summary.mean_square.dtype} == {torch.float32}
+
+
+def test_half_precision_is_pooled_in_float32():
+    batch = features(CLIP, masked=False).to("cpu", torch.float16)
+    expected = summarise(batch.to("cpu", torch.float32))
+    for got, wanted in zip(summarise(batch).mean, expected.mean, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_tap_scale_is_rms_of_the_last_tap_over_rms_of_each():
+    batch = features(CLIP, masked=False)
+    rms = [np.sqrt(np.mean(layer.double().numpy() ** 2)) for layer in batch.layers]
+    scale = summarise(batch).tap_scale()
+    np.testing.assert_allclose(scale.numpy(), [rms[-1] / r for r in rms], rtol=1e-5)
+    assert scale.dtype == torch.float32
+    assert scale[-1] == 1.0
+
+
+def test_tap_scale_of_a_tap_of_zeros_is_finite():
+    batch = features(CLIP, masked=False)
+    dead = Features((torch.zeros_like(batch.layers[0]), *batch.layers[1:]), batch.spec)
+    assert summarise(dead).tap_scale().isfinite().all()
+
+
+def test_pooled_gives_mean_cls_or_both():
+    summary = summarise(features(CLIP, masked=False))
+    assert torch.equal(summary.pooled("block.1", "mean"), summary.mean[1])
+    assert torch.equal(summary.pooled("block.1", "cls"), summary.cls[1])
+    assert torch.equal(summary.pooled("block.1", "cls+mean"), torch.cat([summary.cls[1], summary.mean[1]], 1))
+    no_cls = summary.pooled("embedding", "cls+mean")
+    assert torch.equal(no_cls, summary.mean[0]), "without a class token the mean alone"
+
+
+def test_rows_and_concatenate_are_inverse():
+    summary = summarise(features(CLIP, masked=True))
+    parts = [summary.rows(torch.tensor(rows)) for rows in ([0, 1], [2], [3, 4])]
+    assert [len(part) for part in parts] == [2, 1, 2]
+    again = concatenate(parts)
+    assert (again.spec, len(again)) == (summary.spec, 5)
+    for got, wanted in zip((*again.mean, *again.cls), (*summary.mean, *summary.cls), strict=True):
+        assert torch.equal(got, wanted)
+    assert torch.equal(again.mean_square, summary.mean_square)
+
+
+def test_select_keeps_only_the_taps_asked_for():
+    summary = summarise(features(CLIP, masked=False))
+    few = summary.select(summary.spec.select(["block.2", "embedding"]))
+    assert few.spec.names == ("embedding", "block.2")
+    assert torch.equal(few.mean[1], summary.mean[2])
+    assert torch.equal(few.cls[1], summary.cls[2])
+    assert torch.equal(few.mean_square, summary.mean_square[:, [0, 2]])
