@@ -24,8 +24,8 @@ SEEDS = (0, 1, 2)
 EPOCHS = 8
 GRID: dict[str, list[tuple[str, ...]]] = {
     "attentive": [(f"train.lr={lr}",) for lr in ("3e-4", "1e-3", "3e-3")],
-    "losa": [("train.lr=1e-3",), ("train.lr=3e-3",)],
-    "last": [("train.lr=1e-3",), ("train.lr=3e-3",)],
+    "losa": [("train.lr=3e-4",), ("train.lr=1e-3",), ("side.drop_path=0.2",)],
+    "last": [("train.lr=3e-4",), ("train.lr=1e-3",), ("side.drop_path=0.2",)],
 }
 METRICS = ("balanced_accuracy", "accuracy", "auroc", "log_loss")
 
