@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sidetune.backbones.base import Identity, Variant
-from sidetune.errors import ArtifactError, RequestError, nearest
+from sidetune.errors import ArtifactError, RequestError, SideError, nearest
 from sidetune.features import FinalNorm, Spec
 from sidetune.files import sha256_file, write_json, write_tensors
 from sidetune.model import SideModel
@@ -120,12 +120,20 @@ class Artifact:
 def build_model(
     recipe: Recipe, spec: Spec, num_outputs: int, final_norm: FinalNorm | None, *, members: int = 1
 ) -> SideModel:
-    """The model that a recipe describes, its parameters not yet drawn or loaded."""
+    """The model that a recipe describes, its parameters not yet drawn or loaded.
+
+    Raises:
+        SideError: the side cannot read these taps, or pools in a way that no task reads.
+    """
     arguments = recipe.side.arguments()
     if recipe.side.name in SOLVED:
         arguments.pop("l2")  # a choice of the solver, not of the module
     if arguments.get("pool") == "best":
         arguments["pool"] = "mean"  # every backbone has it; validation has not chosen yet
+    if arguments.get("pool") == "tokens":
+        raise SideError(
+            "side.pool is 'tokens', and every task reads pooled tokens. Type: --set side.pool=mean"
+        )
     side = SIDES[recipe.side.name](spec, members=members, **arguments)
     norm = "none" if recipe.side.name == "ridge" else recipe.head.norm
     if recipe.side.name == "linear" and norm == "trained":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -122,7 +123,18 @@ def _summary_row(run: Path, seed: int) -> dict[str, Any]:
 
 
 def _print(rows: list[dict[str, Any]], out: Path) -> None:
-    table = Table("side", "parameters", "val bal.", "test acc.", "test bal.", "AUROC", "train s", "peak MiB")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("side")
+    for column in (
+        "parameters",
+        "val\nbal.",
+        "test\nacc.",
+        "test\nbal.",
+        "test\nAUROC",
+        "train\ns",
+        "peak\nMiB",
+    ):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["side"],

@@ -80,6 +80,11 @@ def text(value: Any) -> str:  # noqa: ANN401 - any JSON value
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+def short(value: Any) -> str:  # noqa: ANN401 - any JSON value
+    """A chosen value in at most three digits: what was chosen, not the recipe's own spelling."""
+    return f"{value:.3g}" if isinstance(value, float) else text(value)
+
+
 def forest(metrics: Json, split: str) -> Json | None:
     """The headline score of each method as a dot on its interval; x in percent of the axis."""
     name = metrics["headline"]

@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 
 from sidetune.errors import ArtifactError
-from sidetune.figures import LABELS, curve, duration, flat, forest, label, number, size, text
+from sidetune.figures import LABELS, curve, duration, flat, forest, label, number, short, size, text
 
 Json = dict[str, Any]
 
@@ -164,7 +164,7 @@ def _score_table(metrics: Json, split: str, names: Sequence[str]) -> Json:
             )
             for name in names
         ]
-        detail = ", ".join(f"{key} {value}" for key, value in flat(row["detail"]))
+        detail = ", ".join(f"{key.replace('_', ' ')} {short(value)}" for key, value in row["detail"].items())
         table.append((row["method"], detail, row["method"] == metrics["side"], cells))
     return {"title": SPLITS[split], "num": metrics["data"][f"num_{split}"], "rows": table}
 
