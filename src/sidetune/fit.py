@@ -93,6 +93,8 @@ def fit(
     keys = sample_keys(dataset)
     asked = (recipe, dataset.fingerprint(keys), backbone.identity.digest)
     if (finished := find_run(out, *asked)) is not None:
+        if not (out / "report.html").exists():
+            write_report(out)
         return finished
     with locked(out):
         if begin_run(out, *asked) is None:  # else another process finished it while this one waited

@@ -39,7 +39,7 @@ class Progress:
         if not quiet and sys.stderr.isatty():
             columns = (
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=8),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[note]}"),
                 TimeRemainingColumn(),
@@ -64,12 +64,12 @@ class Progress:
         """Units more are done. The note follows the rate: a loss, a score."""
         self.done += units
         rate = (self.done - self._first) / max(time.monotonic() - self._started, 1e-9)
-        note = f"{rate:.1f} {self.unit}/s" + (f" · {note}" if note else "")
+        tail = f" · {note}" if note else ""
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, note=note)
+            self._bar.update(self._task, completed=self.done, note=f"{rate:.3g} {self.unit}/s{tail}")
         elif not self.quiet and time.monotonic() - self._printed >= PLAIN_EVERY:
             left = (self.total - self.done) / max(rate, 1e-9)
-            self._print(f"{self.done}/{self.total} {self.unit} · {note} · {left:.0f} s left")
+            self._print(f"{self.done}/{self.total} {self.unit} · {rate:.1f} {self.unit}/s{tail} · {left:.0f} s left")
 
     def _print(self, text: str) -> None:
         self._printed = time.monotonic()

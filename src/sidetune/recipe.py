@@ -156,8 +156,9 @@ def _value(setting: str, text: str) -> Any:  # noqa: ANN401 - any YAML value
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
         raise RecipeError(
-            f"--set {setting!r}: the value is not YAML ({error}). Type: --set side.rank=16"
+            f"--set {setting!r}: the value is not YAML ({reason}). Type: --set side.rank=16"
         ) from None
 
 
@@ -167,10 +168,16 @@ def _message(error: ValidationError, example: Recipe) -> str:
     location = [str(step) for step in complaint["loc"]]
     if location[0] == "side" and len(location) > 1 and location[1] in SIDES:
         location.pop(1)  # the union's tag is no part of the key
+    if location[:2] == ["side", "taps"]:
+        location = location[:2]  # below it stand the branches of its type
     if len(location) == 1 and isinstance(complaint["input"], dict):
         location += list(complaint["input"])[:1]  # an unknown part: say the whole key that was typed
     key = ".".join(location)
     if complaint["type"] == "extra_forbidden":
         known = [f"{part}.{field}" for part, fields in example.model_dump().items() for field in fields]
         return f"no setting {key!r}.{nearest(key, known)}"
+    if key == "side.taps":
+        return (
+            f"{key} is {complaint['input']!r}, expected all, last or a list. Type: --set side.taps=[block.12]"
+        )
     return f"{key} is {complaint['input']!r}: {complaint['msg'][:1].lower()}{complaint['msg'][1:]}"

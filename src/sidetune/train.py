@@ -236,5 +236,5 @@ def _note(state: State, num_rows: int, steps: int, recipe: TrainRecipe, task: Ta
     seen = min(state.step * recipe.batch_size, num_rows)
     text = f"epoch {state.epoch + 1}/{recipe.epochs} loss {state.loss_sum.nanmean().item() / seen:.3f}"
     if state.history and (score := state.history[-1].val[0].get(task.headline)) is not None:
-        text += f" val {task.headline} {score:.3f}"
+        text += f" val {score:.3f}"
     return text
