@@ -50,7 +50,7 @@ def run_demo(out: Path) -> dict[str, Any]:
     for side in SIDES:
         recipe = demo(side)
         run = out / side
-        settings = [f"train.epochs={recipe.train.epochs}", f"train.seed={recipe.train.seed}"]
+        settings = [f"train.{name}={getattr(recipe.train, name)}" for name in ("epochs", "lr", "seed")]
         _sidetune(
             *("fit", str(table), "--backbone", "demo", "--size", "224", "--side", side),
             *("--store", str(store), "--out", str(run)),

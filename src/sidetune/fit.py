@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from sidetune.artifact import Artifact, build_model, find_device
@@ -198,7 +199,7 @@ def _write(job: Job, rows: Sequence[Row], peak_memory: int) -> None:
 
 def _metrics(job: Job, rows: Sequence[Row], peak_memory: int) -> dict[str, Any]:
     """What metrics.json holds."""
-    own, solved = rows[-1].fitted, job.recipe.side.name in SOLVED
+    own, solved, device = rows[-1].fitted, job.recipe.side.name in SOLVED, job.backbone.device
     seconds = {row.fitted.name: row.fitted.seconds for row in rows}
     if not solved:
         seconds["train"] = seconds.pop(own.name)
@@ -219,7 +220,8 @@ def _metrics(job: Job, rows: Sequence[Row], peak_memory: int) -> dict[str, Any]:
             "head_parameters": sum(parameter.numel() for parameter in own.model.head.parameters()),
             "seconds": {"features": job.seconds, **seconds, "evaluate": sum(row.seconds for row in rows)},
             "peak_memory_bytes": peak_memory,
+            "peak_gpu_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
             "store_bytes": job.source.store.num_bytes if isinstance(job.source, StoredSource) else None,
         },
-        "environment": environment(job.backbone.device),
+        "environment": environment(device),
     }

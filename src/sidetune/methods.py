@@ -196,11 +196,10 @@ def _side_outputs(job: Job, model: nn.Module, split: str) -> Tensor:
 
 def _member_outputs(job: Job, model: nn.Module, split: str) -> Tensor:
     """Outputs of a split: (M, n, K), on the CPU."""
-    parts = [torch.zeros(1, 0, job.task.num_outputs)]
     with torch.no_grad():
-        for batch in job.source.batches(job.split[split]):
-            parts.append(model(batch.to(job.backbone.device)).float().cpu())
-    return torch.cat(parts, 1)
+        batches = job.source.batches(job.split[split])
+        parts = [model(batch.to(job.backbone.device)).float().cpu() for batch in batches]
+    return torch.cat(parts, 1) if parts else torch.zeros(1, 0, job.task.num_outputs)
 
 
 @dataclass(frozen=True)

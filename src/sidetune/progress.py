@@ -68,8 +68,8 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, note=f"{rate:.3g} {self.unit}/s{tail}")
         elif not self.quiet and time.monotonic() - self._printed >= PLAIN_EVERY:
-            left = (self.total - self.done) / max(rate, 1e-9)
-            self._print(f"{self.done}/{self.total} {self.unit} · {rate:.1f} {self.unit}/s{tail} · {left:.0f} s left")
+            counted = f"{self.done}/{self.total} {self.unit} · {rate:.1f} {self.unit}/s"
+            self._print(f"{counted}{tail} · {(self.total - self.done) / max(rate, 1e-9):.0f} s left")
 
     def _print(self, text: str) -> None:
         self._printed = time.monotonic()
