@@ -187,3 +187,14 @@ def test_the_runs_task_is_what_it_was_fitted_on(runs):
     assert load(runs().folder).artifact.task == Classify(
         ("class0", "class1", "class2"), (1 / 3, 1 / 3, 1 / 3)
     )
+
+
+def test_a_few_images_are_all_scored(runs: FittedRuns, image_folder: Path, tmp_path: Path) -> None:
+    """Too few to draw splits from: `auto` means all of them, and a split that is asked for is refused."""
+    for name in ("class0/0000.png", "class1/0001.png", "class1/0004.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(image_folder / name, tmp_path / name)
+    found = evaluate_run(runs("ridge").folder, tmp_path)
+    assert (found.split, found.evaluation.num_samples) == ("all", 3)
+    with pytest.raises(DataError, match="each class needs at least 3"):
+        evaluate_run(runs("ridge").folder, tmp_path, split="val")

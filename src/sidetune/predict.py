@@ -10,7 +10,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor
 from sidetune.artifact import Artifact, find_device
 from sidetune.backbones import BACKBONES, build_backbone
 from sidetune.backbones.base import Backbone
-from sidetune.data import SPLITS, Dataset, load_dataset
+from sidetune.data import SPLITS, Dataset, Split, load_dataset
 from sidetune.errors import ArtifactError, DataError, RequestError, nearest
 from sidetune.evaluate import Evaluation, evaluate
 from sidetune.extract import DECODERS, decoded, sample_keys
@@ -102,19 +104,8 @@ def evaluate_run(
     if split not in ("auto", "all", *SPLITS):
         raise DataError(f"no split named {split!r}.{nearest(split, ('auto', 'all', *SPLITS))}")
     predictor = load(run, backbone=backbone, weights=weights, device=device)
-    recipe = predictor.artifact.recipe.data
-    dataset = load_dataset(
-        Path(data),
-        task=recipe.task,
-        labels=recipe.labels if labels is None else labels,
-        split_seed=recipe.split_seed,
-        val_fraction=recipe.val_fraction,
-        test_fraction=recipe.test_fraction,
-    )
-    if split == "auto":
-        own = dataset.fingerprint(sample_keys(dataset)) == predictor.artifact.data
-        split = "test" if own or "test" not in dataset.carved else "all"
-    rows = np.arange(len(dataset)) if split == "all" else np.flatnonzero(dataset.split == split)
+    dataset, split = _choose_split(predictor.artifact, Path(data), split, labels)
+    rows = np.arange(len(dataset)) if split == "all" else dataset.rows(split)
     if not len(rows):
         others = " or ".join(name for name in SPLITS if len(dataset.rows(name)))
         raise DataError(f"the split {split!r} of {data} is empty. Type: --split {others}, or --split all")
@@ -122,6 +113,31 @@ def evaluate_run(
     return RunEvaluation(
         evaluation, split, {dataset.paths[row].as_posix(): reason for row, reason in skipped.items()}
     )
+
+
+def _choose_split(
+    artifact: Artifact, data: Path, split: str, labels: Sequence[str] | None
+) -> tuple[Dataset, Split | Literal["all"]]:
+    """The data with the splits they name, or with the run's own drawing where those are asked for."""
+    recipe = artifact.recipe.data
+    read = partial(load_dataset, data, task=recipe.task, labels=recipe.labels if labels is None else labels)
+    whole = read(val_fraction=0.0, test_fraction=0.0)
+    if split == "all" or (split == "auto" and len(whole.rows("test"))):
+        return whole, "all" if split == "all" else "test"
+    try:
+        drawn = read(
+            split_seed=recipe.split_seed,
+            val_fraction=recipe.val_fraction,
+            test_fraction=recipe.test_fraction,
+        )
+    except DataError:
+        if split != "auto":
+            raise
+        return whole, "all"  # too few images to draw splits from, so not what the run was fitted on
+    if split != "auto":
+        return drawn, cast(Split, split)
+    own = drawn.fingerprint(sample_keys(drawn)) == artifact.data
+    return (drawn, "test") if own else (whole, "all")
 
 
 @dataclass(frozen=True)
