@@ -189,7 +189,7 @@ def test_the_runs_task_is_what_it_was_fitted_on(runs):
     )
 
 
-def test_a_few_images_are_all_scored(runs: FittedRuns, image_folder: Path, tmp_path: Path) -> None:
+def test_a_few_images_are_all_scored(runs, image_folder, tmp_path):
     """Too few to draw splits from: `auto` means all of them, and a split that is asked for is refused."""
     for name in ("class0/0000.png", "class1/0001.png", "class1/0004.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
