@@ -21,11 +21,23 @@ from pathlib import Path
 from typing import Any
 
 SEEDS = (0, 1, 2)
-EPOCHS = 8
-GRID: dict[str, list[tuple[str, ...]]] = {
-    "attentive": [(f"train.lr={lr}",) for lr in ("3e-4", "1e-3", "3e-3")],
+GRID: dict[str, list[tuple[str, ...]]] = {  # a probe is an opponent only when it is fitted to the end
+    "attentive": [
+        ("train.lr=3e-4",),
+        ("train.lr=1e-3",),
+        ("train.lr=3e-4", "train.epochs=100"),
+        ("train.lr=1e-3", "train.epochs=100"),
+    ],
     "losa": [("train.lr=3e-4",), ("train.lr=1e-3",), ("side.drop_path=0.2",)],
     "last": [("train.lr=3e-4",), ("train.lr=1e-3",), ("side.drop_path=0.2",)],
+}
+METHODS = {
+    "ridge-last": "ridge, last tap",
+    "ridge": "ridge, all taps",
+    "linear": "linear probe",
+    "attentive": "attentive probe",
+    "losa": "**LoSA**",
+    "last": "**LAST**",
 }
 METRICS = ("balanced_accuracy", "accuracy", "auroc", "log_loss")
 
@@ -35,10 +47,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("store", type=Path)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--work", type=Path, default=Path("runs/results"))
     parser.add_argument("--out", type=Path, default=Path("results/demo.jsonl"))
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
+    if git("status", "--porcelain", "--untracked-files=no"):
+        sys.exit("the tree has changes, and a result line names a commit. Type: git commit")
     with ThreadPoolExecutor(options.workers) as pool:
         tried = {
             side: [pool.submit(run, options, side, settings, 0) for settings in GRID[side]] for side in GRID
@@ -60,15 +76,15 @@ def main() -> None:
         lines += result_lines(options, finished[0], method, (), None)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    print_table(lines)
+    print(markdown(lines))
 
 
 def command(
     options: argparse.Namespace, side: str, settings: tuple[str, ...], seed: int, out: str
 ) -> list[str]:
     """The command line of one run."""
-    changed = (*settings, f"train.epochs={EPOCHS}", f"train.seed={seed}")
-    words = ["fit", str(options.data), "--backbone", "demo", "--size", "224", "--side", side]
+    changed = (f"train.epochs={options.epochs}", *settings, f"train.seed={seed}")
+    words = ["fit", str(options.data), "--backbone", "demo", "--size", str(options.size), "--side", side]
     words += ["--store", str(options.store), "--out", out]
     return words + [word for setting in changed for word in ("--set", setting)]
 
@@ -86,7 +102,15 @@ def run(options: argparse.Namespace, side: str, settings: tuple[str, ...], seed:
         text=True,
     )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    stamp = out.with_name(f"{out.name}.commit")  # of the code that made the run, not of what reads it again
+    if not stamp.exists():
+        stamp.write_text(git("rev-parse", "HEAD"))
+    return {**found, "commit": stamp.read_text()}
+
+
+def git(*words: str) -> str:
+    """What git prints."""
+    return subprocess.run(["git", *words], stdout=subprocess.PIPE, check=True, text=True).stdout.strip()
 
 
 def score_on_validation(metrics: dict[str, Any]) -> tuple[float, float]:
@@ -105,13 +129,10 @@ def result_lines(
     """One line a metric of one method of one run."""
     row = next(row for row in metrics["rows"] if row["method"] == method)
     words = command(options, metrics["side"], settings, seed or 0, "RUN")
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], stdout=subprocess.PIPE, check=True, text=True
-    ).stdout.strip()
     return [
         {
             "method": method,
-            "task": "elpv-2",
+            "task": f"elpv-2 at {options.size} px",
             "seed": seed,
             "metric": f"test_{metric}",
             "value": row["test"]["scores"][metric],
@@ -120,7 +141,7 @@ def result_lines(
             "detail": row["detail"],
             "parameters": row["parameters"],
             "command": shlex.join(["sidetune", *words]),
-            "commit": commit,
+            "commit": metrics["commit"],
             "hardware": f"{os.cpu_count()} cores {platform.machine()}, no GPU",
             "recipe": metrics["recipe_hash"],
             "environment": metrics["environment"],
@@ -129,16 +150,25 @@ def result_lines(
     ]
 
 
-def print_table(lines: list[dict[str, Any]]) -> None:
-    """Mean and range over seeds, a method a line."""
-    for method in dict.fromkeys(line["method"] for line in lines):
-        cells = []
-        for metric in METRICS:
-            key = (method, f"test_{metric}")
-            values = [line["value"] for line in lines if (line["method"], line["metric"]) == key]
-            mean, low, high = sum(values) / len(values), min(values), max(values)
-            cells.append(f"{metric} {mean:.4f} [{low:.4f} {high:.4f}] n={len(values)}")
-        print(f"{method:12s} " + " · ".join(cells))
+def markdown(lines: list[dict[str, Any]]) -> str:
+    """README's table: the mean over seeds, the range in brackets where there are several."""
+    shown = {"balanced_accuracy": "balanced accuracy", "auroc": "AUROC", "accuracy": "accuracy"}
+    rows = [["method", "parameters", *(f"test {name}, %" for name in shown.values()), "seeds"]]
+    rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
+    for method, name in METHODS.items():
+        own = [line for line in lines if line["method"] == method]
+        values = {
+            name: [100 * line["value"] for line in own if line["metric"] == f"test_{name}"] for name in shown
+        }
+        cells = [spread(values[name]) for name in shown]
+        rows.append([name, f"{own[0]['parameters']:,}", *cells, str(len(values["accuracy"]))])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def spread(values: list[float]) -> str:
+    """`76.1` or `76.1 (75.2 .. 77.0)`."""
+    mean = f"{sum(values) / len(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} .. {max(values):.1f})"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What the documents say is what the code does."""
 
+import json
 import re
 import runpy
 import shutil
@@ -58,3 +59,22 @@ def test_files_that_the_map_names_exist() -> None:
         inside = line.startswith("      ")
         for name in re.match(r"\s+((?:\S+ )*\S+)(?:  |$)", line)[1].split():  # type: ignore[index]
             assert (ROOT / "src/sidetune" / name if inside else ROOT / name).exists(), name
+
+
+def test_the_readme_table_is_what_the_result_lines_say() -> None:
+    lines = [json.loads(line) for line in (ROOT / "results" / "demo.jsonl").read_text().splitlines()]
+    markdown = runpy.run_path(str(ROOT / "scripts" / "demo_results.py"))["markdown"]
+    assert markdown(lines) in (ROOT / "README.md").read_text(encoding="utf-8")
+    for line in lines:
+        assert {
+            "method",
+            "task",
+            "seed",
+            "metric",
+            "value",
+            "command",
+            "commit",
+            "hardware",
+            "recipe",
+        } <= line.keys()
+        assert len(line["commit"]) == 40 and len(line["recipe"]) == 64

@@ -132,18 +132,30 @@ def test_a_photo_deleted_before_resuming_is_planned_away(own, tmp_path, small_sh
     assert [len(shard) for shard in store.plan.shards] == [5, 5, 1]
 
 
-def test_a_resumed_extraction_must_read_the_same_taps_in_the_same_precision(pictures, tmp_path, small_shards):
+def test_a_resumed_extraction_must_read_the_same_taps(pictures, tmp_path, small_shards):
     interrupted(pictures, tmp_path / "s", 4)
     before = contents(tmp_path / "s")
-    for backbone in (toy(taps=["block.4"]), toy(precision="bf16")):
-        with pytest.raises(StoreError) as caught:
-            bring(pictures, tmp_path / "s", backbone=backbone)
-        assert str(caught.value) == (
-            f"{tmp_path / 's'} lacks 7 of these samples and cannot be extended: it holds 5 taps in fp32, "
-            f"this backbone reads {len(backbone.spec)} in {backbone.variant.precision}. "
-            "Type: fit --store OTHER, or extract --out OTHER"
-        )
+    with pytest.raises(StoreError) as caught:
+        bring(pictures, tmp_path / "s", backbone=toy(taps=["block.4"]))
+    assert str(caught.value) == (
+        f"{tmp_path / 's'} lacks 7 of these samples and cannot be extended: it holds 5 taps, the backbone "
+        "reads 1. Type: fit --store OTHER, or extract --out OTHER"
+    )
     assert contents(tmp_path / "s") == before
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_store_of_another_precision_is_never_read_silently(pictures, tmp_path, small_shards, complete):
+    if complete:
+        bring(pictures, tmp_path / "s")
+    else:
+        interrupted(pictures, tmp_path / "s", 4)
+    with pytest.raises(StoreError) as caught:
+        bring(pictures, tmp_path / "s", backbone=toy(precision="bf16"))
+    assert str(caught.value) == (
+        f"{tmp_path / 's'} holds features computed in fp32, asked for bf16. Type: --set "
+        "backbone.precision=fp32, or fit --store OTHER, or extract --out OTHER"
+    )
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut short", "no checksum file"])

@@ -6,7 +6,8 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sidetune import build_backbone, load_dataset
 from sidetune.data import load_image
 from sidetune.features import FinalNorm
-from sidetune.probes import Pooled, fit_linear, fit_ridge, headline
+from sidetune.keyed import generator
+from sidetune.probes import Pooled, _sharpness, fit_linear, fit_ridge, headline
 from sidetune.sides.linear import PENALTIES, LinearRecipe
 from sidetune.sides.ridge import RidgeRecipe
 from sidetune.summary import summarise
@@ -48,9 +49,23 @@ def test_ridge_is_scikit_learns(problem):
     x = probe.model.side.standardised(data.summary).double().numpy()
     y = np.eye(3)[data.targets.numpy()]
     oracle = Ridge(alpha=0.01).fit(x[data.train], y[data.train])
-    rows = np.arange(60)
-    np.testing.assert_allclose(probe.outputs(data.summary, rows), oracle.predict(x), atol=2e-5)
+    outputs = probe.outputs(data.summary, np.arange(60)) / probe.detail["sharpness"]
+    np.testing.assert_allclose(outputs, oracle.predict(x), atol=2e-5)
     assert probe.detail["l2"] == 0.01
+
+
+def test_ridges_probabilities_have_the_least_loss_of_left_out_fits(problem):
+    _, _, data, task = problem
+    target = data.targets[data.train]
+    keyed = generator(0, "left out")
+    left_out = torch.nn.functional.one_hot(target, 3) + 0.7 * torch.randn(len(target), 3, generator=keyed)
+    found = _sharpness(task, left_out, target)
+    losses = {
+        factor: task.loss((factor * left_out)[None], target).mean()
+        for factor in (found, found / 1.2, found * 1.2)
+    }
+    assert min(losses, key=losses.__getitem__) == found
+    assert losses[found] < task.loss(left_out[None], target).mean()
 
 
 def test_ridge_does_not_look_at_validation(problem):

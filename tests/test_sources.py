@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from sidetune import sources
 from sidetune.backbones import build_backbone
 from sidetune.data import load_dataset
 from sidetune.errors import RequestError, StoreError
@@ -64,14 +65,23 @@ def test_norm_and_skipped_images_are_the_same_stored_and_live(both):
 
 
 @pytest.mark.parametrize("size", [7, 32])
-def test_batches_are_all_rows_in_order(both, size):
+def test_batches_are_all_rows_in_order(both, size, monkeypatch):
+    monkeypatch.setattr(sources, "MICRO_BATCH", size)
     rows = np.array([3, 50, 9, 8, 7, 33, 2, 1])
     for source in both:
-        parts = list(source.batches(rows, size))
+        parts = list(source.batches(rows))
         assert [len(part) for part in parts] == ([7, 1] if size == 7 else [8])
         got = torch.cat([part["block.4"] for part in parts])
         assert torch.allclose(got, source.features(rows.tolist())["block.4"], rtol=0, atol=1e-5)
-        assert list(source.batches(rows[:0], size)) == []
+        assert list(source.batches(rows[:0])) == []
+
+
+def test_a_few_taps_of_a_source_are_the_same_taps(both):
+    for source in both:
+        few = source.features([3, 5], source.spec.select(["block.1", "block.3"]))
+        assert few.spec.names == ("block.1", "block.3")
+        whole = source.features([3, 5])
+        assert all(torch.equal(few[name], whole[name]) for name in few.spec.names)
 
 
 def test_a_stored_source_reads_only_the_taps_asked_for(both):

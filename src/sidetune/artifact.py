@@ -134,7 +134,8 @@ def build_model(
         raise SideError(
             "side.pool is 'tokens', and every task reads pooled tokens. Type: --set side.pool=mean"
         )
-    side = SIDES[recipe.side.name](spec, members=members, **arguments)
+    kind = SIDES[recipe.side.name]
+    side = kind(kind.reads(spec), members=members, **arguments)
     norm = "none" if recipe.side.name == "ridge" else recipe.head.norm
     if recipe.side.name == "linear" and norm == "trained":
         norm = "backbone"

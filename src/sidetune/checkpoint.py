@@ -60,6 +60,7 @@ class State:
 
     epoch: int = 0
     step: int = 0
+    seconds: float = 0.0  # of this epoch, until the checkpoint
     loss_sum: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     alive: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     history: list[Epoch] = field(default_factory=list)
@@ -80,6 +81,7 @@ def save_checkpoint(
         "run": run_hash,
         "epoch": state.epoch,
         "step": state.step,
+        "seconds": state.seconds,
         "best": None if state.best == -math.inf else state.best,
         "history": [vars(epoch) for epoch in state.history],
     }
@@ -112,6 +114,7 @@ def load_checkpoint(
         moments.setdefault(int(index), {})[moment] = tensor
     optimizer.load_state_dict({**saved, "state": moments})
     state.epoch, state.step = progress["epoch"], progress["step"]
+    state.seconds = progress["seconds"]
     state.best = -math.inf if progress["best"] is None else progress["best"]
     state.best_weights = _under(tensors, "best.")
     state.loss_sum, state.alive = tensors["state.loss_sum"], tensors["state.alive"]

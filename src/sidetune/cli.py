@@ -56,7 +56,7 @@ def main() -> None:
     except SidetuneError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:  # no permission, no space left
-        _fail(f"{error.filename or 'sidetune'}: {error.strerror}", SidetuneError.exit_code)
+        _fail(f"{error.filename or 'sidetune'}: {error.strerror or error}", SidetuneError.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted. The same command resumes", INTERRUPTED)
     except SystemExit as end:  # typer has parsed the command line, or met Ctrl-C, and exits
@@ -134,7 +134,9 @@ def extract(
     from sidetune.artifact import find_device
 
     recipe = _recipe(backbone, size, weights, settings, task=task, labels=labels)
-    dataset = sidetune.load_dataset(data, task=recipe.data.task, labels=recipe.data.labels)
+    dataset = sidetune.load_dataset(  # nothing is drawn: splits are no part of a store
+        data, task=recipe.data.task, labels=recipe.data.labels, val_fraction=0.0, test_fraction=0.0
+    )
     frozen = sidetune.build_backbone(recipe.backbone.name, **recipe.backbone.arguments())
     frozen.to(find_device(device))
     store = sidetune.extract(dataset, frozen, out, dtype=recipe.features.dtype, quiet=quiet)

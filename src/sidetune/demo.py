@@ -22,6 +22,7 @@ from sidetune.backbones import build_backbone
 from sidetune.errors import MissingExtraError, SidetuneError
 from sidetune.files import csv_text, write_json, write_text
 from sidetune.recipes.demo import SIDES, demo
+from sidetune.runs import Run
 
 BLOCK = 64  # neighbouring cells come from one module: whole blocks of cells go to one split
 SPLIT_OF_BLOCK = ("train", "train", "val", "test", "test")  # block number mod 5
@@ -56,6 +57,7 @@ def run_demo(out: Path) -> dict[str, Any]:
             *("--store", str(store), "--out", str(run)),
             *(word for setting in settings for word in ("--set", setting)),
         )
+        assert Run.open(run).recipe_hash == recipe.hash, f"{side}: the command is not its recipe"
         rows.append(_summary_row(run, recipe.train.seed))
     summary = {"rows": rows}
     write_json(out / "summary.json", summary)
@@ -99,7 +101,7 @@ def _sidetune(*arguments: str) -> None:
     if done.returncode:
         raise SidetuneError(
             f"sidetune {arguments[0]} ended with {done.returncode}, expected 0: its own message stands "
-            "above. Type: sidetune demo, which resumes"
+            "above. Type: sidetune demo, which resumes, or sidetune demo --out NEW"
         )
 
 
@@ -118,7 +120,7 @@ def _summary_row(run: Path, seed: int) -> dict[str, Any]:
         **intervals,
         "train_seconds": own["seconds"],
         "features_seconds": metrics["cost"]["seconds"]["features"],
-        "peak_memory_bytes": metrics["cost"]["peak_memory_bytes"],
+        "peak_memory_bytes": own["peak_memory_bytes"],
     }
 
 

@@ -42,7 +42,13 @@ ANOTHER = "Type: fit --store OTHER, or extract --out OTHER"
 
 
 def extract(
-    dataset: Dataset, backbone: Backbone, folder: Path, *, dtype: DTypeName = "fp16", quiet: bool = False
+    dataset: Dataset,
+    backbone: Backbone,
+    folder: Path,
+    *,
+    dtype: DTypeName = "fp16",
+    keys: Sequence[str] | None = None,
+    quiet: bool = False,
 ) -> Store:
     """Bring a store up to date with a dataset: extract what it does not hold yet.
 
@@ -51,6 +57,7 @@ def extract(
         backbone: its taps are what is stored.
         folder: the store; made, resumed, extended, or found complete.
         dtype: of the stored features.
+        keys: the dataset's sample keys, if they are known already; every image is hashed for them.
         quiet: no progress.
 
     Returns:
@@ -60,7 +67,7 @@ def extract(
         StoreError: the folder holds another backbone's features, another dtype or fewer taps, the disk
             would fill past 90 %, or the features overflow the dtype.
     """
-    keys = sample_keys(dataset)
+    keys = sample_keys(dataset) if keys is None else keys
     files = {key: dataset.file(row) for row, key in enumerate(keys)}
     with locked(folder):
         plan = _plan(folder, backbone, dtype, keys)
@@ -73,7 +80,7 @@ def extract(
             labels = {key: _label(dataset, row) for row, key in enumerate(keys)}
             _write_shards(folder, plan, backbone, files, labels, todo, quiet=quiet)
             write_manifest(folder, plan)
-    return Store.open(folder)
+        return Store.open(folder)
 
 
 def sample_keys(dataset: Dataset) -> tuple[str, ...]:
@@ -112,7 +119,7 @@ def _plan(folder: Path, backbone: Backbone, dtype: DTypeName, keys: Sequence[str
 
 
 def check_backbone(folder: Path, plan: Plan, backbone: Backbone) -> None:
-    """Refuse another backbone's store, or one with fewer taps.
+    """Refuse another backbone's store, one of another precision, or one with fewer taps.
 
     Raises:
         StoreError: names each field that differs.
@@ -121,6 +128,12 @@ def check_backbone(folder: Path, plan: Plan, backbone: Backbone) -> None:
     if difference:
         raise StoreError(
             f"{folder} holds features of another backbone; " + "; ".join(difference) + f". {ANOTHER}"
+        )
+    held, asked = plan.variant.precision, backbone.variant.precision
+    if held != asked:
+        raise StoreError(
+            f"{folder} holds features computed in {held}, asked for {asked}. "
+            f"Type: --set backbone.precision={held}, or fit --store OTHER, or extract --out OTHER"
         )
     lacking = [name for name in backbone.spec.names if name not in plan.spec.names]
     if lacking:
@@ -147,12 +160,11 @@ def _possible_shards(folder: Path, plan: Plan, keys: set[str]) -> tuple[tuple[st
 
 
 def _check_alike(folder: Path, plan: Plan, backbone: Backbone, todo: Sequence[int]) -> None:
-    """All shards of a store have the same taps in the same precision."""
-    if todo and (backbone.spec, backbone.variant.precision) != (plan.spec, plan.variant.precision):
+    """All shards of a store have the same taps."""
+    if todo and backbone.spec != plan.spec:
         raise StoreError(
             f"{folder} lacks {sum(len(plan.shards[number]) for number in todo)} of these samples and cannot "
-            f"be extended: it holds {len(plan.spec)} taps in {plan.variant.precision}, this backbone reads "
-            f"{len(backbone.spec)} in {backbone.variant.precision}. {ANOTHER}"
+            f"be extended: it holds {len(plan.spec)} taps, the backbone reads {len(backbone.spec)}. {ANOTHER}"
         )
 
 

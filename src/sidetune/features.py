@@ -126,7 +126,7 @@ class Spec:
 
     @property
     def last(self) -> Tap:
-        """The last tap: b_L where blocks are tapped."""
+        """The last tap in running order: b_L, unless a branch tapped after block L - 1 stands last."""
         return self.taps[-1]
 
     def index(self, name: str) -> int:

@@ -14,8 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+from sidetune.errors import SidetuneError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -43,7 +46,13 @@ def csv_text(rows: Sequence[Sequence[Any]]) -> str:
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """A safetensors file, written as `write_text` does."""
     temporary = _temporary(path)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+    except SafetensorError as error:  # no space left, above all
+        temporary.unlink(missing_ok=True)
+        raise SidetuneError(
+            f"{path} cannot be written: {error}. Free the disk, then type the same command again: it resumes"
+        ) from error
     temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets nobody else read its files
     with temporary.open("rb+") as stream:
         os.fsync(stream.fileno())

@@ -132,7 +132,7 @@ def _open_job(
         dtype = recipe.features.dtype
         folder = default_store(backbone, dtype) if store is None else Path(store)
         say(f"features in {folder} ({dtype})", quiet=quiet)
-        complete = extract(dataset, backbone, folder, dtype=dtype, quiet=quiet)
+        complete = extract(dataset, backbone, folder, dtype=dtype, keys=keys, quiet=quiet)
         source = StoredSource(complete, keys, backbone.spec)
     write_skipped(out, dataset, source.skipped)
     if source.skipped:
@@ -162,8 +162,10 @@ def _readable(dataset: Dataset, source: Source, out: Path) -> dict[str, NDArray[
         split[name] = rows[source.valid[rows]]
     lacking = [f"no {name} image" for name in ("train", "val") if not len(split[name])]
     if dataset.task == "classify" and not lacking:
-        counts = np.bincount(dataset.targets[split["train"]], minlength=len(dataset.outputs))
-        lacking = [f"no train image of class {dataset.outputs[k]!r}" for k in np.flatnonzero(counts == 0)]
+        named, left = (
+            set(dataset.targets[rows].tolist()) for rows in (dataset.rows("train"), split["train"])
+        )
+        lacking = [f"no train image of class {dataset.outputs[k]!r}" for k in sorted(named - left)]
     if lacking:
         example = ", ".join(f"{dataset.paths[row]}: {why}" for row, why in sorted(source.skipped.items())[:1])
         raise DataError(
@@ -184,7 +186,7 @@ def _write(job: Job, rows: Sequence[Row], peak_memory: int) -> None:
         own.fitted.model.cpu().eval(),
         own.fitted.recipe,
         job.task,
-        job.source.spec,
+        own.fitted.model.side.spec,
         job.backbone.identity,
         job.backbone.variant,
         None if job.source.final_norm is None else job.source.final_norm.eps,

@@ -25,6 +25,7 @@ from sidetune.checkpoint import Epoch, Scores
 from sidetune.data.dataset import Dataset
 from sidetune.evaluate import Evaluation, evaluate, scores
 from sidetune.figures import duration, label, number
+from sidetune.memory import PeakMemory
 from sidetune.model import SideModel
 from sidetune.probes import Pooled, Probe, fit_linear, fit_ridge
 from sidetune.progress import say
@@ -88,6 +89,7 @@ class Fitted:
         recipe: with every choice filled in.
         parameters: without the head.
         seconds: that fitting took.
+        peak_memory: bytes of this process while it was fitted.
         detail: what was chosen, for the tables.
         outputs: split -> the head's outputs (n, K), on the CPU.
         history: one `Epoch` an epoch; none for what was solved.
@@ -98,6 +100,7 @@ class Fitted:
     recipe: Recipe
     parameters: int
     seconds: float
+    peak_memory: int
     detail: dict[str, Any]
     outputs: Callable[[str], Tensor]
     history: Sequence[Epoch] = ()
@@ -124,13 +127,15 @@ def _solve_probes(job: Job) -> Iterator[Fitted]:
         probes[asked.name] = asked  # with its own settings, and last
     for name, recipe in probes.items():
         started = time.monotonic()
-        probe = _solve(job, pooled, recipe)
+        with PeakMemory() as memory:
+            probe = _solve(job, pooled, recipe)
         yield Fitted(
             name,
             probe.model,
             job.recipe.model_copy(update={"side": probe.recipe}),
             parameters=0,
             seconds=time.monotonic() - started,
+            peak_memory=memory.peak,
             detail=probe.detail,
             outputs=partial(_probe_outputs, job, probe),
         )
@@ -149,35 +154,36 @@ def _probe_outputs(job: Job, probe: Probe, split: str) -> Tensor:
 
 def _train_side(job: Job) -> Fitted:
     """Stage three: the side, by the one loop."""
-    started = time.monotonic()
     recipe = job.recipe.train.resolved(len(job.split["train"]))
     model = build_model(job.recipe, job.source.spec, job.task.num_outputs, job.source.final_norm)
     if job.recipe.features.tap_scale == "rms":
         training = job.summary.rows(torch.from_numpy(job.split["train"]))
-        model.side.tap_scale.copy_(training.tap_scale())
+        model.side.tap_scale.copy_(training.select(model.side.spec).tap_scale())
     model.start([recipe.seed])
     model.to(job.backbone.device)
     parameters = model.side.num_parameters() + sum(p.numel() for p in model.norm.parameters())
     name = job.recipe.side.name
     images = len(job.split["train"])
     job.say(f"training {name}: {parameters:,} parameters, {images:,} images, {recipe.epochs} epochs")
-    trained = train(
-        model,
-        TrainingSet(job.source.features, job.targets, job.split["train"]),
-        job.task,
-        recipe,
-        seeds=[recipe.seed],
-        validate=partial(_validate, job),
-        checkpoint=job.out / "checkpoint.safetensors",
-        run_hash=job.recipe.hash,
-        quiet=job.quiet,
-    )
+    with PeakMemory() as memory:
+        trained = train(
+            model,
+            TrainingSet(partial(job.source.features, spec=model.side.spec), job.targets, job.split["train"]),
+            job.task,
+            recipe,
+            seeds=[recipe.seed],
+            validate=partial(_validate, job),
+            checkpoint=job.out / "checkpoint.safetensors",
+            run_hash=job.recipe.hash,
+            quiet=job.quiet,
+        )
     return Fitted(
         name,
         model.eval(),
         job.recipe.model_copy(update={"train": recipe}),
         parameters,
-        seconds=time.monotonic() - started,
+        seconds=sum(epoch.seconds for epoch in trained.history),
+        peak_memory=memory.peak,
         detail={"epochs": recipe.epochs, "lr": recipe.lr},
         outputs=partial(_side_outputs, job, model),
         history=trained.history,
@@ -185,19 +191,20 @@ def _train_side(job: Job) -> Fitted:
 
 
 def _validate(job: Job, model: nn.Module) -> list[Scores]:
+    assert isinstance(model, SideModel)
     targets = job.dataset.targets[job.split["val"]]
     members = job.task.predictions(_member_outputs(job, model, "val")).double().numpy()
-    return [scores(job.task, predictions, targets) for predictions in members]
+    return [scores(job.task, one, targets) if np.isfinite(one).all() else {} for one in members]
 
 
-def _side_outputs(job: Job, model: nn.Module, split: str) -> Tensor:
+def _side_outputs(job: Job, model: SideModel, split: str) -> Tensor:
     return _member_outputs(job, model, split)[0]
 
 
-def _member_outputs(job: Job, model: nn.Module, split: str) -> Tensor:
+def _member_outputs(job: Job, model: SideModel, split: str) -> Tensor:
     """Outputs of a split: (M, n, K), on the CPU."""
     with torch.no_grad():
-        batches = job.source.batches(job.split[split])
+        batches = job.source.batches(job.split[split], model.side.spec)
         parts = [model(batch.to(job.backbone.device)).float().cpu() for batch in batches]
     return torch.cat(parts, 1) if parts else torch.zeros(1, 0, job.task.num_outputs)
 
@@ -226,6 +233,7 @@ class Row:
             "method": self.fitted.name,
             "parameters": self.fitted.parameters,
             "seconds": self.fitted.seconds,
+            "peak_memory_bytes": self.fitted.peak_memory,
             "detail": self.fitted.detail,
             "val": self.val.to_json(),
             "test": None if self.test is None else self.test.to_json(),

@@ -6,14 +6,17 @@ L-BFGS to convergence), so that a side network that beats them beats something.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from sidetune.errors import DivergedError
 from sidetune.evaluate import scores
 from sidetune.features import FinalNorm
 from sidetune.model import NormKind, SideModel
@@ -87,9 +90,18 @@ def fit_ridge(recipe: RidgeRecipe, data: Pooled, task: Task) -> Probe:
         lambdas=LAMBDAS if recipe.l2 is None else (recipe.l2,),
         groups=None if data.groups is None else data.groups[data.train],
     )
+    sharpness = _sharpness(task, solution.left_out + task.target_mean, target)
     model = SideModel(side, task.num_outputs, norm="none")
-    set_head(model, solution.weight, solution.bias + task.target_mean)
-    detail = {"l2": solution.l2, "taps": len(side.chosen), "left_out": solution.scores[solution.l2]}
+    set_head(model, sharpness * solution.weight, sharpness * (solution.bias + task.target_mean))
+    detail: dict[str, Any] = {
+        "l2": solution.l2,
+        "taps": len(side.chosen),
+        "left_out": solution.scores[solution.l2],
+    }
+    if task.kind != "regress":
+        detail["sharpness"] = sharpness
+    if getattr(task, "class_weights", None) is not None:
+        detail["class_weights"] = "not used"
     return Probe(model, recipe.model_copy(update={"l2": solution.l2}), detail)
 
 
@@ -115,7 +127,12 @@ def fit_linear(
         normed = model.norm(pooled[None])[0]
         coordinates, solution = Coordinates(normed[data.train]), None
         for l2 in penalties:
-            solution = solve_linear(coordinates, data.targets[data.train], task, l2, start=solution)
+            try:
+                solution = solve_linear(coordinates, data.targets[data.train], task, l2, start=solution)
+            except DivergedError:
+                if best is None or recipe.l2 is not None:
+                    raise
+                continue  # too weak a penalty for these features; stronger ones were solved
             output = normed[data.val].double() @ solution.weight + solution.bias
             loss = task.loss(output[None], data.targets[data.val]).mean().item()
             rank = (headline(task, output, data.targets[data.val]), -loss)
@@ -131,6 +148,21 @@ def fit_linear(
         "gradient": solution.gradient,
     }
     return Probe(model, recipe.model_copy(update={"l2": l2, "pool": model.side.pool}), detail)
+
+
+def _sharpness(task: Task, left_out: Tensor, target: Tensor) -> float:
+    """The factor on all outputs with the least loss of left-out fits; 1 for a regression.
+
+    Ridge fits zeros and ones, whose softmax says little: this makes probabilities of them. What is
+    likeliest stays so.
+    """
+    if task.kind == "regress":
+        return 1.0
+
+    def loss(log_factor: float) -> float:
+        return task.loss((math.exp(log_factor) * left_out)[None], target).mean().item()
+
+    return math.exp(minimize_scalar(loss, bounds=(-3.0, 4.6), method="bounded").x)
 
 
 def headline(task: Task, output: Tensor, target: Tensor) -> float:

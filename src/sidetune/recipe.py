@@ -34,7 +34,7 @@ class DataRecipe(Part):
 
     task: TaskKind = "classify"
     labels: tuple[str, ...] | None = None
-    split_seed: int = 0
+    split_seed: int = Field(0, ge=0)
     val_fraction: float = Field(0.2, gt=0, lt=1)
     test_fraction: float = Field(0.2, gt=0, lt=1)
     class_weights: Literal["none", "balanced"] = "none"

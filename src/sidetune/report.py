@@ -16,6 +16,7 @@ import jinja2
 
 from sidetune.errors import ArtifactError
 from sidetune.figures import LABELS, curve, duration, flat, forest, label, number, short, size, text
+from sidetune.files import write_text
 
 Json = dict[str, Any]
 
@@ -52,7 +53,7 @@ def write_report(run: Path) -> Path:
             "Fit it again with: sidetune fit"
         ) from error
     path = run / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 

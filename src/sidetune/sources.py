@@ -40,17 +40,22 @@ class Source(ABC):
     skipped: dict[int, str]
 
     @abstractmethod
-    def features(self, rows: Sequence[int]) -> Features:
-        """Features of these rows, in this order: float32, outside any autograd graph."""
+    def features(self, rows: Sequence[int], spec: Spec | None = None) -> Features:
+        """Features of these rows, in this order: float32, outside any autograd graph.
+
+        Args:
+            rows: B rows of the dataset.
+            spec: the taps to give, a subset of this source's; None: all.
+        """
 
     @abstractmethod
     def summary(self) -> Summary:
         """Pooled taps of every row of the dataset; rows that are not valid hold no meaning."""
 
-    def batches(self, rows: NDArray[np.int64], size: int = MICRO_BATCH) -> Iterator[Features]:
-        """The features of many rows, a batch at a time, in order."""
-        for first in range(0, len(rows), size):
-            yield self.features(rows[first : first + size].tolist())
+    def batches(self, rows: NDArray[np.int64], spec: Spec | None = None) -> Iterator[Features]:
+        """The features of many rows, a micro-batch at a time, in order."""
+        for first in range(0, len(rows), MICRO_BATCH):
+            yield self.features(rows[first : first + MICRO_BATCH].tolist(), spec)
 
 
 class StoredSource(Source):
@@ -74,9 +79,9 @@ class StoredSource(Source):
         self.valid = store.valid(keys)
         self.skipped = {row: store.skipped[key] for row, key in enumerate(keys) if key in store.skipped}
 
-    def features(self, rows: Sequence[int]) -> Features:
+    def features(self, rows: Sequence[int], spec: Spec | None = None) -> Features:
         """See `Source.features`."""
-        return self.store.features([self.keys[row] for row in rows], self.spec)
+        return self.store.features([self.keys[row] for row in rows], self.spec if spec is None else spec)
 
     def summary(self) -> Summary:
         """See `Source.summary`."""
@@ -103,13 +108,13 @@ class LiveSource(Source):
         self._summary = self._first_pass(quiet)
         self.valid = np.array([row not in self.skipped for row in range(len(dataset))], dtype=bool)
 
-    def features(self, rows: Sequence[int]) -> Features:
+    def features(self, rows: Sequence[int], spec: Spec | None = None) -> Features:
         """See `Source.features`."""
         files = [self.files[row] for row in rows]
         micro_batches = decoded(files, self.backbone.preprocess, self._pool)
         parts = [self._run(images) for _, images, _ in micro_batches]
         layers = tuple(torch.cat(layer) for layer in zip(*(part.layers for part in parts), strict=True))
-        return Features(layers, self.spec)
+        return Features(layers, self.spec).select((self.spec if spec is None else spec).names)
 
     def summary(self) -> Summary:
         """See `Source.summary`."""

@@ -108,7 +108,7 @@ def train(  # noqa: PLR0913 - the loop is the meeting place of all parts
     saved = time.monotonic()
     with Progress("train", recipe.epochs * steps, "steps", done=_done(state, steps), quiet=quiet) as progress:
         while state.epoch < recipe.epochs:
-            started = time.monotonic()
+            started = time.monotonic() - state.seconds
             order = _order(data.rows, seeds[0], state.epoch)
             model.train()
             while state.step < steps:
@@ -124,6 +124,7 @@ def train(  # noqa: PLR0913 - the loop is the meeting place of all parts
                 state.step += 1
                 progress.advance(1, _note(state, len(data.rows), steps, recipe, task))
                 if checkpoint is not None and time.monotonic() - saved >= CHECKPOINT_SECONDS:
+                    state.seconds = time.monotonic() - started
                     save_checkpoint(checkpoint, run_hash, model, optimizer, state)
                     saved = time.monotonic()
             model.eval()
@@ -213,7 +214,7 @@ def _clip_members(gradients: Sequence[Tensor], clip: float) -> None:
 def _end_epoch(state: State, val: Sequence[Scores], lr: float, num_rows: int, seconds: float) -> None:
     loss = tuple((state.loss_sum / num_rows).tolist())
     state.history.append(Epoch(state.epoch, loss, lr, tuple(val), seconds))
-    state.epoch, state.step = state.epoch + 1, 0
+    state.epoch, state.step, state.seconds = state.epoch + 1, 0, 0.0
     state.loss_sum = torch.zeros_like(state.loss_sum)
 
 
@@ -221,9 +222,10 @@ def _keep_best(model: nn.Module, state: State, task: Task, recipe: TrainRecipe) 
     """Remember the weights of the best epoch on validation (of the members' mean headline score)."""
     if recipe.select != "best":
         return
-    scores = [score for member in state.history[-1].val if (score := member[task.headline]) is not None]
-    mean = sum(scores) / max(len(scores), 1)
-    if mean > state.best:
+    val = state.history[-1].val
+    scores = [score for member in val if (score := member.get(task.headline)) is not None]
+    mean = sum(scores) / len(scores) if scores else -math.inf
+    if mean > state.best or not scores:  # where the score is not defined, the last epoch is kept
         state.best = mean
         state.best_weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 

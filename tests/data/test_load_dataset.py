@@ -9,7 +9,7 @@ from sidetune.data import load_dataset, load_image
 from sidetune.data.preprocess import Preprocess
 from sidetune.errors import DataError
 
-# DATA.md: classes, train + val, test.
+# classes, train + val, test.
 VTAB_MINI = {
     "caltech101": (102, 1020, 2040),
     "cifar": (100, 1000, 4000),

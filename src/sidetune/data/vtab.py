@@ -1,4 +1,7 @@
-"""VTAB-1K's layout on disk: four lists of ``images/<split>/000000.jpg <label>`` (METHODS.md section 4)."""
+"""VTAB-1K's layout on disk: four lists of ``images/<split>/000000.jpg <label>``.
+
+As published with the benchmark (Zhai et al., 2019, arXiv 1910.04867).
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     w = softmax(b_L q / sqrt(D)) over tokens;   out = (sum_n w_n b_L[n]) V
 
-Values D -> D and no key projection (METHODS of the probing literature differ in both). The query
+Values D -> D and no key projection; attentive probes in the literature differ in both. The query
 starts at zero and V at the identity, so the probe starts as the linear probe on the mean of all
 tokens; this start is our choice.
 """
@@ -36,6 +36,11 @@ class Attentive(Side):
     def __init__(self, spec: Spec, *, members: int = 1) -> None:
         super().__init__(spec, members=members, pool="mean")
         self.query = Query(members, spec.last.width)
+
+    @classmethod
+    def reads(cls, spec: Spec) -> Spec:
+        """The last tap alone."""
+        return Spec((spec.last,))
 
     def tokens(self, features: Features, draws: Draws | None = None) -> Tensor:
         """b_L: (1, B, N, D)."""

@@ -25,7 +25,7 @@ Pool = Literal["mean", "cls", "cls+mean", "all", "tokens"]
 class SideRecipe(BaseModel):
     """What every side's own recipe shares. The fields are the side's keyword arguments."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of the side's constructor."""
@@ -56,6 +56,11 @@ class Side(nn.Module, ABC):
             )
         self.spec, self.members, self.pool = spec, members, pool
         self.register_buffer("tap_scale", torch.ones(len(spec)))
+
+    @classmethod
+    def reads(cls, spec: Spec) -> Spec:
+        """The taps of `spec` that this side reads: all, unless the side says otherwise."""
+        return spec
 
     @property
     def width(self) -> int:

@@ -7,7 +7,7 @@
 lambda comes from 1e-5 .. 1e2 by the leave-one-out score (leave-one-group-out where samples have
 groups), which needs no refit: with H the hat matrix, the left-out residual of a sample is
 (y - Hy) / (1 - h_ii), of a group (I - H_gg)^-1 (y - Hy)_g. Solved through the smaller of the two
-Gram matrices, in float64: seconds, no gradient, no validation data.
+Gram matrices, in float64: seconds, no gradient, no validation data. Class weights have no part in it.
 """
 
 from __future__ import annotations
