@@ -91,8 +91,9 @@ def stages(monkeypatch, tmp_path):
             scores = {"accuracy": 0.9, "balanced_accuracy": 0.85, "auroc": 0.95, "log_loss": 0.3}
             pairs = {name: [0.8, 1.0] for name in scores}
             split = {"scores": scores, "intervals": pairs}
-            row = {"method": str(side), "parameters": 12_345, "seconds": 61.0, "val": split, "test": split}
-            cost = {"seconds": {"features": 9.0}, "peak_memory_bytes": 2**30}
+            row = {"method": str(side), "parameters": 12_345, "seconds": 61.0, "peak_memory_bytes": 2**30}
+            row |= {"val": split, "test": split}
+            cost = {"seconds": {"features": 9.0}}
             (out / "metrics.json").write_text(json.dumps({"side": str(side), "rows": [row], "cost": cost}))
         return subprocess.CompletedProcess(words, 0)
 
@@ -134,7 +135,7 @@ def test_a_stage_that_fails_is_named(stages, tmp_path, monkeypatch):
         demo.run_demo(tmp_path)
     assert str(error.value) == (
         "sidetune extract ended with 1, expected 0: its own message stands above. Type: sidetune demo, which "
-        "resumes"
+        "resumes, or sidetune demo --out NEW"
     )
 
 

@@ -21,8 +21,8 @@ from rich.table import Table
 from sidetune.backbones import build_backbone
 from sidetune.errors import MissingExtraError, SidetuneError
 from sidetune.files import csv_text, write_json, write_text
+from sidetune.recipe import Recipe
 from sidetune.recipes.demo import SIDES, demo
-from sidetune.runs import Run
 
 BLOCK = 64  # neighbouring cells come from one module: whole blocks of cells go to one split
 SPLIT_OF_BLOCK = ("train", "train", "val", "test", "test")  # block number mod 5
@@ -52,12 +52,13 @@ def run_demo(out: Path) -> dict[str, Any]:
         recipe = demo(side)
         run = out / side
         settings = [f"train.{name}={getattr(recipe.train, name)}" for name in ("epochs", "lr", "seed")]
+        plain = {"backbone": {"name": "demo", "size": 224}, "side": {"name": side}}
+        assert Recipe.build(plain, settings) == recipe, f"{side}: the command below is not its recipe"
         _sidetune(
             *("fit", str(table), "--backbone", "demo", "--size", "224", "--side", side),
             *("--store", str(store), "--out", str(run)),
             *(word for setting in settings for word in ("--set", setting)),
         )
-        assert Run.open(run).recipe_hash == recipe.hash, f"{side}: the command is not its recipe"
         rows.append(_summary_row(run, recipe.train.seed))
     summary = {"rows": rows}
     write_json(out / "summary.json", summary)
