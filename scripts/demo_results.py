@@ -31,14 +31,6 @@ GRID: dict[str, list[tuple[str, ...]]] = {  # a probe is an opponent only when i
     "losa": [("train.lr=3e-4",), ("train.lr=1e-3",), ("side.drop_path=0.2",)],
     "last": [("train.lr=3e-4",), ("train.lr=1e-3",), ("side.drop_path=0.2",)],
 }
-METHODS = {
-    "ridge-last": "ridge, last tap",
-    "ridge": "ridge, all taps",
-    "linear": "linear probe",
-    "attentive": "attentive probe",
-    "losa": "**LoSA**",
-    "last": "**LAST**",
-}
 METRICS = ("balanced_accuracy", "accuracy", "auroc", "log_loss")
 
 
@@ -76,7 +68,7 @@ def main() -> None:
         lines += result_lines(options, finished[0], method, (), None)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    print(markdown(lines))
+    print(f"{len(lines)} lines in {options.out}. Type: python scripts/results_table.py")
 
 
 def command(
@@ -148,27 +140,6 @@ def result_lines(
         }
         for metric in METRICS
     ]
-
-
-def markdown(lines: list[dict[str, Any]]) -> str:
-    """README's table: the mean over seeds, the range in brackets where there are several."""
-    shown = {"balanced_accuracy": "balanced accuracy", "auroc": "AUROC", "accuracy": "accuracy"}
-    rows = [["method", "parameters", *(f"test {name}, %" for name in shown.values()), "seeds"]]
-    rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
-    for method, name in METHODS.items():
-        own = [line for line in lines if line["method"] == method]
-        values = {
-            name: [100 * line["value"] for line in own if line["metric"] == f"test_{name}"] for name in shown
-        }
-        cells = [spread(values[name]) for name in shown]
-        rows.append([name, f"{own[0]['parameters']:,}", *cells, str(len(values["accuracy"]))])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def spread(values: list[float]) -> str:
-    """`76.1` or `76.1 (75.2 .. 77.0)`."""
-    mean = f"{sum(values) / len(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} .. {max(values):.1f})"
 
 
 if __name__ == "__main__":

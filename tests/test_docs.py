@@ -62,19 +62,14 @@ def test_files_that_the_map_names_exist() -> None:
 
 
 def test_the_readme_table_is_what_the_result_lines_say() -> None:
-    lines = [json.loads(line) for line in (ROOT / "results" / "demo.jsonl").read_text().splitlines()]
-    markdown = runpy.run_path(str(ROOT / "scripts" / "demo_results.py"))["markdown"]
-    assert markdown(lines) in (ROOT / "README.md").read_text(encoding="utf-8")
-    for line in lines:
-        assert {
-            "method",
-            "task",
-            "seed",
-            "metric",
-            "value",
-            "command",
-            "commit",
-            "hardware",
-            "recipe",
-        } <= line.keys()
+    table = runpy.run_path(str(ROOT / "scripts" / "results_table.py"))["table"]()
+    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.jsonl")), ids=lambda path: path.stem)
+def test_a_result_line_says_where_it_comes_from(path: Path) -> None:
+    fields = {"method", "task", "seed", "metric", "value", "command", "commit", "hardware", "recipe"}
+    for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        assert fields <= line.keys()
         assert len(line["commit"]) == 40 and len(line["recipe"]) == 64
+        assert line["command"].startswith("sidetune fit ")

@@ -41,7 +41,7 @@ class Source(ABC):
 
     @abstractmethod
     def features(self, rows: Sequence[int], spec: Spec | None = None) -> Features:
-        """Features of these rows, in this order: float32, outside any autograd graph.
+        """Features of these rows, in this order: float32, outside any autograd graph, on any device.
 
         Args:
             rows: B rows of the dataset.
@@ -125,10 +125,10 @@ class LiveSource(Source):
         with Progress("features", len(self.files), "images", quiet=quiet) as progress:
             for first, images, bad in decoded(self.files, self.backbone.preprocess, self._pool):
                 self.skipped |= {first + slot: reason for slot, reason in bad.items()}
-                parts.append(summarise(self._run(images)))
+                parts.append(summarise(self._run(images).to("cpu")))
                 progress.advance(len(images))
         return concatenate(parts)
 
     def _run(self, images: Tensor) -> Features:
         with torch.no_grad():
-            return self.backbone(images).to("cpu", torch.float32)
+            return self.backbone(images).to(self.backbone.device, torch.float32)
