@@ -212,7 +212,7 @@ def _metrics(job: Job, rows: Sequence[Row], peak_memory: int) -> dict[str, Any]:
         "outputs": list(job.task.outputs),
         "headline": job.task.headline,
         "data": {
-            "name": job.dataset.root.resolve().name,
+            "name": job.dataset.name,
             **{f"num_{name}": len(rows) for name, rows in job.split.items()},
             "num_skipped": len(job.source.skipped),
         },

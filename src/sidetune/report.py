@@ -108,7 +108,7 @@ def _facts(metrics: Json, own: Json, split: str) -> list[tuple[str, str, str, st
             f"95 %: {interval}" if interval else "",
         ),
         (f"{cost['parameters'] + cost['head_parameters']:,}", "", "trained parameters, head included", ""),
-        (duration(sum(cost["seconds"].values())), "", "from images to scores", ""),
+        (duration(sum(cost["seconds"].values())), "", "this run, all methods", ""),
         (size(cost["peak_memory_bytes"]), "", "peak memory", ""),
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -65,7 +66,8 @@ def load_dataset(
         raise DataError(f"no task named {task!r}.{nearest(task, get_args(TaskKind))}")
     carving = Carving(val=val_fraction, test=test_fraction, seed=split_seed)
     if path.suffix.lower() == ".csv" and not path.is_dir():
-        return read_csv_table(path, task=task, labels=labels, carving=carving)
+        table = read_csv_table(path, task=task, labels=labels, carving=carving)
+        return replace(table, name=path.stem)
     if not path.is_dir():
         found = "a file that is no .csv" if path.exists() else "nothing there"
         raise DataError(
@@ -78,4 +80,5 @@ def load_dataset(
             f"{path} is a folder: its class folders are the labels, so only --task classify without --labels "
             f"is possible, got {asked}. Give a table: sidetune fit TABLE.csv --task {task} --labels a,b"
         )
-    return read_vtab(path) if is_vtab(path) else read_folders(path, carving=carving)
+    dataset = read_vtab(path) if is_vtab(path) else read_folders(path, carving=carving)
+    return replace(dataset, name=path.resolve().name)

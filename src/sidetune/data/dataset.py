@@ -43,6 +43,7 @@ class Dataset:
         fold: (n,) fold numbers as the CSV gives them. None where there are none.
         carved: the splits that the data did not have and that were drawn from its training samples.
         ignored: visible files beside the images that were left out because they are no images.
+        name: what people call it: the folder's name, or the table's without its ending.
     """
 
     root: Path
@@ -55,6 +56,7 @@ class Dataset:
     fold: NDArray[np.int64] | None = None
     carved: tuple[Split, ...] = ()
     ignored: int = 0
+    name: str = ""
 
     def __len__(self) -> int:
         return len(self.paths)
