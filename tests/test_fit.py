@@ -460,3 +460,25 @@ def test_a_backbone_object_beside_a_recipe_that_names_it_keeps_the_name(image_fo
         image_folder, out=tmp_path / "run", recipe=recipe, backbone=ToyBackbone(40), store=tmp_path / "s"
     )
     assert load(run.folder).backbone.preprocess.size == 40
+
+
+def test_a_class_that_train_lacks_is_no_unreadable_image(image_folder, tmp_path):
+    """VTAB's lists as published may lack a class in train800: fitted all the same."""
+    root = tmp_path / "task"
+    (root / "images").mkdir(parents=True)
+    lines = []
+    for path in sorted(image_folder.glob("*/*.png")):
+        name = f"images/{path.name}"
+        (root / name).write_bytes(path.read_bytes())
+        lines.append((name, int(path.parent.name[-1])))
+    parts = {
+        "train800": [line for line in lines[:40] if line[1] < 2],
+        "val200": lines[40:50],
+        "test": lines[50:],
+    }
+    parts["train800val200"] = parts["train800"] + parts["val200"]
+    for name, rows in parts.items():
+        (root / f"{name}.txt").write_text("".join(f"{path} {label}\n" for path, label in rows))
+    run = fit(root, out=tmp_path / "run", recipe=toy_recipe("ridge"), store=tmp_path / "store", quiet=True)
+    assert run.metrics["data"]["num_train"] == len(parts["train800"])
+    assert len(run.metrics["outputs"]) == 3
