@@ -1,8 +1,10 @@
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from extracting import EXTRACT, FEW
 from fitted_runs import FittedRuns
 from images import make_folder
 
@@ -22,3 +24,22 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> FittedRuns:
     """Finished runs on `image_folder` with the toy backbone, made when first asked for. Read only."""
     return FittedRuns(tmp_path_factory.mktemp("runs"), image_folder)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 images of 3 classes. Read only."""
+    return make_folder(tmp_path_factory.mktemp("pictures"), 3, FEW, seed=7)
+
+
+@pytest.fixture
+def own(pictures: Path, tmp_path: Path) -> Path:
+    """A copy of the pictures that a test may change."""
+    return Path(shutil.copytree(pictures, tmp_path / "own"))
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five records a shard, two a micro-batch."""
+    monkeypatch.setattr(EXTRACT, "SHARD_RECORDS", 5)
+    monkeypatch.setattr(EXTRACT, "MICRO_BATCH", 2)

@@ -4,7 +4,6 @@ import json
 import shutil
 from collections import namedtuple
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 from extracting import EXTRACT, FEW, bring, contents, toy
-from images import make_folder
 from sidetune.data import load_dataset, load_image
 from sidetune.errors import StoreError
 from sidetune.extract import extract, sample_keys
@@ -21,24 +19,6 @@ from sidetune.files import sha256_file
 from sidetune.store import DTYPES
 
 Disk = namedtuple("Disk", "total used free")
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    """12 images of 3 classes. Read only."""
-    return make_folder(tmp_path_factory.mktemp("pictures"), 3, FEW, seed=7)
-
-
-@pytest.fixture
-def own(pictures, tmp_path):
-    """A copy of the pictures that a test may change."""
-    return Path(shutil.copytree(pictures, tmp_path / "own"))
-
-
-@pytest.fixture
-def small_shards(monkeypatch):
-    monkeypatch.setattr(EXTRACT, "SHARD_RECORDS", 5)
-    monkeypatch.setattr(EXTRACT, "MICRO_BATCH", 2)
 
 
 def direct(dataset, backbone, rows=None):

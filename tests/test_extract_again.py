@@ -3,38 +3,19 @@
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import sidetune.shards
-from extracting import EXTRACT, FEW, bring, contents, toy
+from extracting import FEW, bring, contents, toy
 from images import make_folder
 from sidetune.data import Dataset, load_dataset
 from sidetune.errors import StoreError
 from sidetune.extract import extract, sample_keys
 from sidetune.shards import is_written
 from sidetune.store import Store
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    """12 images of 3 classes. Read only."""
-    return make_folder(tmp_path_factory.mktemp("pictures"), 3, FEW, seed=7)
-
-
-@pytest.fixture
-def own(pictures, tmp_path):
-    """A copy of the pictures that a test may change."""
-    return Path(shutil.copytree(pictures, tmp_path / "own"))
-
-
-@pytest.fixture
-def small_shards(monkeypatch):
-    monkeypatch.setattr(EXTRACT, "SHARD_RECORDS", 5)
-    monkeypatch.setattr(EXTRACT, "MICRO_BATCH", 2)
 
 
 def test_extracting_again_changes_nothing(pictures, tmp_path, small_shards):
