@@ -92,7 +92,8 @@ def fit(
     backbone.to(place)
     build_model(recipe, backbone.spec, len(dataset.outputs), backbone.norm)  # a wrong side is refused here
     keys = sample_keys(dataset)
-    asked = (recipe, dataset.fingerprint(keys), backbone.identity.digest)
+    fingerprint = dataset.fingerprint(keys)
+    asked = (recipe, fingerprint, backbone.identity.digest)
     if (finished := find_run(out, *asked)) is not None:
         if not (out / "report.html").exists():
             write_report(out)
@@ -102,7 +103,7 @@ def fit(
             with PeakMemory() as memory:
                 job = _open_job(recipe, dataset, backbone, keys, out=out, store=store, quiet=quiet)
                 rows = [score(job, fitted) for fitted in fit_methods(job)]
-            _write(job, rows, memory.peak)
+            _write(job, rows, fingerprint, memory.peak)
     return Run.open(out)
 
 
@@ -145,9 +146,9 @@ def _open_job(
         class_weights=recipe.data.class_weights,
         label_smoothing=recipe.data.label_smoothing,
     )
-    summary, data = source.summary(), dataset.fingerprint(tuple(keys))
+    summary = source.summary()
     seconds = time.monotonic() - started
-    return Job(recipe, dataset, backbone, out, quiet, data, source, summary, split, task, seconds)
+    return Job(recipe, dataset, backbone, out, quiet, source, summary, split, task, seconds)
 
 
 def _readable(dataset: Dataset, source: Source, out: Path) -> dict[str, NDArray[np.int64]]:
@@ -176,7 +177,7 @@ def _readable(dataset: Dataset, source: Source, out: Path) -> dict[str, NDArray[
     return split
 
 
-def _write(job: Job, rows: Sequence[Row], peak_memory: int) -> None:
+def _write(job: Job, rows: Sequence[Row], fingerprint: str, peak_memory: int) -> None:
     """Stage four: the run folder; artifact.json last but for the page that reads it."""
     own = rows[-1]
     predictions = {name: (job.split[name], values) for name, values in own.predictions.items()}
@@ -191,7 +192,7 @@ def _write(job: Job, rows: Sequence[Row], peak_memory: int) -> None:
         job.backbone.variant,
         None if job.source.final_norm is None else job.source.final_norm.eps,
         job.backbone.check_values(),
-        job.data,
+        fingerprint,
         {"val": own.val.scores, "test": None if own.test is None else own.test.scores},
     )
     artifact.save(job.out)

@@ -49,7 +49,6 @@ class Job:
         backbone: where the source comes from.
         out: the run folder.
         quiet: no progress.
-        data: fingerprint of the dataset.
         source: features of every row.
         summary: the same, pooled.
         split: rows of each split that could be read.
@@ -62,7 +61,6 @@ class Job:
     backbone: Backbone
     out: Path
     quiet: bool
-    data: str
     source: Source
     summary: Summary
     split: dict[str, NDArray[np.int64]]
