@@ -91,9 +91,18 @@ def test_a_missing_file_is_named(runs, tmp_path, name, message):
     assert message in error_of(folder)
 
 
-def test_another_format_version_is_refused(runs, tmp_path):
-    message = error_of(edited(runs.copy(tmp_path / "run"), format=99))
-    assert message.endswith("artifact.json has format 99, expected 1. Type: pip install -U sidetune")
+@pytest.mark.parametrize(
+    ("version", "remedy"), [(99, "pip install -U sidetune"), (1, "the fit command with a new --out")]
+)
+def test_another_format_version_is_refused(runs, tmp_path, version, remedy):
+    message = error_of(edited(runs.copy(tmp_path / "run"), format=version))
+    assert message.endswith(f"artifact.json has format {version}, expected 2. Type: {remedy}")
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, "1", None])
+def test_a_temperature_that_is_none_is_refused(runs, tmp_path, value):
+    message = error_of(edited(runs.copy(tmp_path / "run"), temperature=value))
+    assert f"temperature is {value!r}, expected a number above 0" in message
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe", b""])
@@ -103,7 +112,9 @@ def test_what_is_no_artifact_is_refused(runs, tmp_path, content):
     assert str(folder / "artifact.json") in error_of(folder)
 
 
-@pytest.mark.parametrize("name", ["recipe", "task", "spec", "identity", "variant", "weights", "check_values"])
+@pytest.mark.parametrize(
+    "name", ["recipe", "task", "spec", "identity", "variant", "weights", "check_values", "temperature"]
+)
 def test_a_missing_field_is_named(runs, tmp_path, name):
     folder = runs.copy(tmp_path / "run")
     fields = json.loads((folder / "artifact.json").read_text())

@@ -336,6 +336,7 @@ def test_predict_prints_a_line_an_image(run_cli, image_folder, runs):
         "label": None,
         "values": {},
         "error": "No such file or directory",
+        "withheld": [],
     }
 
 
@@ -418,3 +419,14 @@ def test_the_module_is_the_command(image_folder, runs):
     assert done.returncode == 1
     assert only_object(done.stdout)["predictions"][0]["error"] == "No such file or directory"
     assert done.stderr == "error: nowhere.png: No such file or directory\n"
+
+
+def test_predict_withholds_what_is_not_sure(run_cli, image_folder, runs):
+    file = image_folder / "class0" / "0000.png"
+    code, out, _ = run_cli("predict", runs("losa").folder, file, "--abstain-below", "1")
+    path, answer, values = out.rstrip("\n").split("\t")
+    assert (code, path, answer) == (0, str(file), "withheld")
+    assert re.match(r"class\d 0\.\d{3}  class", values)
+    code, out, _ = run_cli("predict", runs("losa").folder, file, "--abstain-below", "1", "--json")
+    [item] = only_object(out)["predictions"]
+    assert item["label"] is None and item["withheld"] == [max(item["values"], key=item["values"].get)]

@@ -126,8 +126,8 @@ def test_no_gradient_and_no_graph_enters_the_backbone(image_folder, tmp_path, mo
         assert leaves <= trained
         return take_step(model, optimizer, loss, *rest)
 
-    def features(source, rows, spec=None):
-        found = read(source, rows, spec)
+    def features(source, rows, spec=None, views=0):
+        found = read(source, rows, spec, views)
         assert all(not layer.requires_grad and layer.grad_fn is None for layer in found.layers)
         assert not any(layer.is_inference() for layer in found.layers), "they must be fit to be saved"
         return found

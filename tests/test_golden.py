@@ -49,7 +49,7 @@ def test_a_ten_step_loss_curve(name: str) -> None:
     shift = torch.randn(3, 12, generator=keyed, dtype=torch.float64)[target][:, None]
     features = make_features(batch=24)
     shifted = Features(tuple(layer + shift for layer in features.layers), features.spec)
-    data = TrainingSet(lambda rows: shifted.rows(torch.tensor(rows)), target, np.arange(24))
+    data = TrainingSet(lambda rows, draws: shifted.rows(torch.tensor(rows)), target, np.arange(24))
     trained = train(
         make_model(name),
         data,

@@ -1,5 +1,7 @@
+import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -198,3 +200,64 @@ def test_a_few_images_are_all_scored(runs, image_folder, tmp_path):
     assert (found.split, found.evaluation.num_samples) == ("all", 3)
     with pytest.raises(DataError, match="each class needs at least 3"):
         evaluate_run(runs("ridge").folder, tmp_path, split="val")
+
+
+# answers withheld
+
+
+def test_answers_of_little_confidence_are_withheld(runs, image_folder):
+    predictor = load(runs("losa").folder)
+    paths = sorted(image_folder.rglob("*.png"))
+    free = predictor.predict(paths)
+    confidence = [max(item.values.values()) for item in free]
+    threshold = float(np.median(confidence))
+    found = predictor.predict(paths, abstain_below=threshold)
+    for item, before, sure in zip(found, free, confidence, strict=True):
+        assert item.values == before.values and item.error is None
+        if sure < threshold:
+            assert (item.label, item.withheld) == (None, (before.label,))
+        else:
+            assert (item.label, item.withheld) == (before.label, ())
+    assert 0 < sum(item.label is None for item in found) < len(found)
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.5, 90])
+def test_a_threshold_is_a_probability(runs, threshold):
+    with pytest.raises(RequestError) as caught:
+        load(runs("ridge").folder).predict([], abstain_below=threshold)
+    assert str(caught.value) == (
+        f"got --abstain-below {threshold:g}, expected a probability from 0 to 1. Type: --abstain-below 0.9"
+    )
+
+
+def test_labels_are_withheld_one_by_one(tmp_path):
+    predictor = fitted_on_a_table(tmp_path, "multilabel", ("coloured", "right"))
+    path = tmp_path / "data/images/0000.png"
+    values = predictor.predict([path])[0].values
+    surest = {name: max(value, 1 - value) for name, value in values.items()}
+    between = sum(surest.values()) / 2
+    found = predictor.predict([path], abstain_below=between)[0]
+    assert found.withheld == (min(surest, key=surest.__getitem__),) and found.values == values
+
+
+def test_a_regression_has_no_probabilities_to_withhold(tmp_path):
+    predictor = fitted_on_a_table(tmp_path, "regress", ("x", "y"))
+    with pytest.raises(RequestError, match=r"^--abstain-below needs probabilities, and the run is a regr"):
+        predictor.predict([], abstain_below=0.9)
+
+
+def fitted_on_a_table(root, task, labels):
+    table = make_csv(root / "data", task, 40)
+    recipe = toy_recipe("ridge", f"data.task={task}", f"data.labels=[{','.join(labels)}]")
+    run = fit(table, out=root / "run", recipe=recipe, store=root / "store", quiet=True)
+    return load(run.folder)
+
+
+def test_probabilities_are_those_that_the_run_was_scored_with(runs, image_folder):
+    run = runs("losa")
+    lines = [line for line in read_csv(run.folder / "predictions.csv") if line["split"] == "test"]
+    found = load(run.folder).predict([image_folder / line["path"] for line in lines])
+    for line, item in zip(lines, found, strict=True):
+        stored = [float(line[f"p_{name}"]) for name in item.values]
+        assert list(item.values.values()) == pytest.approx(stored, abs=2e-3)
+    assert json.loads((run.folder / "artifact.json").read_text())["temperature"] != 1.0

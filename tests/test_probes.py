@@ -4,10 +4,11 @@ import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from sidetune import build_backbone, load_dataset
+from sidetune.calibration import fit_temperature
 from sidetune.data import load_image
 from sidetune.features import FinalNorm
 from sidetune.keyed import generator
-from sidetune.probes import Pooled, _sharpness, fit_linear, fit_ridge, headline
+from sidetune.probes import Pooled, fit_linear, fit_ridge, headline
 from sidetune.sides.linear import PENALTIES, LinearRecipe
 from sidetune.sides.ridge import RidgeRecipe
 from sidetune.summary import summarise
@@ -59,7 +60,7 @@ def test_ridges_probabilities_have_the_least_loss_of_left_out_fits(problem):
     target = data.targets[data.train]
     keyed = generator(0, "left out")
     left_out = torch.nn.functional.one_hot(target, 3) + 0.7 * torch.randn(len(target), 3, generator=keyed)
-    found = _sharpness(task, left_out, target)
+    found = 1 / fit_temperature(task, left_out, target, prior_std=None)
     losses = {
         factor: task.loss((factor * left_out)[None], target).mean()
         for factor in (found, found / 1.2, found * 1.2)

@@ -130,7 +130,14 @@ OTHERS = {
         "resize": "crop",
         "seed": 1,
     },
-    "features": {"mode": "live", "dtype": "bf16", "tap_scale": "none"},
+    "features": {
+        "mode": "live",
+        "dtype": "bf16",
+        "tap_scale": "none",
+        "views": 4,
+        "flip": False,
+        "average_views": True,
+    },
     "side": {
         "name": "last",
         "rank": 9,
@@ -162,9 +169,20 @@ FIELDS = [
 
 @pytest.mark.parametrize(("part", "field"), FIELDS, ids=".".join)
 def test_every_field_but_the_path_of_the_weights_changes_the_hash(part, field):
-    changed = Recipe.build({part: {field: OTHERS[part][field]}})
-    assert changed != Recipe()
-    assert (changed.hash == Recipe().hash) == ((part, field) == ("backbone", "weights"))
+    given = {"views": 2} if field == "average_views" else {}  # one view has no average
+    plain = Recipe.build({part: given})
+    changed = Recipe.build({part: {**given, field: OTHERS[part][field]}})
+    assert changed != plain
+    assert (changed.hash == plain.hash) == ((part, field) == ("backbone", "weights"))
+
+
+def test_an_average_over_one_view_is_refused():
+    with pytest.raises(RecipeError) as caught:
+        Recipe.build({}, ["features.average_views=true"])
+    assert str(caught.value) == (
+        "features.average_views is true and features.views is 0: there is one view, nothing to average. "
+        "Type: --views 4 --average-views"
+    )
 
 
 def test_the_hash_does_not_depend_on_the_order_of_fields():

@@ -87,18 +87,18 @@ def test_a_few_taps_of_a_source_are_the_same_taps(both):
 def test_a_stored_source_reads_only_the_taps_asked_for(both):
     stored, _ = both
     spec = build_backbone("toy", taps=["block.2", "block.4"]).spec
-    few = StoredSource(stored.store, stored.keys, spec)
+    few = StoredSource(stored.store, stored.keys[0], spec)
     assert few.spec == few.features([0]).spec == few.summary().spec == spec
     assert torch.equal(few.features([5])["block.2"], stored.features([5])["block.2"])
     assert torch.equal(few.summary().mean[1], stored.summary().mean[4])
     with pytest.raises(RequestError, match=r"^no tap named 'ffn\.1'\."):
-        StoredSource(stored.store, stored.keys, build_backbone("toy", taps=["ffn.1"]).spec)
+        StoredSource(stored.store, stored.keys[0], build_backbone("toy", taps=["ffn.1"]).spec)
 
 
 def test_missing_samples_say_what_to_type(both):
     store = both[0].store
     with pytest.raises(StoreError) as caught:
-        StoredSource(store, [both[0].keys[0], "class0/new.png@ab"])
+        StoredSource(store, [both[0].keys[0][0], "class0/new.png@ab"])
     assert str(caught.value) == (
         f"{store.folder} lacks 1 of 2 samples, the first 'class0/new.png@ab' (new, edited, or moved). "
         f"Type: sidetune extract DATA --out {store.folder}"

@@ -12,7 +12,7 @@ from sidetune import train as loop
 from sidetune.checkpoint import Scores
 from sidetune.errors import ArtifactError, DivergedError
 from sidetune.features import Features, Spec, Tap
-from sidetune.keyed import generator
+from sidetune.keyed import Draws, generator
 from sidetune.model import SideModel
 from sidetune.recipe import TrainRecipe
 from sidetune.sides.last import Last
@@ -38,7 +38,7 @@ def make_layers() -> list[torch.Tensor]:
 LAYERS = make_layers()
 
 
-def inputs(rows: Sequence[int]) -> Features:
+def inputs(rows: Sequence[int], draws: Draws) -> Features:
     return Features(tuple(layer[list(rows)] for layer in LAYERS), SPEC)
 
 
@@ -92,7 +92,9 @@ def test_a_step_is_adamw_on_the_mean_loss_with_clipping() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(5 * epoch + step, 10, recipe)
             optimizer.zero_grad()
-            loss = torch.nn.functional.cross_entropy(reference(inputs(rows.tolist()))[0], TARGETS[rows])
+            loss = torch.nn.functional.cross_entropy(
+                reference(inputs(rows.tolist(), Draws([0])))[0], TARGETS[rows]
+            )
             loss.backward()
             torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.05)
             optimizer.step()
@@ -141,18 +143,18 @@ def test_a_resumed_run_ends_with_the_same_bytes(
 
     def scored(model: torch.nn.Module) -> list[Scores]:
         with torch.no_grad():
-            return [{"balanced_accuracy": float(model(inputs(range(30, 40)))[0, :, 0].mean())}]
+            return [{"balanced_accuracy": float(model(inputs(range(30, 40), Draws([0])))[0, :, 0].mean())}]
 
     whole = make_model(drop_path=0.3)
     expected = run(whole, recipe, validate=scored)
     calls = 0
 
-    def killed(rows: Sequence[int]) -> Features:
+    def killed(rows: Sequence[int], draws: Draws) -> Features:
         nonlocal calls
         calls += 1
         if calls > stop_after:
             raise Killed
-        return inputs(rows)
+        return inputs(rows, draws)
 
     path = tmp_path / "checkpoint.safetensors"
     first = make_model(drop_path=0.3)

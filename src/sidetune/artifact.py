@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +29,7 @@ from sidetune.recipe import Recipe
 from sidetune.sides import SIDES, SOLVED
 from sidetune.tasks import Task
 
-FORMAT = 1
+FORMAT = 2
 AGAIN = "Type: the fit command with a new --out"
 
 
@@ -45,6 +46,7 @@ class Artifact:
         variant: how that backbone was run.
         norm_eps: epsilon of the backbone's final norm; None where it has none.
         check_values: mean and std a tap on the built-in image.
+        temperature: that outputs are divided by before they are read as probabilities.
         data: fingerprint of what it was fitted on.
         scores: of the run, by split.
     """
@@ -57,6 +59,7 @@ class Artifact:
     variant: Variant
     norm_eps: float | None
     check_values: dict[str, tuple[float, float]]
+    temperature: float
     data: str
     scores: dict[str, Any]
 
@@ -79,6 +82,7 @@ class Artifact:
                 "members": self.model.side.members,
                 "weights": sha256_file(weights),
                 "check_values": {name: list(pair) for name, pair in self.check_values.items()},
+                "temperature": self.temperature,
                 "data": self.data,
                 "scores": self.scores,
             },
@@ -108,6 +112,7 @@ class Artifact:
                 Variant.from_json(fields["variant"]),
                 fields["norm_eps"],
                 {name: (mean, std) for name, (mean, std) in fields["check_values"].items()},
+                _temperature(fields["temperature"]),
                 fields["data"],
                 fields["scores"],
             )
@@ -174,8 +179,16 @@ def _read_fields(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} is damaged: {error}. {AGAIN}") from error
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         found = fields.get("format") if isinstance(fields, dict) else type(fields).__name__
-        raise ArtifactError(f"{path} has format {found!r}, expected {FORMAT}. Type: pip install -U sidetune")
+        newer = isinstance(found, int) and found > FORMAT
+        remedy = "Type: pip install -U sidetune" if newer else AGAIN
+        raise ArtifactError(f"{path} has format {found!r}, expected {FORMAT}. {remedy}")
     return fields
+
+
+def _temperature(value: Any) -> float:  # noqa: ANN401 - any JSON value
+    if not isinstance(value, float) or not 0 < value < math.inf:
+        raise TypeError(f"temperature is {value!r}, expected a number above 0")
+    return value
 
 
 def _read_weights(path: Path, expected: str) -> dict[str, Tensor]:

@@ -42,6 +42,14 @@ Settings = Annotated[
         "--set", metavar="PART.FIELD=VALUE", help="Any field of the recipe, as side.rank=16; may be repeated."
     ),
 ]
+Views = Annotated[
+    int | None,
+    typer.Option(
+        "--views",
+        metavar="K",
+        help="Average over K more views of each image; default: as the run was scored.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on the last line of stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
@@ -87,6 +95,13 @@ def fit(
     live: Annotated[
         bool, typer.Option("--live", help="Run the backbone at every epoch; store nothing.")
     ] = False,
+    views: Annotated[
+        int,
+        typer.Option(metavar="K", help="More views of each image to train on: mirrored, then seeded crops."),
+    ] = 0,
+    average_views: Annotated[
+        bool, typer.Option("--average-views", help="Average validation, test and predict over the views.")
+    ] = False,
     store: Annotated[
         Path | None,
         typer.Option(
@@ -104,7 +119,14 @@ def fit(
     import sidetune
     from sidetune.tables import choices, print_scores
 
-    recipe = _recipe(backbone, size, weights, settings, task=task, labels=labels, side=side, live=live)
+    features = {
+        "mode": "live" if live else "stored",
+        "views": views,
+        "average_views": average_views,
+    }
+    recipe = _recipe(
+        backbone, size, weights, settings, task=task, labels=labels, side=side, features=features
+    )
     if not quiet:
         _log(choices(recipe, device))
     run = sidetune.fit(data, out=out, recipe=recipe, store=store, device=device, quiet=quiet)
@@ -149,6 +171,7 @@ def evaluate(
     data: Data,
     split: Annotated[str, typer.Option(help="auto, all, train, val or test.")] = "auto",
     labels: Labels = None,
+    views: Views = None,
     weights: Weights = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -157,7 +180,9 @@ def evaluate(
     from sidetune.predict import evaluate_run
     from sidetune.tables import print_evaluation
 
-    found = evaluate_run(run, data, split=split, labels=_columns(labels), weights=weights, device=device)
+    found = evaluate_run(
+        run, data, split=split, labels=_columns(labels), num_views=views, weights=weights, device=device
+    )
     if as_json:
         _print_json(
             {"run": str(run), "split": found.split, "skipped": found.skipped, **found.evaluation.to_json()}
@@ -172,6 +197,11 @@ def evaluate(
 def predict(
     run: RunFolder,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files.")],
+    abstain_below: Annotated[
+        float | None,
+        typer.Option("--abstain-below", metavar="P", help="Withhold answers of a probability below P."),
+    ] = None,
+    views: Views = None,
     weights: Weights = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -180,11 +210,12 @@ def predict(
     import sidetune
     from sidetune.tables import prediction_lines
 
-    predictions = sidetune.load(run, weights=weights, device=device).predict(images)
+    predictor = sidetune.load(run, num_views=views, weights=weights, device=device)
+    predictions = predictor.predict(images, abstain_below=abstain_below)
     if as_json:
         _print_json({"run": str(run), "predictions": [asdict(item) for item in predictions]})
     else:
-        for line in prediction_lines(predictions):
+        for line in prediction_lines(predictions, predictor.artifact.task.kind):
             print(line)
     unreadable = [item for item in predictions if item.error is not None]
     for item in unreadable:
@@ -270,14 +301,14 @@ def _recipe(
     task: str,
     labels: str | None,
     side: str = "losa",
-    live: bool = False,
+    features: dict[str, Any] | None = None,
 ) -> Any:  # noqa: ANN401 - Recipe, imported late so that --help is quick
     from sidetune.recipe import Recipe
 
     fields = {
         "data": {"task": task, "labels": _columns(labels)},
         "backbone": {"name": backbone, "size": size, "weights": weights},
-        "features": {"mode": "live" if live else "stored"},
+        "features": features or {},
         "side": {"name": side},
     }
     return Recipe.build(fields, settings or ())

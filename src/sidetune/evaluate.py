@@ -1,6 +1,6 @@
 """Scores of predictions: the numbers, their intervals, and the tables behind them.
 
-Scores come from scikit-learn; the calibration error and the bootstrap are ours. A class or label that
+Scores come from scikit-learn; calibration and the bootstrap are ours. A class or label that
 a split lacks is left out of every mean over classes, so nothing is averaged that was not measured.
 """
 
@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn import metrics as sk
 
+from sidetune.calibration import answered, calibration_curve, calibration_error
 from sidetune.errors import RequestError, SidetuneError, nearest
 from sidetune.tasks import Task
-from sidetune.weighted import WEIGHTED, Array, Targets, log_losses, weighted_calibration_error
+from sidetune.weighted import WEIGHTED, Array, Targets, log_losses
 
 Scores = dict[str, float | None]
 Interval = tuple[float, float] | None
@@ -39,12 +40,15 @@ def evaluate(
     """
     predictions, targets = _checked(task, predictions, targets)
     rows = per_class(task, predictions, targets)
+    pair = _confidences(task, predictions, targets)
     return Evaluation(
         scores=_scores(task, predictions, targets, rows),
         intervals=bootstrap(task, predictions, targets) if intervals else {},
         confusion=confusion(task, predictions, targets),
         per_class=tuple(rows),
         num_samples=len(targets),
+        calibration=tuple(calibration_curve(*pair)) if pair else (),
+        answered=tuple(answered(*pair)) if pair and task.kind == "classify" else (),
     )
 
 
@@ -58,6 +62,8 @@ class Evaluation:
         confusion: classify: (K, K) counts, a row a true class, a column a predicted one. Else None.
         per_class: one row a class, label or output, as `per_class` returns them.
         num_samples: n.
+        calibration: classify, multilabel: the bins of the calibration curve.
+        answered: classify: what is left where answers of little confidence are withheld.
     """
 
     scores: Scores
@@ -65,6 +71,8 @@ class Evaluation:
     confusion: NDArray[np.int64] | None
     per_class: tuple[Row, ...]
     num_samples: int
+    calibration: tuple[Row, ...] = ()
+    answered: tuple[Row, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values. The confusion matrix is a list of [true, predicted, count] that are not 0."""
@@ -78,6 +86,8 @@ class Evaluation:
             "confusion": cells,
             "per_class": [dict(row) for row in self.per_class],
             "num_samples": self.num_samples,
+            "calibration": [dict(row) for row in self.calibration],
+            "answered": [dict(row) for row in self.answered],
         }
 
 
@@ -105,16 +115,15 @@ def scores(task: Task, predictions: NDArray[Any], targets: NDArray[Any]) -> Scor
 def _scores(task: Task, predictions: Array, targets: Targets, rows: list[Row]) -> Scores:
     if task.kind == "regress":
         return {"r2": _mean(rows, "r2"), "mae": _mean(rows, "mae")}
+    pair = _confidences(task, predictions, targets)
+    calibration = calibration_error(*pair) if pair else None
     if task.kind == "multilabel":
-        labelled = ~np.isnan(targets)
         positive = [row for row in rows if row["support"]]
         return {
             "auroc": _mean(rows, "auroc"),
             "macro_f1": _mean(positive, "f1"),
             "mean_average_precision": _mean(positive, "average_precision"),
-            "calibration_error": (
-                calibration_error(predictions[labelled], targets[labelled]) if labelled.any() else None
-            ),
+            "calibration_error": calibration,
         }
     guesses = predictions.argmax(1)
     present = [row for row in rows if row["support"]]
@@ -124,8 +133,18 @@ def _scores(task: Task, predictions: Array, targets: Targets, rows: list[Row]) -
         "macro_f1": _mean(present, "f1"),
         "auroc": rows[1]["auroc"] if task.num_outputs == 2 else _mean(rows, "auroc"),
         "log_loss": float(log_losses(predictions, targets).mean()),
-        "calibration_error": calibration_error(predictions.max(1), guesses == targets),
+        "calibration_error": calibration,
     }
+
+
+def _confidences(task: Task, predictions: Array, targets: Targets) -> tuple[Array, Array] | None:
+    """Probabilities and whether they came true: of the likeliest class, or of each labelled yes."""
+    if task.kind == "regress":
+        return None
+    if task.kind == "classify":
+        return predictions.max(1), (predictions.argmax(1) == targets).astype(np.float64)
+    labelled = ~np.isnan(targets)
+    return (predictions[labelled], targets[labelled]) if labelled.any() else None
 
 
 def per_class(task: Task, predictions: NDArray[Any], targets: NDArray[Any]) -> list[Row]:
@@ -159,24 +178,6 @@ def confusion(task: Task, predictions: NDArray[Any], targets: NDArray[Any]) -> N
         targets, predictions.argmax(1), labels=np.arange(task.num_outputs)
     )
     return matrix
-
-
-def calibration_error(confidence: NDArray[Any], correct: NDArray[Any], bins: int = 15) -> float:
-    """Expected calibration error: ``sum over bins of |mean correct - mean confidence| * n_bin / n``.
-
-    Args:
-        confidence: (n,) probabilities.
-        correct: (n,) 1 or True where what was predicted with that probability is the case.
-        bins: of equal width over 0..1, closed below; the last one holds 1 too.
-
-    Source: Naeini et al., AAAI 2015; Guo et al., ICML 2017 (arXiv 1706.04599), with 15 bins.
-    """
-    confidence, correct = np.asarray(confidence, np.float64), np.asarray(correct, np.float64)
-    if confidence.ndim != 1 or confidence.shape != correct.shape or not len(confidence):
-        raise SidetuneError(
-            f"confidence has shape {confidence.shape} and correct {correct.shape}, expected one (n,) for both"
-        )
-    return float(weighted_calibration_error(confidence, correct, np.ones((len(correct), 1)), bins)[0])
 
 
 def bootstrap(

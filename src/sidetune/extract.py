@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sidetune.backbones.base import Backbone
 from sidetune.data.dataset import Dataset, sample_key
-from sidetune.data.preprocess import Preprocess, load_image
+from sidetune.data.preprocess import Preprocess
+from sidetune.data.views import PLAIN, Picture, View
 from sidetune.errors import ImageError, StoreError
 from sidetune.features import Features
 from sidetune.files import locked
@@ -48,6 +49,7 @@ def extract(
     *,
     dtype: DTypeName = "fp16",
     keys: Sequence[str] | None = None,
+    views: Sequence[View] = (PLAIN,),
     quiet: bool = False,
 ) -> Store:
     """Bring a store up to date with a dataset: extract what it does not hold yet.
@@ -58,6 +60,7 @@ def extract(
         folder: the store; made, resumed, extended, or found complete.
         dtype: of the stored features.
         keys: the dataset's sample keys, if they are known already; every image is hashed for them.
+        views: of every image, the image itself first; see `sidetune.data.views`.
         quiet: no progress.
 
     Returns:
@@ -68,17 +71,19 @@ def extract(
             would fill past 90 %, or the features overflow the dtype.
     """
     keys = sample_keys(dataset) if keys is None else keys
-    files = {key: dataset.file(row) for row, key in enumerate(keys)}
+    pictures = {
+        view.key(key): Picture(dataset.file(row), view, key) for row, key in enumerate(keys) for view in views
+    }
     with locked(folder):
-        plan = _plan(folder, backbone, dtype, keys)
+        plan = _plan(folder, backbone, dtype, tuple(pictures))
         todo = [number for number in range(len(plan.shards)) if not is_written(folder, number)]
         if todo or not (folder / "manifest.json").exists():
             _check_alike(folder, plan, backbone, todo)
             _check_disk(folder, plan, todo, quiet)
             (folder / "manifest.json").unlink(missing_ok=True)
             write_store_head(folder, plan, backbone.norm)
-            labels = {key: _label(dataset, row) for row, key in enumerate(keys)}
-            _write_shards(folder, plan, backbone, files, labels, todo, quiet=quiet)
+            labels = {view.key(key): _label(dataset, row) for row, key in enumerate(keys) for view in views}
+            _write_shards(folder, plan, backbone, pictures, labels, todo, quiet=quiet)
             write_manifest(folder, plan)
         return Store.open(folder)
 
@@ -186,7 +191,7 @@ def _write_shards(
     folder: Path,
     plan: Plan,
     backbone: Backbone,
-    files: Mapping[str, Path],
+    pictures: Mapping[str, Picture],
     labels: Mapping[str, str],
     todo: Sequence[int],
     *,
@@ -199,42 +204,42 @@ def _write_shards(
         ThreadPoolExecutor(DECODERS) as pool,
     ):
         for number in todo:
-            shard_files = [files[key] for key in plan.shards[number]]
+            shard_pictures = [pictures[key] for key in plan.shards[number]]
             parts: list[dict[str, Tensor]] = []
             reasons: dict[int, str] = {}
-            for first, images, bad in decoded(shard_files, backbone.preprocess, pool):
+            for first, images, bad in decoded(shard_pictures, backbone.preprocess, pool):
                 reasons |= {first + slot: reason for slot, reason in bad.items()}
                 parts.append(_stored(images, backbone, plan))
                 progress.advance(len(images))
             tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            tensors["valid"] = torch.ones(len(shard_files), dtype=torch.uint8)
+            tensors["valid"] = torch.ones(len(shard_pictures), dtype=torch.uint8)
             tensors["valid"][list(reasons)] = 0
             slots = {slot: labels[key] for slot, key in enumerate(plan.shards[number])}
             write_shard(folder, number, tensors, skipped=reasons, labels=slots)
 
 
 def decoded(
-    files: Sequence[Path], preprocess: Preprocess, pool: ThreadPoolExecutor
+    pictures: Sequence[Picture], preprocess: Preprocess, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[int, Tensor, dict[int, str]]]:
     """Micro-batches of preprocessed images, the next one decoded while this one is used.
 
     Yields:
-        The first file's index, images (b, 3, size, size), and slot -> reason for each image that could
+        The first picture's index, images (b, 3, size, size), and slot -> reason for each image that could
         not be decoded (its pixels are zero).
     """
 
-    def one(file: Path) -> Tensor | str:
+    def one(picture: Picture) -> Tensor | str:
         try:
-            return load_image(file, preprocess)
+            return picture.load(preprocess)
         except ImageError as error:
             return error.reason
 
-    batches = [files[first : first + MICRO_BATCH] for first in range(0, len(files), MICRO_BATCH)]
-    ahead = [pool.submit(one, file) for file in batches[0]] if batches else []
+    batches = [pictures[first : first + MICRO_BATCH] for first in range(0, len(pictures), MICRO_BATCH)]
+    ahead = [pool.submit(one, picture) for picture in batches[0]] if batches else []
     for index in range(len(batches)):
         current = [future.result() for future in ahead]
         if index + 1 < len(batches):
-            ahead = [pool.submit(one, file) for file in batches[index + 1]]
+            ahead = [pool.submit(one, picture) for picture in batches[index + 1]]
         bad = {slot: item for slot, item in enumerate(current) if isinstance(item, str)}
         blank = torch.zeros(3, preprocess.size, preprocess.size)
         images = torch.stack([blank if isinstance(item, str) else item for item in current])

@@ -28,6 +28,7 @@ from sidetune.backbones import build_backbone
 from sidetune.backbones.base import Backbone
 from sidetune.data import SPLITS, load_dataset
 from sidetune.data.dataset import Dataset
+from sidetune.data.views import views
 from sidetune.errors import DataError, RequestError
 from sidetune.extract import extract, sample_keys
 from sidetune.files import locked
@@ -127,14 +128,15 @@ def _open_job(
     """Stage one: features of every row, from a store or live; then splits, task and summary."""
     started = time.monotonic()
     source: Source
+    chosen = views(recipe.features.views, flip=recipe.features.flip)
     if recipe.features.mode == "live":
-        source = LiveSource(dataset, backbone, quiet=quiet)
+        source = LiveSource(dataset, backbone, keys=keys, views=chosen, quiet=quiet)
     else:
         dtype = recipe.features.dtype
         folder = default_store(backbone, dtype) if store is None else Path(store)
         say(f"features in {folder} ({dtype})", quiet=quiet)
-        complete = extract(dataset, backbone, folder, dtype=dtype, keys=keys, quiet=quiet)
-        source = StoredSource(complete, keys, backbone.spec)
+        complete = extract(dataset, backbone, folder, dtype=dtype, keys=keys, views=chosen, quiet=quiet)
+        source = StoredSource(complete, keys, backbone.spec, chosen)
     write_skipped(out, dataset, source.skipped)
     if source.skipped:
         say(f"{len(source.skipped)} images could not be read: {out / 'skipped.csv'}", quiet=quiet)
@@ -192,6 +194,7 @@ def _write(job: Job, rows: Sequence[Row], fingerprint: str, peak_memory: int) ->
         job.backbone.variant,
         None if job.source.final_norm is None else job.source.final_norm.eps,
         job.backbone.check_values(),
+        own.temperature,
         fingerprint,
         {"val": own.val.scores, "test": None if own.test is None else own.test.scores},
     )

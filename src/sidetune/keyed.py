@@ -34,6 +34,11 @@ class Draws:
     epoch: int = 0
     step: int = 0
 
+    def views(self, num_views: int, batch: int) -> list[int]:
+        """Which view of each sample is read: (B,) in 0..num_views - 1. One for all members, as the order."""
+        keyed = generator(self.seeds[0], "view", self.epoch, self.step)
+        return torch.randint(num_views, (batch,), generator=keyed).tolist()
+
     def keep(self, purpose: str, rate: float, batch: int, device: torch.device) -> Tensor:
         """Which samples keep a branch: (M, B), 1/(1-rate) where kept and 0 where dropped."""
         rows = [

@@ -21,10 +21,13 @@ from torch import Tensor, nn
 
 from sidetune.artifact import build_model
 from sidetune.backbones.base import Backbone
+from sidetune.calibration import fit_temperature
 from sidetune.checkpoint import Epoch, Scores
 from sidetune.data.dataset import Dataset
 from sidetune.evaluate import Evaluation, evaluate, scores
+from sidetune.features import Features, Spec
 from sidetune.figures import duration, label, number
+from sidetune.keyed import Draws
 from sidetune.memory import PeakMemory
 from sidetune.model import SideModel
 from sidetune.probes import Pooled, Probe, fit_linear, fit_ridge
@@ -68,6 +71,11 @@ class Job:
     seconds: float
 
     @property
+    def scored_views(self) -> range:
+        """Numbers of the views whose outputs are averaged where a split is scored."""
+        return range(len(self.source.views) if self.recipe.features.average_views else 1)
+
+    @property
     def targets(self) -> Tensor:
         """Of every row, as the task takes them."""
         return torch.from_numpy(self.dataset.targets)
@@ -91,6 +99,7 @@ class Fitted:
         detail: what was chosen, for the tables.
         outputs: split -> the head's outputs (n, K), on the CPU.
         history: one `Epoch` an epoch; none for what was solved.
+        left_out: ridge: outputs (n, K) of the training rows, each fitted on all the others.
     """
 
     name: str
@@ -102,6 +111,7 @@ class Fitted:
     detail: dict[str, Any]
     outputs: Callable[[str], Tensor]
     history: Sequence[Epoch] = ()
+    left_out: Tensor | None = None
 
 
 def fit_methods(job: Job) -> Iterator[Fitted]:
@@ -136,6 +146,7 @@ def _solve_probes(job: Job) -> Iterator[Fitted]:
             peak_memory=memory.peak,
             detail=probe.detail,
             outputs=partial(_probe_outputs, job, probe),
+            left_out=probe.left_out,
         )
 
 
@@ -147,7 +158,8 @@ def _solve(job: Job, pooled: Pooled, recipe: RidgeRecipe | LinearRecipe) -> Prob
 
 
 def _probe_outputs(job: Job, probe: Probe, split: str) -> Tensor:
-    return probe.outputs(job.summary, job.split[split])
+    rows = job.split[split]
+    return torch.stack([probe.outputs(job.source.summary(view), rows) for view in job.scored_views]).mean(0)
 
 
 def _train_side(job: Job) -> Fitted:
@@ -166,7 +178,7 @@ def _train_side(job: Job) -> Fitted:
     with PeakMemory() as memory:
         trained = train(
             model,
-            TrainingSet(partial(job.source.features, spec=model.side.spec), job.targets, job.split["train"]),
+            TrainingSet(partial(_inputs, job, model.side.spec), job.targets, job.split["train"]),
             job.task,
             recipe,
             seeds=[recipe.seed],
@@ -188,6 +200,11 @@ def _train_side(job: Job) -> Fitted:
     )
 
 
+def _inputs(job: Job, spec: Spec, rows: Sequence[int], draws: Draws) -> Features:
+    num_views = len(job.source.views)
+    return job.source.features(rows, spec, draws.views(num_views, len(rows)) if num_views > 1 else 0)
+
+
 def _validate(job: Job, model: nn.Module) -> list[Scores]:
     assert isinstance(model, SideModel)
     targets = job.dataset.targets[job.split["val"]]
@@ -200,11 +217,16 @@ def _side_outputs(job: Job, model: SideModel, split: str) -> Tensor:
 
 
 def _member_outputs(job: Job, model: SideModel, split: str) -> Tensor:
-    """Outputs of a split: (M, n, K), on the CPU."""
+    """Outputs of a split, averaged over the views that are scored: (M, n, K), on the CPU."""
+    if not len(job.split[split]):
+        return torch.zeros(1, 0, job.task.num_outputs)
+    of_views = []
     with torch.no_grad():
-        batches = job.source.batches(job.split[split], model.side.spec)
-        parts = [model(batch.to(job.backbone.device)).float().cpu() for batch in batches]
-    return torch.cat(parts, 1) if parts else torch.zeros(1, 0, job.task.num_outputs)
+        for view in job.scored_views:
+            batches = job.source.batches(job.split[split], model.side.spec, view)
+            parts = [model(batch.to(job.backbone.device)).float().cpu() for batch in batches]
+            of_views.append(torch.cat(parts, 1))
+    return torch.stack(of_views).mean(0)
 
 
 @dataclass(frozen=True)
@@ -214,6 +236,7 @@ class Row:
     Args:
         fitted: the method.
         predictions: of ``val`` and ``test``, (n, K).
+        temperature: that outputs were divided by, fitted on ``val``.
         val: its scores.
         test: its scores; None where there is no test split.
         seconds: that predicting and scoring took.
@@ -221,6 +244,7 @@ class Row:
 
     fitted: Fitted
     predictions: dict[str, Tensor]
+    temperature: float
     val: Evaluation
     test: Evaluation | None
     seconds: float
@@ -232,16 +256,23 @@ class Row:
             "parameters": self.fitted.parameters,
             "seconds": self.fitted.seconds,
             "peak_memory_bytes": self.fitted.peak_memory,
-            "detail": self.fitted.detail,
+            "detail": self.fitted.detail
+            | ({} if self.fitted.recipe.data.task == "regress" else {"temperature": self.temperature}),
             "val": self.val.to_json(),
             "test": None if self.test is None else self.test.to_json(),
         }
 
 
 def score(job: Job, fitted: Fitted) -> Row:
-    """Predict validation and test, score them, and say the headline."""
+    """Predict validation and test, score them, and say the headline.
+
+    Outputs are divided by the temperature that validation chooses: one number, which leaves what is
+    likeliest as it is.
+    """
     started = time.monotonic()
-    predictions = {name: job.task.predictions(fitted.outputs(name)) for name in ("val", "test")}
+    outputs = {name: fitted.outputs(name) for name in ("val", "test")}
+    temperature = fit_temperature(job.task, outputs["val"], job.targets[job.split["val"]])
+    predictions = {name: job.task.predictions(values / temperature) for name, values in outputs.items()}
     found = {
         name: evaluate(job.task, values.double().numpy(), job.dataset.targets[job.split[name]])
         for name, values in predictions.items()
@@ -251,4 +282,5 @@ def score(job: Job, fitted: Fitted) -> Row:
     words, unit = label(headline)
     shown = [f"{name} {number(headline, one.scores[headline])} {unit}" for name, one in found.items()]
     job.say(f"{fitted.name}: {words}, {', '.join(map(str.strip, shown))} ({duration(fitted.seconds)})")
-    return Row(fitted, predictions, found["val"], found.get("test"), time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return Row(fitted, predictions, temperature, found["val"], found.get("test"), seconds)

@@ -7,7 +7,7 @@ measures the check values again: a backbone that computes something else is refu
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +22,8 @@ from torch import Tensor
 from sidetune.artifact import Artifact, find_device
 from sidetune.backbones import BACKBONES, build_backbone
 from sidetune.backbones.base import Backbone
-from sidetune.data import SPLITS, Dataset, Split, load_dataset
+from sidetune.data import SPLITS, Dataset, Split, load_dataset, sample_key
+from sidetune.data.views import Picture, pictures, views
 from sidetune.errors import ArtifactError, DataError, RequestError, nearest
 from sidetune.evaluate import Evaluation, evaluate
 from sidetune.extract import DECODERS, decoded, sample_keys
@@ -36,6 +37,7 @@ OTHER_PRECISION_LIMIT = 3e-2
 def load(
     run: str | Path,
     *,
+    num_views: int | None = None,
     backbone: Backbone | None = None,
     weights: str | Path | None = None,
     device: str = "auto",
@@ -44,6 +46,7 @@ def load(
 
     Args:
         run: a run folder that `fit` finished.
+        num_views: see `Predictor`.
         backbone: the backbone itself; needed for one that was given to `fit` as an object.
         weights: where the backbone's weights are now, if not where they were.
         device: ``auto`` is the GPU where there is one.
@@ -56,7 +59,7 @@ def load(
     artifact = Artifact.read(Path(run))
     if backbone is None:
         backbone = _build(artifact.recipe.backbone, weights)
-    return Predictor(artifact, backbone.to(place))
+    return Predictor(artifact, backbone.to(place), num_views=num_views)
 
 
 def _build(recipe: BackboneRecipe, weights: str | Path | None) -> Backbone:
@@ -76,12 +79,13 @@ def _build(recipe: BackboneRecipe, weights: str | Path | None) -> Backbone:
     return build_backbone(recipe.name, **recipe.arguments())
 
 
-def evaluate_run(
+def evaluate_run(  # noqa: PLR0913 - what is scored, and with what
     run: str | Path,
     data: str | Path,
     *,
     split: str = "auto",
     labels: Sequence[str] | None = None,
+    num_views: int | None = None,
     backbone: Backbone | None = None,
     weights: str | Path | None = None,
     device: str = "auto",
@@ -93,6 +97,7 @@ def evaluate_run(
         data: as `fit` takes it.
         split: ``auto`` is the test split where the data name one or are the run's own, else all rows.
         labels: the CSV's label columns; None: the run's own.
+        num_views: see `Predictor`.
         backbone: as `load` takes it.
         weights: where the backbone's weights are now, if not where they were.
         device: ``auto`` is the GPU where there is one.
@@ -103,7 +108,7 @@ def evaluate_run(
     """
     if split not in ("auto", "all", *SPLITS):
         raise DataError(f"no split named {split!r}.{nearest(split, ('auto', 'all', *SPLITS))}")
-    predictor = load(run, backbone=backbone, weights=weights, device=device)
+    predictor = load(run, num_views=num_views, backbone=backbone, weights=weights, device=device)
     dataset, split = _choose_split(predictor.artifact, Path(data), split, labels)
     rows = np.arange(len(dataset)) if split == "all" else dataset.rows(split)
     if not len(rows):
@@ -161,15 +166,18 @@ class Prediction:
 
     Args:
         path: as it was given.
-        label: classify: the likeliest class. Else None.
+        label: classify: the likeliest class; None where the answer is withheld. Else None.
         values: a number an output: probabilities, or values in the targets' units.
         error: why the image could not be read; then label is None and values is empty.
+        withheld: outputs whose answer is withheld: the likeliest class, or labels, whose probability
+            is below what was asked for.
     """
 
     path: str
     label: str | None = None
     values: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
+    withheld: tuple[str, ...] = ()
 
 
 class Predictor:
@@ -178,45 +186,94 @@ class Predictor:
     Args:
         artifact: what was trained.
         backbone: must have the artifact's identity and give its taps.
+        num_views: more views of each image, whose outputs are averaged with its own; None: as the run
+            was scored. See `sidetune.data.views`.
 
     Raises:
         ArtifactError: another identity, missing taps, or other check values.
+        RequestError: fewer than no views.
     """
 
-    def __init__(self, artifact: Artifact, backbone: Backbone) -> None:
+    def __init__(self, artifact: Artifact, backbone: Backbone, *, num_views: int | None = None) -> None:
         self.artifact, self.backbone = artifact, backbone
         self._check()
+        features = artifact.recipe.features
+        if num_views is None:
+            num_views = features.views if features.average_views else 0
+        if num_views < 0:
+            raise RequestError(f"got --views {num_views}, expected 0 or more. Type: --views 4")
+        self.views = views(num_views, flip=features.flip)
         self.model = artifact.model.to(backbone.device)
 
-    def predict(self, paths: Sequence[str | Path]) -> list[Prediction]:
+    def predict(self, paths: Sequence[str | Path], *, abstain_below: float | None = None) -> list[Prediction]:
         """One `Prediction` an image file, in order; unreadable files have an error instead.
 
+        Args:
+            paths: of image files.
+            abstain_below: withhold an answer whose probability is below this; None: answer always.
+
         Raises:
-            RequestError: a single path, not a list.
+            RequestError: a single path, not a list; a threshold outside 0..1, or one for a regression.
         """
         if isinstance(paths, str | Path):
             raise RequestError(
                 f"got the path {str(paths)!r}, expected a list. Type: predict([{str(paths)!r}])"
             )
-        outputs = self.artifact.task.outputs
-        classify = self.artifact.task.kind == "classify"
-        predictions: list[Prediction] = []
-        for values, bad in self._outputs([Path(path) for path in paths]):
-            for slot, row in enumerate(values.tolist()):
-                path = str(paths[len(predictions)])
-                if slot in bad:
-                    predictions.append(Prediction(path, error=bad[slot]))
-                    continue
-                label = outputs[row.index(max(row))] if classify else None
-                predictions.append(Prediction(path, label, dict(zip(outputs, row, strict=True))))
-        return predictions
+        threshold = self._threshold(abstain_below)
+        values, bad = self._predictions([Path(path) for path in paths])
+        return [
+            Prediction(str(path), error=bad[at]) if at in bad else self._prediction(str(path), row, threshold)
+            for at, (path, row) in enumerate(zip(paths, values.tolist(), strict=True))
+        ]
 
-    def _outputs(self, files: Sequence[Path]) -> Iterator[tuple[Tensor, dict[int, str]]]:
+    def _threshold(self, abstain_below: float | None) -> float:
+        if abstain_below is None:
+            return 0.0
+        if self.artifact.task.kind == "regress":
+            raise RequestError(
+                "--abstain-below needs probabilities, and the run is a regression. Leave it out"
+            )
+        if not 0 <= abstain_below <= 1:
+            raise RequestError(
+                f"got --abstain-below {abstain_below:g}, expected a probability from 0 to 1. "
+                "Type: --abstain-below 0.9"
+            )
+        return abstain_below
+
+    def _prediction(self, path: str, row: list[float], threshold: float) -> Prediction:
+        outputs = self.artifact.task.outputs
+        values = dict(zip(outputs, row, strict=True))
+        if self.artifact.task.kind != "classify":
+            unsure = [name for name, value in values.items() if max(value, 1 - value) < threshold]
+            return Prediction(path, None, values, withheld=tuple(unsure))
+        label = outputs[row.index(max(row))]
+        if values[label] < threshold:
+            return Prediction(path, None, values, withheld=(label,))
+        return Prediction(path, label, values)
+
+    def _predictions(self, files: Sequence[Path]) -> tuple[Tensor, dict[int, str]]:
+        """Predictions (n, K) on the CPU, and number of a file -> why it could not be read."""
+        shown = self._pictures(files)
+        outputs: list[Tensor] = [torch.zeros(0, self.artifact.task.num_outputs)]
+        unreadable: dict[int, str] = {}
         with ThreadPoolExecutor(DECODERS) as pool, torch.inference_mode():
-            for _, images, bad in decoded(files, self.backbone.preprocess, pool):
+            for first, images, bad in decoded(shown, self.backbone.preprocess, pool):
                 features = self.backbone(images).select(self.artifact.spec.names)
-                output = self.model(features.to(self.backbone.device, torch.float32))[0]
-                yield self.artifact.task.predictions(output).cpu(), bad
+                outputs.append(self.model(features.to(self.backbone.device, torch.float32))[0].float().cpu())
+                unreadable |= {(first + slot) // len(self.views): reason for slot, reason in bad.items()}
+        averaged = torch.cat(outputs).unflatten(0, (len(files), len(self.views))).mean(1)
+        return self.artifact.task.predictions(averaged / self.artifact.temperature), unreadable
+
+    def _pictures(self, files: Sequence[Path]) -> list[Picture]:
+        if len(self.views) == 1:
+            return [Picture(file) for file in files]
+        keys = []
+        for file in files:
+            try:
+                keys.append(sample_key(file, file))
+            except OSError:
+                keys.append("")  # the decoder says what is wrong with it
+        return pictures(files, keys, self.views)
 
     def evaluate(self, dataset: Dataset, rows: NDArray[np.int64]) -> tuple[Evaluation, dict[int, str]]:
         """Scores on labelled images, with intervals.
@@ -232,18 +289,13 @@ class Predictor:
             DataError: another task, a class the run does not know, or no readable image.
         """
         targets = self._targets(dataset)[rows]
-        parts: list[Tensor] = []
-        skipped: dict[int, str] = {}
-        for values, bad in self._outputs([dataset.file(row) for row in rows.tolist()]):
-            done = sum(part.shape[0] for part in parts)
-            parts.append(values)
-            skipped |= {done + slot: reason for slot, reason in bad.items()}
+        values, skipped = self._predictions([dataset.file(row) for row in rows.tolist()])
         readable = [at for at in range(len(rows)) if at not in skipped]
         if not readable:
             raise DataError(
                 f"none of {len(rows)} images of {dataset.root} can be read, expected at least one"
             )
-        predictions = torch.cat(parts).double().numpy()[readable]
+        predictions = values.double().numpy()[readable]
         found = evaluate(self.artifact.task, predictions, targets[readable])
         return found, {int(rows[at]): reason for at, reason in skipped.items()}
 

@@ -6,16 +6,15 @@ L-BFGS to convergence), so that a side network that beats them beats something.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from sidetune.calibration import fit_temperature
 from sidetune.errors import DivergedError
 from sidetune.evaluate import scores
 from sidetune.features import FinalNorm
@@ -54,11 +53,13 @@ class Probe:
         model: ready to predict.
         recipe: with what was chosen filled in.
         detail: what was chosen and how well it converged, for the tables.
+        left_out: ridge: outputs (n, K) of the training rows, each fitted on all the others.
     """
 
     model: SideModel
     recipe: RidgeRecipe | LinearRecipe
     detail: dict[str, Any]
+    left_out: Tensor | None = None
 
     def outputs(self, summary: Summary, rows: NDArray[np.int64]) -> Tensor:
         """Outputs of rows straight from the summary: (n, K)."""
@@ -90,7 +91,9 @@ def fit_ridge(recipe: RidgeRecipe, data: Pooled, task: Task) -> Probe:
         lambdas=LAMBDAS if recipe.l2 is None else (recipe.l2,),
         groups=None if data.groups is None else data.groups[data.train],
     )
-    sharpness = _sharpness(task, solution.left_out + task.target_mean, target)
+    # Ridge fits zeros and ones, whose softmax says little: this makes probabilities of them.
+    left_out = solution.left_out + task.target_mean
+    sharpness = 1.0 / fit_temperature(task, left_out, target, prior_std=None)
     model = SideModel(side, task.num_outputs, norm="none")
     set_head(model, sharpness * solution.weight, sharpness * (solution.bias + task.target_mean))
     detail: dict[str, Any] = {
@@ -102,7 +105,7 @@ def fit_ridge(recipe: RidgeRecipe, data: Pooled, task: Task) -> Probe:
         detail["sharpness"] = sharpness
     if getattr(task, "class_weights", None) is not None:
         detail["class_weights"] = "not used"
-    return Probe(model, recipe.model_copy(update={"l2": solution.l2}), detail)
+    return Probe(model, recipe.model_copy(update={"l2": solution.l2}), detail, sharpness * left_out)
 
 
 def fit_linear(
@@ -148,21 +151,6 @@ def fit_linear(
         "gradient": solution.gradient,
     }
     return Probe(model, recipe.model_copy(update={"l2": l2, "pool": model.side.pool}), detail)
-
-
-def _sharpness(task: Task, left_out: Tensor, target: Tensor) -> float:
-    """The factor on all outputs with the least loss of left-out fits; 1 for a regression.
-
-    Ridge fits zeros and ones, whose softmax says little: this makes probabilities of them. What is
-    likeliest stays so.
-    """
-    if task.kind == "regress":
-        return 1.0
-
-    def loss(log_factor: float) -> float:
-        return task.loss((math.exp(log_factor) * left_out)[None], target).mean().item()
-
-    return math.exp(minimize_scalar(loss, bounds=(-3.0, 4.6), method="bounded").x)
 
 
 def headline(task: Task, output: Tensor, target: Tensor) -> float:

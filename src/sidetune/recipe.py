@@ -63,11 +63,18 @@ class FeaturesRecipe(Part):
     Args:
         mode: ``stored`` runs the backbone once an image; ``live`` at every epoch.
         dtype: of stored features.
+        views: more views of each image: its mirror image, then seeded crops. Training draws one of
+            them, or the image itself, at every step; each costs what an image costs to extract.
+        flip: whether views may be mirrored. Off where left and right differ in meaning.
+        average_views: outputs for validation, test and predict are the mean over all views.
         tap_scale: ``rms`` brings every tap to the scale of the last, measured on the training split.
     """
 
     mode: Literal["stored", "live"] = "stored"
     dtype: DTypeName = "fp16"
+    views: int = Field(0, ge=0)
+    flip: bool = True
+    average_views: bool = False
     tap_scale: Literal["rms", "none"] = "rms"
 
 
@@ -140,9 +147,15 @@ class Recipe(Part):
         if str(name) not in SIDES:
             raise RecipeError(f"no side named {name!r}.{nearest(str(name), SIDES)}")
         try:
-            return cls.model_validate(fields)
+            recipe = cls.model_validate(fields)
         except ValidationError as error:
             raise RecipeError(_message(error, cls.model_validate({"side": {"name": name}}))) from None
+        if recipe.features.average_views and not recipe.features.views:
+            raise RecipeError(
+                "features.average_views is true and features.views is 0: there is one view, nothing to "
+                "average. Type: --views 4 --average-views"
+            )
+        return recipe
 
     @property
     def hash(self) -> str:

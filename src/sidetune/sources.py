@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sidetune.backbones.base import Backbone
 from sidetune.data.dataset import Dataset
+from sidetune.data.views import PLAIN, Picture, View
 from sidetune.extract import DECODERS, MICRO_BATCH, decoded
 from sidetune.features import Features, FinalNorm, Spec
 from sidetune.progress import Progress
@@ -32,30 +33,35 @@ class Source(ABC):
         final_norm: the backbone's, None where it has none.
         valid: (n,) bool, False where an image could not be decoded.
         skipped: row -> why it is not valid.
+        views: of every image, the image itself first.
     """
 
     spec: Spec
     final_norm: FinalNorm | None
     valid: NDArray[np.bool_]
     skipped: dict[int, str]
+    views: tuple[View, ...]
 
     @abstractmethod
-    def features(self, rows: Sequence[int], spec: Spec | None = None) -> Features:
+    def features(
+        self, rows: Sequence[int], spec: Spec | None = None, views: Sequence[int] | int = 0
+    ) -> Features:
         """Features of these rows, in this order: float32, outside any autograd graph, on any device.
 
         Args:
             rows: B rows of the dataset.
             spec: the taps to give, a subset of this source's; None: all.
+            views: number of the view of each row, or of all of them.
         """
 
     @abstractmethod
-    def summary(self) -> Summary:
-        """Pooled taps of every row of the dataset; rows that are not valid hold no meaning."""
+    def summary(self, view: int = 0) -> Summary:
+        """Pooled taps of a view of every row of the dataset; rows that are not valid hold no meaning."""
 
-    def batches(self, rows: NDArray[np.int64], spec: Spec | None = None) -> Iterator[Features]:
-        """The features of many rows, a micro-batch at a time, in order."""
+    def batches(self, rows: NDArray[np.int64], spec: Spec | None = None, view: int = 0) -> Iterator[Features]:
+        """The features of a view of many rows, a micro-batch at a time, in order."""
         for first in range(0, len(rows), MICRO_BATCH):
-            yield self.features(rows[first : first + MICRO_BATCH].tolist(), spec)
+            yield self.features(rows[first : first + MICRO_BATCH].tolist(), spec, view)
 
 
 class StoredSource(Source):
@@ -65,27 +71,40 @@ class StoredSource(Source):
         store: complete.
         keys: the dataset's sample keys, in row order.
         spec: the taps to read; None: all of the store's.
+        views: to read, of every image; the store holds them.
 
     Raises:
         StoreError: the store lacks samples.
         RequestError: the store lacks a tap.
     """
 
-    def __init__(self, store: Store, keys: Sequence[str], spec: Spec | None = None) -> None:
-        store.require(keys)
-        self.store, self.keys = store, list(keys)
+    def __init__(
+        self,
+        store: Store,
+        keys: Sequence[str],
+        spec: Spec | None = None,
+        views: tuple[View, ...] = (PLAIN,),
+    ) -> None:
+        self.store, self.views = store, views
+        self.keys = [[view.key(key) for key in keys] for view in views]
+        for view_keys in self.keys:
+            store.require(view_keys)
         self.spec = store.plan.spec if spec is None else store.plan.spec.select(spec.names)
         self.final_norm = store.final_norm
         self.valid = store.valid(keys)
         self.skipped = {row: store.skipped[key] for row, key in enumerate(keys) if key in store.skipped}
 
-    def features(self, rows: Sequence[int], spec: Spec | None = None) -> Features:
+    def features(
+        self, rows: Sequence[int], spec: Spec | None = None, views: Sequence[int] | int = 0
+    ) -> Features:
         """See `Source.features`."""
-        return self.store.features([self.keys[row] for row in rows], self.spec if spec is None else spec)
+        chosen = [views] * len(rows) if isinstance(views, int) else views
+        keys = [self.keys[view][row] for row, view in zip(rows, chosen, strict=True)]
+        return self.store.features(keys, self.spec if spec is None else spec)
 
-    def summary(self) -> Summary:
+    def summary(self, view: int = 0) -> Summary:
         """See `Source.summary`."""
-        return self.store.summary(self.keys).select(self.spec)
+        return self.store.summary(self.keys[view]).select(self.spec)
 
 
 class LiveSource(Source):
@@ -96,34 +115,55 @@ class LiveSource(Source):
     Args:
         dataset: the images.
         backbone: frozen; runs under no_grad.
+        keys: the dataset's sample keys, which crops are drawn from; needed for more views than one.
+        views: of every image.
         quiet: no progress for the first pass.
     """
 
-    def __init__(self, dataset: Dataset, backbone: Backbone, *, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        backbone: Backbone,
+        *,
+        keys: Sequence[str] | None = None,
+        views: tuple[View, ...] = (PLAIN,),
+        quiet: bool = False,
+    ) -> None:
         self.files = [dataset.file(row) for row in range(len(dataset))]
-        self.backbone = backbone
+        self.keys = [""] * len(dataset) if keys is None else list(keys)
+        assert views == (PLAIN,) or keys is not None, "crops are drawn from the sample keys"
+        self.backbone, self.views = backbone, views
         self.spec, self.final_norm = backbone.spec, backbone.norm
         self.skipped = {}
         self._pool = ThreadPoolExecutor(DECODERS)
-        self._summary = self._first_pass(quiet)
+        self._summaries = {0: self._pass(0, quiet)}
         self.valid = np.array([row not in self.skipped for row in range(len(dataset))], dtype=bool)
 
-    def features(self, rows: Sequence[int], spec: Spec | None = None) -> Features:
+    def features(
+        self, rows: Sequence[int], spec: Spec | None = None, views: Sequence[int] | int = 0
+    ) -> Features:
         """See `Source.features`."""
-        files = [self.files[row] for row in rows]
-        micro_batches = decoded(files, self.backbone.preprocess, self._pool)
+        chosen = [views] * len(rows) if isinstance(views, int) else views
+        pictures = [self._picture(row, view) for row, view in zip(rows, chosen, strict=True)]
+        micro_batches = decoded(pictures, self.backbone.preprocess, self._pool)
         parts = [self._run(images) for _, images, _ in micro_batches]
         layers = tuple(torch.cat(layer) for layer in zip(*(part.layers for part in parts), strict=True))
         return Features(layers, self.spec).select((self.spec if spec is None else spec).names)
 
-    def summary(self) -> Summary:
-        """See `Source.summary`."""
-        return self._summary
+    def summary(self, view: int = 0) -> Summary:
+        """See `Source.summary`. Another view than the first costs a pass when it is first asked for."""
+        if view not in self._summaries:
+            self._summaries[view] = self._pass(view, quiet=True)
+        return self._summaries[view]
 
-    def _first_pass(self, quiet: bool) -> Summary:
+    def _picture(self, row: int, view: int) -> Picture:
+        return Picture(self.files[row], self.views[view], self.keys[row])
+
+    def _pass(self, view: int, quiet: bool) -> Summary:
         parts = []
-        with Progress("features", len(self.files), "images", quiet=quiet) as progress:
-            for first, images, bad in decoded(self.files, self.backbone.preprocess, self._pool):
+        pictures = [self._picture(row, view) for row in range(len(self.files))]
+        with Progress("features", len(pictures), "images", quiet=quiet) as progress:
+            for first, images, bad in decoded(pictures, self.backbone.preprocess, self._pool):
                 self.skipped |= {first + slot: reason for slot, reason in bad.items()}
                 parts.append(summarise(self._run(images).to("cpu")))
                 progress.advance(len(images))

@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from sidetune.data.dataset import TaskKind
 from sidetune.evaluate import Evaluation
 from sidetune.figures import duration, label, number, size
 from sidetune.predict import Prediction
@@ -63,15 +64,18 @@ def print_evaluation(evaluation: Evaluation, split: str) -> None:
     Console().print(table)
 
 
-def prediction_lines(predictions: Sequence[Prediction]) -> Iterator[str]:
-    """One line an image that could be read: path, the likeliest class where there is one, values."""
+def prediction_lines(predictions: Sequence[Prediction], task: TaskKind) -> Iterator[str]:
+    """One line an image that could be read: path, the likeliest class or what is withheld, values."""
     for item in predictions:
         if item.error is not None:
             continue
         values = list(item.values.items())
-        if item.label is not None:
-            values = sorted(values, key=lambda pair: -pair[1])[:LIKELIEST]
         cells = [] if item.label is None else [item.label]
+        if task == "classify":
+            values = sorted(values, key=lambda pair: -pair[1])[:LIKELIEST]
+            cells = ["withheld"] if item.withheld else cells
+        elif item.withheld:
+            cells = [f"withheld: {', '.join(item.withheld)}"]
         cells.append("  ".join(f"{name} {value:.3f}" for name, value in values))
         yield "\t".join([item.path, *cells])
 

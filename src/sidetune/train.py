@@ -33,8 +33,8 @@ CHECKPOINT_SECONDS = 20.0  # at most this much training is lost to a kill
 class Inputs(Protocol):
     """Gives a batch of what the model reads: `Features` for sides."""
 
-    def __call__(self, rows: Sequence[int]) -> Features:
-        """Inputs of these rows, in this order."""
+    def __call__(self, rows: Sequence[int], draws: Draws) -> Features:
+        """Inputs of these rows, in this order; `draws` chooses among views of them."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class TrainingSet:
     """What the loop trains on.
 
     Args:
-        inputs: rows -> a batch of inputs.
+        inputs: rows and the step's draws -> a batch of inputs.
         targets: of every row that `rows` names, as the task takes them.
         rows: (n,) rows to train on.
     """
@@ -114,8 +114,8 @@ def train(  # noqa: PLR0913 - the loop is the meeting place of all parts
             while state.step < steps:
                 rows = order[state.step * recipe.batch_size : (state.step + 1) * recipe.batch_size]
                 lr = learning_rate(_done(state, steps), recipe.epochs * steps, recipe)
-                inputs = data.inputs(rows.tolist()).to(device)
                 draws = Draws(seeds, state.epoch, state.step)
+                inputs = data.inputs(rows.tolist(), draws).to(device)
                 with autocast:
                     loss = task.loss(model(inputs, draws), data.targets[rows].to(device)).mean(1)
                 _drop_members(loss, state)

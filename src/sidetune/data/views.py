@@ -1,0 +1,106 @@
+"""Views of an image: itself, its mirror image, and seeded crops. They are stored like images.
+
+A view is a pure function of the file's bytes and the view's name, so a store can hold it for ever and
+every run that asks for it gets the same one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from sidetune.data.preprocess import Preprocess, open_image
+from sidetune.keyed import generator
+
+# Of a crop: share of the image's area, and width over height. Another crop needs another name in
+# `View.name`: stores hold crops by name.
+AREA = (0.4, 1.0)
+ASPECT = (3 / 4, 4 / 3)
+
+
+@dataclass(frozen=True)
+class View:
+    """One view of an image.
+
+    Args:
+        crop: number of a seeded crop, from 1; 0: the whole image.
+        mirror: left and right exchanged.
+    """
+
+    crop: int = 0
+    mirror: bool = False
+
+    @property
+    def name(self) -> str:
+        """``mirror``, ``crop1``, ``crop2+mirror``; empty for the image itself."""
+        parts = [f"crop{self.crop}"] * bool(self.crop) + ["mirror"] * self.mirror
+        return "+".join(parts)
+
+    def key(self, sample_key: str) -> str:
+        """The key of this view of a sample: ``path@sha256``, and ``#name`` behind it."""
+        return f"{sample_key}#{self.name}" if self.name else sample_key
+
+    def __call__(self, image: Image.Image, content: str) -> Image.Image:
+        """This view of an image; `content` (the sha256 of its file) seeds the crop."""
+        if self.crop:
+            image = image.crop(_box(image.width, image.height, f"{content}/crop{self.crop}"))
+        return ImageOps.mirror(image) if self.mirror else image
+
+
+PLAIN = View()
+
+
+def views(num_more: int, *, flip: bool = True) -> tuple[View, ...]:
+    """The image itself and `num_more` other views.
+
+    With `flip` the first is the mirror image and every second crop is mirrored; without, all are crops.
+    """
+    crops = num_more - flip if num_more else 0
+    more = [View(0, mirror=True)] * (flip and num_more > 0)
+    return (PLAIN, *more, *(View(k, flip and k % 2 == 0) for k in range(1, crops + 1)))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A view of an image file, to be decoded.
+
+    Args:
+        file: of the image.
+        view: of it.
+        key: of the sample, ``path@sha256``; a crop is drawn from it.
+    """
+
+    file: Path
+    view: View = PLAIN
+    key: str = ""
+
+    def load(self, preprocess: Preprocess) -> Tensor:
+        """As the backbone reads it: (3, size, size) float32.
+
+        Raises:
+            ImageError: as `open_image`.
+        """
+        return preprocess(self.view(open_image(self.file), self.key.rpartition("@")[2]))
+
+
+def pictures(files: Sequence[Path], keys: Sequence[str], chosen: Sequence[View]) -> list[Picture]:
+    """Every view of every file, the views of a file side by side."""
+    return [Picture(file, view, key) for file, key in zip(files, keys, strict=True) for view in chosen]
+
+
+def _box(width: int, height: int, seed: str) -> tuple[int, int, int, int]:
+    """A box of random area and aspect inside the image: left, top, right, bottom, at least a pixel wide."""
+    draw = torch.rand(4, generator=generator(0, f"view/{seed}"), dtype=torch.float64).tolist()
+    area = width * height * (AREA[0] + (AREA[1] - AREA[0]) * draw[0])
+    low, high = (math.log(value) for value in ASPECT)
+    aspect = math.exp(low + (high - low) * draw[1])
+    across = min(width, max(1, round(math.sqrt(area * aspect))))
+    down = min(height, max(1, round(math.sqrt(area / aspect))))
+    left, top = round(draw[2] * (width - across)), round(draw[3] * (height - down))
+    return left, top, left + across, top + down
