@@ -102,6 +102,10 @@ def fit(
     average_views: Annotated[
         bool, typer.Option("--average-views", help="Average validation, test and predict over the views.")
     ] = False,
+    no_leak_check: Annotated[
+        bool,
+        typer.Option("--no-leak-check", help="Do not look for test images with a twin in training."),
+    ] = False,
     store: Annotated[
         Path | None,
         typer.Option(
@@ -129,7 +133,15 @@ def fit(
     )
     if not quiet:
         _log(choices(recipe, device))
-    run = sidetune.fit(data, out=out, recipe=recipe, store=store, device=device, quiet=quiet)
+    run = sidetune.fit(
+        data,
+        out=out,
+        recipe=recipe,
+        store=store,
+        device=device,
+        leak_check=not no_leak_check,
+        quiet=quiet,
+    )
     if as_json:
         _print_json({"run": str(run.folder), "recipe_hash": run.recipe_hash, **run.metrics})
         return

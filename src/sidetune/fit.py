@@ -3,6 +3,7 @@
     RUN/recipe.json        what was asked for, its hash, and fingerprints of data and backbone
     RUN/skipped.csv        images that could not be read, and why
     RUN/metrics.json       scores with intervals of every method, cost, environment
+    RUN/findings.json      near-duplicates across splits, suspect labels, mistakes, with thumbnails
     RUN/history.jsonl      one line an epoch
     RUN/predictions.csv    validation and test samples, one line each
     RUN/side.safetensors, artifact.json    what `load` needs; artifact.json comes last
@@ -31,7 +32,9 @@ from sidetune.data.dataset import Dataset
 from sidetune.data.views import views
 from sidetune.errors import DataError, RequestError
 from sidetune.extract import extract, sample_keys
-from sidetune.files import locked
+from sidetune.files import locked, write_json
+from sidetune.findings import collect
+from sidetune.leaks import Leaks, find_leaks
 from sidetune.memory import PeakMemory
 from sidetune.methods import Job, Row, fit_methods, score
 from sidetune.progress import say
@@ -43,7 +46,7 @@ from sidetune.sources import LiveSource, Source, StoredSource
 from sidetune.tasks import build_task
 
 
-def fit(
+def fit(  # noqa: PLR0913 - each is a choice of its own
     data: str | Path,
     *,
     out: str | Path,
@@ -51,6 +54,7 @@ def fit(
     backbone: Backbone | None = None,
     store: str | Path | None = None,
     device: str = "auto",
+    leak_check: bool = True,
     quiet: bool = False,
 ) -> Run:
     """Train a side network on images and write a run folder.
@@ -62,6 +66,7 @@ def fit(
         backbone: your own, in place of the one that the recipe names. `load` will ask for it again.
         store: where features are kept; None: ``$SIDETUNE_STORES`` or ./.sidetune/stores.
         device: ``auto`` is the GPU where there is one.
+        leak_check: look for validation and test images with a near-duplicate in training, and name them.
         quiet: no progress.
 
     Returns:
@@ -103,8 +108,9 @@ def fit(
         if begin_run(out, *asked) is None:  # else another process finished it while this one waited
             with PeakMemory() as memory:
                 job = _open_job(recipe, dataset, backbone, keys, out=out, store=store, quiet=quiet)
+                leaks = _look_for_leaks(job, keys) if leak_check else None
                 rows = [score(job, fitted) for fitted in fit_methods(job)]
-            _write(job, rows, fingerprint, memory.peak)
+            _write(job, rows, leaks, fingerprint, memory.peak)
     return Run.open(out)
 
 
@@ -179,11 +185,29 @@ def _readable(dataset: Dataset, source: Source, out: Path) -> dict[str, NDArray[
     return split
 
 
-def _write(job: Job, rows: Sequence[Row], fingerprint: str, peak_memory: int) -> None:
+def _look_for_leaks(job: Job, keys: Sequence[str]) -> Leaks:
+    """Near-duplicates across splits, said before anything is scored on them."""
+    others = np.sort(np.concatenate([job.split["val"], job.split["test"]]))
+    files = [job.dataset.file(row) for row in range(len(job.dataset))]
+    leaks = find_leaks(files, keys, job.summary, job.split["train"], others)
+    if leaks.pairs:
+        first = leaks.pairs[0]
+        names = [job.dataset.paths[row].as_posix() for row in (first.row, first.train_row)]
+        job.say(
+            f"{len(leaks.pairs)} of {leaks.num_others} validation and test images have a near-duplicate in "
+            f"training ({names[0]} and {names[1]}): what they score is not what new images would. "
+            "The report shows them; give copies one group in a CSV"
+        )
+    return leaks
+
+
+def _write(job: Job, rows: Sequence[Row], leaks: Leaks | None, fingerprint: str, peak_memory: int) -> None:
     """Stage four: the run folder; artifact.json last but for the page that reads it."""
-    own = rows[-1]
+    own, started = rows[-1], time.monotonic()
+    write_json(job.out / "findings.json", collect(job, rows, leaks))
+    seconds = time.monotonic() - started
     predictions = {name: (job.split[name], values) for name, values in own.predictions.items()}
-    metrics = _metrics(job, rows, peak_memory)
+    metrics = _metrics(job, rows, peak_memory, seconds)
     write_run(job.out, metrics, own.fitted.history, job.dataset, job.task, predictions)
     artifact = Artifact(
         own.fitted.model.cpu().eval(),
@@ -203,7 +227,7 @@ def _write(job: Job, rows: Sequence[Row], fingerprint: str, peak_memory: int) ->
     write_report(job.out)
 
 
-def _metrics(job: Job, rows: Sequence[Row], peak_memory: int) -> dict[str, Any]:
+def _metrics(job: Job, rows: Sequence[Row], peak_memory: int, findings: float) -> dict[str, Any]:
     """What metrics.json holds."""
     own, solved, device = rows[-1].fitted, job.recipe.side.name in SOLVED, job.backbone.device
     seconds = {row.fitted.name: row.fitted.seconds for row in rows}
@@ -224,7 +248,12 @@ def _metrics(job: Job, rows: Sequence[Row], peak_memory: int) -> dict[str, Any]:
         "cost": {
             "parameters": own.parameters,
             "head_parameters": sum(parameter.numel() for parameter in own.model.head.parameters()),
-            "seconds": {"features": job.seconds, **seconds, "evaluate": sum(row.seconds for row in rows)},
+            "seconds": {
+                "features": job.seconds,
+                **seconds,
+                "evaluate": sum(row.seconds for row in rows),
+                "findings": findings,
+            },
             "peak_memory_bytes": peak_memory,
             "peak_gpu_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
             "store_bytes": job.source.store.num_bytes if isinstance(job.source, StoredSource) else None,

@@ -51,6 +51,11 @@ class Attentive(Side):
         pooled: Tensor = self.query(self.tokens(features, draws)[0], features.mask)
         return pooled
 
+    def shares(self, features: Features) -> Tensor:
+        """Each token's attention times its value: (M, B, N, D)."""
+        shares: Tensor = self.query.shares(self.tokens(features)[0], features.mask)
+        return shares
+
 
 class Query(MemberModule):
     """The query and the value matrix of every member."""
@@ -65,8 +70,17 @@ class Query(MemberModule):
 
     def forward(self, x_BND: Tensor, mask: Tensor | None) -> Tensor:
         """(B, N, D) -> (M, B, D)."""
+        pooled_MBD = torch.einsum("mbn,bnd->mbd", self.attention(x_BND, mask), x_BND)
+        return torch.bmm(pooled_MBD, self.value_MDD)
+
+    def shares(self, x_BND: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, N, D) -> (M, B, N, D), whose sum over N is `forward`."""
+        return torch.einsum("mbn,bnd,mde->mbne", self.attention(x_BND, mask), x_BND, self.value_MDD)
+
+    def attention(self, x_BND: Tensor, mask: Tensor | None) -> Tensor:
+        """How much of each token is taken: (M, B, N), 1 in sum."""
         logits_MBN = torch.einsum("bnd,md->mbn", x_BND, self.query_MD) * x_BND.shape[-1] ** -0.5
         if mask is not None:
             logits_MBN = logits_MBN.masked_fill(~mask, -torch.inf)
-        pooled_MBD = torch.einsum("mbn,bnd->mbd", logits_MBN.softmax(-1), x_BND)
-        return torch.bmm(pooled_MBD, self.value_MDD)
+        attention: Tensor = logits_MBN.softmax(-1)
+        return attention

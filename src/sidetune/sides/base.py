@@ -89,6 +89,13 @@ class Side(nn.Module, ABC):
         pooled = pool_tokens(self.tokens(features, draws), self.spec.last, self.pool, features.mask)
         return pooled.expand(self.members, *pooled.shape[1:])
 
+    def shares(self, features: Features) -> Tensor | None:
+        """What each token adds to the pooled vector: (M or 1, B, N, width), whose sum over N is `forward`.
+
+        None where pooling is no such sum. Outside training.
+        """
+        return token_shares(self.tokens(features), self.spec.last, self.pool, features.mask)
+
     def scaled(self, features: Features, name: str) -> Tensor:
         """A tap times its scale: (B, N, D)."""
         position = self.spec.index(name)
@@ -145,6 +152,24 @@ def pool_tokens(tokens: Tensor, tap: Tap, pool: Pool, mask: Tensor | None = None
     patch_mask = None if mask is None else tap.patch_tokens(mask[..., None])[..., 0]
     mean = _mean(tap.patch_tokens(tokens), patch_mask)
     return mean if pool == "mean" else torch.cat([tap.cls_token(tokens), mean], -1)
+
+
+def token_shares(tokens: Tensor, tap: Tap, pool: Pool, mask: Tensor | None = None) -> Tensor | None:
+    """`pool_tokens` before its sum: (.., B, N, width); None for ``tokens``. Args as there."""
+    if pool == "tokens":
+        return None
+    counts = torch.ones_like(tokens[..., :1]) if mask is None else mask.to(tokens.dtype)[..., None]
+    is_cls, is_patch = torch.zeros_like(counts), torch.zeros_like(counts)
+    positions = torch.arange(tokens.shape[-2])
+    is_patch[..., tap.patch_tokens(positions[:, None])[:, 0], :] = 1
+    if tap.cls_index is not None:
+        units = positions.view(tap.num_units, -1)
+        is_cls[..., units[:, tap.cls_index], :] = 1 / tap.num_units
+    if pool == "cls":
+        return tokens * is_cls
+    chosen = counts if pool == "all" else is_patch * counts
+    shares = tokens * chosen / chosen.sum(-2, keepdim=True).clamp(min=1)
+    return torch.cat([tokens * is_cls, shares], -1) if pool == "cls+mean" else shares
 
 
 def _mean(tokens: Tensor, mask: Tensor | None) -> Tensor:

@@ -78,6 +78,10 @@ class Ridge(Side):
         """(1, B, F), standardised."""
         return self.standardised(summarise(features.select(self.chosen.names)))[None]
 
+    def shares(self, features: Features) -> None:
+        """None: every tap's class token and mean stand side by side."""
+        return None
+
     def standardise(self, summary: Summary) -> None:
         """Measure mean and spread on the training split. A constant feature keeps spread 1."""
         x = self._raw(summary).double()

@@ -1,0 +1,199 @@
+"""Near-duplicates across splits: a test image whose twin was trained on does not test.
+
+Stored features name the candidates: the nearest training images by the pooled taps. A small picture of
+each then decides, because features of two different cells or bottles may be as near as those of a copy:
+
+    h = high-pass(32 x 32 grey picture),  centred, without what is common to many pictures
+    near-duplicates: correlation of h at least 0.9, or the same bytes
+
+Copies that were compressed, scaled or brightened are found; those that were turned grey are mostly,
+crops by more than a few percent and mirror images are not. docs/log.md has what was measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.ndimage import uniform_filter
+from torch import Tensor
+from torch.nn import functional
+
+from sidetune.data.preprocess import open_image
+from sidetune.errors import ImageError
+from sidetune.extract import DECODERS
+from sidetune.keyed import generator
+from sidetune.summary import Summary
+
+TAPS = 4  # evenly spaced: early ones see pixels, late ones see what is shown
+NEIGHBOURS = 3  # candidates an image
+ALIKE = 0.3  # least similarity of a candidate's features: nearly all copies have more
+SAME = 0.9  # least correlation of two pictures
+SIDE = 64  # pixels
+BLUR = 9  # pixels: what is broader is light and layout, not content
+FITTED = 600  # training pictures that common ones are sought in
+COMMON = 16  # principal pictures that are taken out: frames, bus bars, backgrounds
+MAX_PAIRS = 2_000_000_000  # compared; a minute on two cores. Of more images a drawn share is checked
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A validation or test image and its twin among the training images.
+
+    Args:
+        row: of the image.
+        train_row: of its twin.
+        similarity: correlation of the two pictures, 1 for the same bytes.
+        identical: the same bytes.
+    """
+
+    row: int
+    train_row: int
+    similarity: float
+    identical: bool
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """What `find_leaks` found.
+
+    Args:
+        pairs: one an image that has a twin, the most similar first.
+        num_train: training images that were compared.
+        num_others: validation and test images that were compared.
+    """
+
+    pairs: tuple[Pair, ...]
+    num_train: int
+    num_others: int
+
+
+def find_leaks(
+    files: Sequence[Path],
+    keys: Sequence[str],
+    summary: Summary,
+    train: NDArray[np.int64],
+    others: NDArray[np.int64],
+) -> Leaks:
+    """Find validation and test images that have a near-duplicate in training.
+
+    Args:
+        files: of every row.
+        keys: sample keys of every row: equal contents have equal sha256.
+        summary: pooled taps of every row.
+        train: rows that can be read.
+        others: rows of validation and test that can be read.
+    """
+    most = max(1, MAX_PAIRS // max(len(train), 1))
+    if len(others) > most:
+        drawn = torch.randperm(len(others), generator=generator(0, "leaks"))[:most]
+        others = np.sort(others[drawn.numpy()])
+    found = {pair.row: pair for pair in _identical(keys, train, others)}
+    left = others[~np.isin(others, list(found))]
+    candidates = _candidates(summary, train, left)
+    found |= {pair.row: pair for pair in _same_pictures(files, candidates)}
+    pairs = sorted(found.values(), key=lambda pair: (-pair.similarity, pair.row))
+    return Leaks(tuple(pairs), len(train), len(others))
+
+
+def _identical(keys: Sequence[str], train: NDArray[np.int64], others: NDArray[np.int64]) -> list[Pair]:
+    first: dict[str, int] = {}
+    for row in train.tolist():
+        first.setdefault(keys[row].rpartition("@")[2], row)
+    pairs = []
+    for row in others.tolist():
+        twin = first.get(keys[row].rpartition("@")[2])
+        if twin is not None:
+            pairs.append(Pair(row, twin, 1.0, identical=True))
+    return pairs
+
+
+def _candidates(
+    summary: Summary, train: NDArray[np.int64], others: NDArray[np.int64]
+) -> list[tuple[int, int]]:
+    """(row, training row) of the nearest training images by features, where they are near at all."""
+    if not len(train) or not len(others):
+        return []
+    features = _features(summary)
+    trained, num = features[torch.from_numpy(train)], min(NEIGHBOURS, len(train))
+    pairs = []
+    block = max(1, 50_000_000 // len(train))  # 200 MB of similarities
+    for first in range(0, len(others), block):
+        rows = others[first : first + block]
+        near = (features[torch.from_numpy(rows)] @ trained.T).topk(num, dim=1)
+        for row, values, at in zip(rows.tolist(), near.values.tolist(), near.indices.tolist(), strict=True):
+            pairs += [
+                (row, int(train[column])) for value, column in zip(values, at, strict=True) if value >= ALIKE
+            ]
+    return pairs
+
+
+def _features(summary: Summary) -> Tensor:
+    """(n, F): means of a few taps, each centred and of unit length, so that no tap outweighs another."""
+    taps = sorted({round(at) for at in np.linspace(1, len(summary.spec), TAPS + 1)[1:]})
+    parts: list[Tensor] = []
+    for tap in taps:
+        mean = summary.mean[tap - 1].float()
+        parts.append(functional.normalize(mean - mean.mean(0), dim=-1))
+    return torch.cat(parts, -1) / math.sqrt(len(parts))
+
+
+def _same_pictures(files: Sequence[Path], candidates: Sequence[tuple[int, int]]) -> list[Pair]:
+    """The best candidate of each row, where their pictures are the same."""
+    if not candidates:
+        return []
+    rows = sorted({row for pair in candidates for row in pair})
+    with ThreadPoolExecutor(DECODERS) as pool:
+        pictures = np.stack(list(pool.map(_picture, [files[row] for row in rows])))
+    training = np.isin(rows, [twin for _, twin in candidates])
+    at, own = {row: i for i, row in enumerate(rows)}, _without_common(pictures, training)
+    best: dict[int, Pair] = {}
+    for row, twin in candidates:
+        similarity = float(own[at[row]] @ own[at[twin]])
+        if similarity >= SAME and (row not in best or similarity > best[row].similarity):
+            best[row] = Pair(row, twin, min(similarity, 1.0), identical=False)
+    return list(best.values())
+
+
+def _picture(file: Path) -> Floats:
+    """(SIDE * SIDE,) high-pass grey pixels of unit length; zeros where the file cannot be read."""
+    try:
+        image = open_image(file, at_least=4 * SIDE)
+    except ImageError:  # it could be read when features were extracted
+        return np.zeros(SIDE * SIDE, np.float32)
+    grey = np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32)
+    sharp = grey - uniform_filter(grey, BLUR, mode="nearest")
+    picture: Floats = _unit((sharp - sharp.mean()).reshape(1, -1))[0]
+    return picture
+
+
+def _without_common(pictures: Floats, training: NDArray[np.bool_]) -> Floats:
+    """Each picture without what many training pictures share: their mean and first principal pictures.
+
+    A principal picture that a few alone are made of is no common one: it is what copies share.
+    """
+    fitted = pictures[training]
+    fitted = fitted[:: math.ceil(len(fitted) / FITTED)]
+    mean = fitted.mean(0)
+    members, _, axes = np.linalg.svd(fitted - mean, full_matrices=False)
+    num = min(COMMON, len(fitted) // 10)
+    spread = 1.0 / np.square(np.square(members[:, :num])).sum(0)  # how many pictures share each
+    axes = axes[:num][spread >= len(fitted) / 10]
+    centred = pictures - mean
+    return _unit(centred - (centred @ axes.T) @ axes)
+
+
+def _unit(rows: Floats) -> Floats:
+    """Rows of unit length; a picture without content stays zero and resembles nothing."""
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    unit: Floats = np.where(length > 1e-3, rows / np.maximum(length, 1e-3), 0).astype(np.float32)
+    return unit
