@@ -9,7 +9,7 @@ import sidetune
 from fitted_runs import toy_recipe
 from sidetune import SIDES, Artifact, build_backbone, load
 from sidetune.artifact import build_model, find_device
-from sidetune.errors import ArtifactError, RequestError
+from sidetune.errors import ArtifactError, BackboneError, RequestError
 from sidetune.predict import Predictor
 from sidetune.tasks import Classify
 
@@ -197,6 +197,20 @@ def test_another_precision_is_accepted_within_its_limit(runs, image_folder):
     rounded = load(runs().folder, backbone=build_backbone("toy", precision="bf16")).predict(files)
     for ours, theirs in zip(rounded, load(runs().folder).predict(files), strict=True):
         assert ours.values == pytest.approx(theirs.values, abs=2e-2)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_what_was_trained_in_16_bits_is_served_in_32(image_folder, tmp_path, precision):
+    recipe = toy_recipe("losa", f"backbone.precision={precision}", f"features.dtype={precision}")
+    run = sidetune.fit(image_folder, out=tmp_path / "run", recipe=recipe, store=tmp_path / "s", quiet=True)
+    files = sorted(image_folder.glob("*/*.png"))[:6]
+    there = load(run.folder)
+    here = load(run.folder, precision="fp32")
+    assert (there.backbone.variant.precision, here.backbone.variant.precision) == (precision, "fp32")
+    for ours, theirs in zip(here.predict(files), there.predict(files), strict=True):
+        assert ours.values == pytest.approx(theirs.values, abs=2e-2)
+    with pytest.raises(BackboneError, match=r"unknown precision 'fp8'\. Did you mean 'fp32'"):
+        load(run.folder, precision="fp8")
 
 
 def test_the_side_can_be_put_on_its_backbone_by_hand(runs, image_folder):

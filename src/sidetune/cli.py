@@ -42,6 +42,10 @@ Settings = Annotated[
         "--set", metavar="PART.FIELD=VALUE", help="Any field of the recipe, as side.rank=16; may be repeated."
     ),
 ]
+ServePrecision = Annotated[
+    str | None,
+    typer.Option("--precision", help="Of the backbone: fp32, bf16 or fp16; default: as it was trained."),
+]
 Views = Annotated[
     int | None,
     typer.Option(
@@ -185,6 +189,7 @@ def evaluate(
     labels: Labels = None,
     views: Views = None,
     weights: Weights = None,
+    precision: ServePrecision = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -193,7 +198,14 @@ def evaluate(
     from sidetune.tables import print_evaluation
 
     found = evaluate_run(
-        run, data, split=split, labels=_columns(labels), num_views=views, weights=weights, device=device
+        run,
+        data,
+        split=split,
+        labels=_columns(labels),
+        num_views=views,
+        weights=weights,
+        precision=precision,
+        device=device,
     )
     if as_json:
         _print_json(
@@ -215,6 +227,7 @@ def predict(
     ] = None,
     views: Views = None,
     weights: Weights = None,
+    precision: ServePrecision = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -222,7 +235,7 @@ def predict(
     import sidetune
     from sidetune.tables import prediction_lines
 
-    predictor = sidetune.load(run, num_views=views, weights=weights, device=device)
+    predictor = sidetune.load(run, num_views=views, weights=weights, precision=precision, device=device)
     predictions = predictor.predict(images, abstain_below=abstain_below)
     if as_json:
         _print_json({"run": str(run), "predictions": [asdict(item) for item in predictions]})

@@ -40,6 +40,7 @@ def load(
     num_views: int | None = None,
     backbone: Backbone | None = None,
     weights: str | Path | None = None,
+    precision: str | None = None,
     device: str = "auto",
 ) -> Predictor:
     """Load a run folder, ready to predict.
@@ -49,6 +50,7 @@ def load(
         num_views: see `Predictor`.
         backbone: the backbone itself; needed for one that was given to `fit` as an object.
         weights: where the backbone's weights are now, if not where they were.
+        precision: the backbone is run in; None: as it was trained. Check values say whether it will do.
         device: ``auto`` is the GPU where there is one.
 
     Raises:
@@ -58,17 +60,19 @@ def load(
     place = find_device(device)
     artifact = Artifact.read(Path(run))
     if backbone is None:
-        backbone = _build(artifact.recipe.backbone, weights)
+        backbone = _build(artifact.recipe.backbone, weights, precision)
     return Predictor(artifact, backbone.to(place), num_views=num_views)
 
 
-def _build(recipe: BackboneRecipe, weights: str | Path | None) -> Backbone:
+def _build(recipe: BackboneRecipe, weights: str | Path | None, precision: str | None) -> Backbone:
     """The backbone that a run's recipe names."""
     if re.split("[:/]", recipe.name)[0] not in BACKBONES:
         raise ArtifactError(
             f"the run was trained on {recipe.name!r}, a backbone that was given as an object: no name builds "
             "it. Type, in Python: sidetune.load(RUN, backbone=...)"
         )
+    if precision is not None:
+        recipe = recipe.model_copy(update={"precision": precision})
     if weights is not None:
         recipe = recipe.model_copy(update={"weights": str(weights)})
     elif recipe.weights not in (None, "hub", "random") and not Path(str(recipe.weights)).exists():
@@ -88,6 +92,7 @@ def evaluate_run(  # noqa: PLR0913 - what is scored, and with what
     num_views: int | None = None,
     backbone: Backbone | None = None,
     weights: str | Path | None = None,
+    precision: str | None = None,
     device: str = "auto",
 ) -> RunEvaluation:
     """Score a finished run on labelled images.
@@ -100,6 +105,7 @@ def evaluate_run(  # noqa: PLR0913 - what is scored, and with what
         num_views: see `Predictor`.
         backbone: as `load` takes it.
         weights: where the backbone's weights are now, if not where they were.
+        precision: as `load` takes it.
         device: ``auto`` is the GPU where there is one.
 
     Raises:
@@ -108,7 +114,14 @@ def evaluate_run(  # noqa: PLR0913 - what is scored, and with what
     """
     if split not in ("auto", "all", *SPLITS):
         raise DataError(f"no split named {split!r}.{nearest(split, ('auto', 'all', *SPLITS))}")
-    predictor = load(run, num_views=num_views, backbone=backbone, weights=weights, device=device)
+    predictor = load(
+        run,
+        num_views=num_views,
+        backbone=backbone,
+        weights=weights,
+        precision=precision,
+        device=device,
+    )
     dataset, split = _choose_split(predictor.artifact, Path(data), split, labels)
     rows = np.arange(len(dataset)) if split == "all" else dataset.rows(split)
     if not len(rows):

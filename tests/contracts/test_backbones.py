@@ -316,9 +316,10 @@ def test_check_values_are_deterministic(row, backbone):
     assert row.build().check_values() == values
 
 
-def test_bf16_is_near_fp32_and_the_caller_does_not_decide(row, backbone, images):
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_16_bits_are_near_fp32_and_the_caller_does_not_decide(row, backbone, images, precision):
     exact = backbone(images)
-    near = row.build(precision="bf16")(images)
+    near = row.build(precision=precision)(images)
     for got, expected in zip(near.layers, exact.layers, strict=True):
         error = (got.float() - expected).norm() / expected.norm()
         assert 0 < error < 0.05

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sidetune.data.preprocess import Preprocess, built_in_image
 from sidetune.features import Features, FinalNorm, Spec
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 Resize = Literal["squash", "crop"]
 
 
@@ -70,7 +70,7 @@ class Variant:
 
     Args:
         taps: names of the taps that are read.
-        precision: ``fp32``, or ``bf16`` by autocast.
+        precision: ``fp32``, or ``bf16`` or ``fp16`` by autocast.
         runtime: ``eager`` is PyTorch itself.
         versions: of the libraries that computed the features.
     """

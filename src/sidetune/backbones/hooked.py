@@ -69,9 +69,9 @@ class HookedBackbone(Backbone):
     Args:
         parts: the module and all that is known about it.
         taps: names of the taps to read; None reads the embedding and every block.
-        precision: ``fp32`` (autocast is switched off, whatever the caller has on), or ``bf16``
-            by autocast. The weights stay float32, and features have the dtype that autocast
-            gives: float32 for the residual stream, bfloat16 for most branch outputs.
+        precision: ``fp32`` (autocast is switched off, whatever the caller has on), or ``bf16`` or
+            ``fp16`` by autocast. The weights stay float32, and features have the dtype that autocast
+            gives: float32 for the residual stream, 16 bits for most branch outputs.
 
     Attributes:
         module: the frozen network, in eval mode.
@@ -119,9 +119,10 @@ class HookedBackbone(Backbone):
                 f"got images {tuple(images.shape)} of {images.dtype}, expected (B, "
                 f"{', '.join(map(str, expected))}) of torch.float32: use backbone.preprocess"
             )
-        bf16 = self.variant.precision == "bf16"
+        half = torch.float16 if self.variant.precision == "fp16" else torch.bfloat16
+        lower = self.variant.precision != "fp32"
         # no_grad, not inference_mode: a side that trains live saves these tensors for its backward.
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+        with torch.no_grad(), torch.autocast(self.device.type, half, enabled=lower):
             read = capture(self._places, lambda: self._forward(images.to(self.device)))
         return Features(tuple(_as_tokens(read[name]) for name in self.spec.names), self.spec)
 
