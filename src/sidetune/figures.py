@@ -36,6 +36,12 @@ def label(name: str) -> tuple[str, str]:
     return known[0], known[1]
 
 
+def phrase(name: str) -> str:
+    """A score's name within a sentence: ``balanced accuracy``, but ``AUROC`` and ``R²``."""
+    known = label(name)[0]
+    return known[0].lower() + known[1:] if known[1].islower() else known
+
+
 def number(name: str, value: float | None) -> str:
     """A score as it is printed: shares in percent with one decimal, the rest with three digits or more."""
     if value is None:
@@ -170,3 +176,51 @@ def _tick_text(name: str, tick: float, ticks: Sequence[float]) -> str:
     scale = 100.0 if label(name)[1] == "%" else 1.0
     step = scale * (ticks[1] - ticks[0])
     return f"{scale * tick:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}".replace("-", "−")
+
+
+# The reliability diagram: plot from TOP to DEEP, below it a strip of counts that ends at FLOOR; 360 x 300.
+DEEP, FLOOR, STRIP = 200.0, 264.0, 30.0
+
+
+def reliability(bins: Sequence[Json]) -> Json:
+    """Accuracy against confidence by bin, and how many answers stand in each, in the view box's units.
+
+    Args:
+        bins: ``low, high, count, confidence, accuracy``, all shares but the count.
+    """
+    most = max(row["count"] for row in bins)
+
+    def across(share: float) -> float:
+        return LEFT + (RIGHT - LEFT) * share
+
+    def down(share: float) -> float:
+        return DEEP - (DEEP - TOP) * share
+
+    return {
+        "ticks": [(f"{across(k / 5):.1f}", f"{down(k / 5):.1f}", 20 * k) for k in range(6)],
+        "bins": [
+            {
+                "x": f"{across(row['confidence']):.1f}",
+                "y": f"{down(row['accuracy']):.1f}",
+                "ideal": f"{down(row['confidence']):.1f}",
+                "left": f"{across(row['low']) + 1:.1f}",
+                "middle": f"{across((row['low'] + row['high']) / 2):.1f}",
+                "width": f"{across(row['high']) - across(row['low']) - 2:.1f}",
+                "top": f"{FLOOR - max(STRIP * row['count'] / most, 1):.1f}",
+                "height": f"{max(STRIP * row['count'] / most, 1):.1f}",
+                "count": _brief(row["count"]),
+                "row": (
+                    f"{100 * row['low']:.0f} – {100 * row['high']:.0f}",
+                    f"{row['count']:,}",
+                    f"{100 * row['confidence']:.1f}",
+                    f"{100 * row['accuracy']:.1f}",
+                ),
+            }
+            for row in bins
+        ],
+    }
+
+
+def _brief(count: int) -> str:
+    """A count in three characters: a bin is 20 units wide."""
+    return str(count) if count < 1000 else f"{count / 1000:.0f}k"

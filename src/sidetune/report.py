@@ -7,6 +7,7 @@ by the template, so that they follow the page's colours, light and dark.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -15,13 +16,35 @@ from typing import Any
 import jinja2
 
 from sidetune.errors import ArtifactError
-from sidetune.figures import LABELS, curve, duration, flat, forest, label, number, short, size, text
+from sidetune.figures import (
+    LABELS,
+    curve,
+    duration,
+    flat,
+    forest,
+    label,
+    number,
+    phrase,
+    reliability,
+    short,
+    size,
+    text,
+)
 from sidetune.files import write_text
+from sidetune.gallery import gallery
 
 Json = dict[str, Any]
 
 SPLITS = {"test": "Test", "val": "Validation"}
 MANY_CLASSES = 20  # more are folded away, and get no confusion matrix
+MOST_CLASSES = 200  # of more, the weakest are listed: the page stays light
+SHORT_NAME = 8  # characters; classes with longer names are numbered over the confusion matrix
+EACH = {"classify": "Per class", "multilabel": "Per label", "regress": "Per output"}
+STAGES = {
+    "features": "Features",
+    "evaluate": "Scores and intervals",
+    "findings": "Findings about images",
+}
 
 
 def write_report(run: Path) -> Path:
@@ -29,7 +52,8 @@ def write_report(run: Path) -> Path:
 
     Args:
         run: a run folder with metrics.json, recipe.json and artifact.json. history.jsonl may be absent
-            or empty: a closed-form side has no epochs.
+            or empty: a closed-form side has no epochs. findings.json may be absent: older versions wrote
+            none, and the page leaves its sections out.
 
     Returns:
         The page, RUN/report.html.
@@ -41,30 +65,49 @@ def write_report(run: Path) -> Path:
         _read(run / name) for name in ("metrics.json", "recipe.json", "artifact.json")
     )
     history = _read_history(run / "history.jsonl")
+    findings = _read(run / "findings.json") if (run / "findings.json").exists() else None
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(_template),
     )
-    source = resources.files("sidetune").joinpath("report.html.jinja").read_text(encoding="utf-8")
     try:
-        page = environment.from_string(source).render(_view(run, metrics, recipe, artifact, history))
+        view = _view(run, metrics, recipe, artifact, history)
+        view["found"] = gallery(findings, metrics, _own(metrics)) if findings else None
+        view["contents"] = _contents(view)
+        page = environment.get_template("report.html.jinja").render(view)
     except (KeyError, jinja2.UndefinedError) as error:
         raise ArtifactError(
             f"{run} lacks {error} in its JSON files: it was written by another version. "
             "Fit it again with: sidetune fit"
         ) from error
     path = run / "report.html"
-    write_text(path, page)
+    # A file name may hold bytes that are no text; the page shows a question mark for each.
+    write_text(path, page.encode("utf-8", "replace").decode("utf-8"))
     return path
+
+
+def _template(name: str) -> str:
+    return resources.files("sidetune").joinpath("page", name).read_text(encoding="utf-8")
+
+
+def _own(metrics: Json) -> Json:
+    """The run's own row of the score table."""
+    own: Json = {row["method"]: row for row in metrics["rows"]}[metrics["side"]]
+    return own
 
 
 def _view(run: Path, metrics: Json, recipe: Json, artifact: Json, history: Sequence[Json]) -> Json:
     """Everything the template shows, as text and coordinates."""
-    own = {row["method"]: row for row in metrics["rows"]}[metrics["side"]]
+    own = _own(metrics)
     split = "test" if own["test"] else "val"
     headline = metrics["headline"]
     names = [headline, *(name for name in own["val"]["scores"] if name != headline)]
+    known = {*metrics["environment"], "data"}
     return {
-        "run": run.resolve().name,
+        "run": shlex.quote(run.resolve().name),
         "side": metrics["side"],
         "backbone": metrics["backbone"],
         "task": metrics["task"],
@@ -79,9 +122,12 @@ def _view(run: Path, metrics: Json, recipe: Json, artifact: Json, history: Seque
         "curves": _curves(history, headline),
         "confusion": _confusion(own[split], metrics["outputs"]),
         "split": SPLITS[split].lower(),
-        "per_class": _per_class(own[split]),
+        "each": EACH[metrics["task"]],
+        "per_class": _per_class(own[split], metrics["task"]),
         "folded": len(metrics["outputs"]) > MANY_CLASSES,
+        "calibration": _calibration(own, split),
         "costs": _costs(metrics),
+        "stages": _stages(metrics),
         "methods": [
             (row["method"], f"{row['parameters']:,}", duration(row["seconds"])) for row in metrics["rows"]
         ],
@@ -89,9 +135,33 @@ def _view(run: Path, metrics: Json, recipe: Json, artifact: Json, history: Seque
         "hashes": [(name, recipe[name]) for name in ("hash", "data", "backbone")],
         "environment": [
             *flat(metrics["environment"]),
-            *((key, text(value)) for key, value in artifact.items() if isinstance(value, str | int | float)),
+            *(
+                (key, text(value))
+                for key, value in artifact.items()
+                if isinstance(value, str | int | float) and key not in known
+            ),
         ],
     }
+
+
+def _contents(view: Json) -> list[tuple[str, str]]:
+    """The page's sections that are there: (anchor, title)."""
+    found = view["found"]
+    sections = [
+        ("scores", "Scores", True),
+        ("curves", "Learning curve", bool(view["curves"])),
+        ("confusion", "Confusion", bool(view["confusion"])),
+        ("mistakes", "Largest errors" if view["task"] == "regress" else "Mistakes", bool(found)),
+        ("labels", "Suspect labels", bool(found and found["suspects"])),
+        ("duplicates", "Near-duplicates", bool(found)),
+        ("classes", view["each"], True),
+        ("calibration", "Calibration", bool(view["calibration"])),
+        ("cost", "Cost", True),
+        ("recipe", "Recipe", True),
+        ("environment", "Environment", True),
+        ("use", "Use it", True),
+    ]
+    return [(name, title) for name, title, there in sections if there]
 
 
 def _facts(metrics: Json, own: Json, split: str) -> list[tuple[str, str, str, str]]:
@@ -125,13 +195,12 @@ def _verdict(metrics: Json, split: str) -> str:
     if own is None or not scored:
         return ""
     best = max(scored, key=lambda method: scored[method]["scores"][headline])
-    name, unit = label(headline)
+    unit = label(headline)[1]
     mine, theirs = own["scores"][headline], scored[best]["scores"][headline]
-    name = name[0].lower() + name[1:] if name[1].islower() else name  # but not AUROC or R²
     gap = number(headline, abs(mine - theirs))
     scale = " points" if unit == "%" else ""
     order = f"{gap}{scale} {'above' if mine > theirs else 'below'}" if mine != theirs else "level with"
-    sentence = f"{metrics['side']} is {order} {best}, the best of the other methods, in {name}"
+    sentence = f"{metrics['side']} is {order} {best}, the best of the other methods, in {phrase(headline)}"
     ranges = own["intervals"].get(headline), scored[best]["intervals"].get(headline)
     if not all(ranges):
         return f"{sentence}."
@@ -180,59 +249,96 @@ def _curves(history: Sequence[Json], headline: str) -> list[Json]:
     return [curve for curve in curves if curve is not None]
 
 
-def _confusion(evaluation: Json, outputs: Sequence[str]) -> list[Json] | None:
-    """Rows of the matrix: name, and (count, share of the row, right or wrong) a column."""
+def _confusion(evaluation: Json, outputs: Sequence[str]) -> Json | None:
+    """Rows of the matrix: name, and (count, strength of its colour, right or wrong) a column."""
     if evaluation["confusion"] is None or len(outputs) > MANY_CLASSES:
         return None
     counts = [[0] * len(outputs) for _ in outputs]
     for truth, guess, count in evaluation["confusion"]:
         counts[truth][guess] = count
-    return [
-        {
-            "name": name,
-            "cells": [(count, f"{count / max(sum(row), 1):.3f}", i == j) for j, count in enumerate(row)],
-        }
-        for i, (name, row) in enumerate(zip(outputs, counts, strict=True))
-    ]
+    rows = []
+    for i, (name, row) in enumerate(zip(outputs, counts, strict=True)):
+        # At most 0.7 of the full colour: the count stays readable on it.
+        cells = [(count, f"{0.7 * count / max(sum(row), 1):.3f}", i == j) for j, count in enumerate(row)]
+        rows.append({"name": name, "cells": cells})
+    return {"rows": rows, "numbered": any(len(name) > SHORT_NAME for name in outputs) or len(outputs) > 10}
 
 
-def _per_class(evaluation: Json) -> Json:
-    """Headings (with units) and rows of text, one a class, label or output."""
+def _per_class(evaluation: Json, task: str) -> Json:
+    """Headings (with units) and rows of text, one a class, label or output; of very many, the weakest."""
     rows = evaluation["per_class"]
     names = [name for name in rows[0] if name not in ("name", "support")]
+    by = {"classify": "recall", "multilabel": "average_precision", "regress": "r2"}[task]
+    if len(rows) > MOST_CLASSES:
+        scored = [row for row in rows if row[by] is not None]
+        rows = sorted(scored, key=lambda row: row[by])[:MOST_CLASSES]
     return {
         "columns": [label(name) for name in names],
+        "by": phrase(by) if len(rows) < len(evaluation["per_class"]) else "",
         "rows": [
             (row["name"], f"{row['support']:,}", [number(name, row[name]) for name in names]) for row in rows
         ],
     }
 
 
+def _calibration(own: Json, split: str) -> Json | None:
+    """The reliability diagram, and what withholding unsure answers costs and gains."""
+    evaluation = own[split]
+    if not evaluation.get("calibration"):
+        return None
+    answered = [
+        (f"{row['threshold']:g}", number("accuracy", row["share"]), number("accuracy", row["accuracy"]))
+        for row in evaluation.get("answered") or ()
+    ]
+    temperature = own["detail"].get("temperature")
+    return {
+        **reliability(evaluation["calibration"]),
+        "error": number("calibration_error", evaluation["scores"].get("calibration_error")),
+        "temperature": None if temperature is None else f"{temperature:.2f}",
+        "softened": temperature is not None and temperature > 1,
+        "answered": answered,
+    }
+
+
 def _costs(metrics: Json) -> list[tuple[str, str]]:
     cost = metrics["cost"]
-    stages = [(f"Time: {stage}", duration(seconds)) for stage, seconds in cost["seconds"].items()]
+    gpu = cost.get("peak_gpu_bytes")
+    stored = size(cost["store_bytes"]) if cost["store_bytes"] else "none: features were live"
     return [
         ("Parameters of the side", f"{cost['parameters']:,}"),
         ("Parameters of the head", f"{cost['head_parameters']:,}"),
-        *stages,
         ("Peak memory", size(cost["peak_memory_bytes"])),
-        (
-            "Feature store on disk",
-            size(cost["store_bytes"]) if cost["store_bytes"] else "none: features were live",
-        ),
+        *([("Peak memory of the GPU", size(gpu))] if gpu else []),
+        ("Feature store on disk", stored),
+    ]
+
+
+def _stages(metrics: Json) -> list[tuple[str, str, str]]:
+    """Where the time went, in running order: (stage, percent of the longest, duration)."""
+    seconds = metrics["cost"]["seconds"]
+    longest = max(*seconds.values(), 1e-9)
+    names = {**STAGES, "train": f"Training {metrics['side']}"}
+    return [
+        (names.get(stage, stage), f"{100 * value / longest:.1f}", duration(value))
+        for stage, value in seconds.items()
     ]
 
 
 def _read(path: Path) -> Json:
     try:
-        values: Json = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ArtifactError(
             f"{path} does not exist: {path.parent} is no finished run. "
             f"Type: sidetune fit DATA --out {path.parent}"
         ) from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{path} is not JSON: {error}. Fit the run again with: sidetune fit") from error
+    if not isinstance(values, dict):
+        raise ArtifactError(
+            f"{path} holds a {type(values).__name__}, expected an object. "
+            "Fit the run again with: sidetune fit"
+        )
     return values
 
 
