@@ -163,9 +163,21 @@ def test_names_of_files_are_escaped_and_kept_apart(tmp_path):
     html = write_report(tmp_path / "run").read_text(encoding="utf-8")
     page = Page(html)
     assert "<script" not in html and not [name for name, _ in page.attributes if name.startswith("on")]
-    for name in (*names[:4], "broken ?.png"):
+    for name in (HOSTILE, r"\u202egnp.exe", "a" * 300, "مرحبا.png", r"broken \udcff.png"):
         assert name in page.text
-    assert re.search("<bdi>\u202egnp.exe</bdi>", html)
+    assert "<bdi>مرحبا.png</bdi>" in html and "\u202e" not in html
+
+
+def test_a_very_long_label_is_shortened_under_pictures_alone(tmp_path):
+    metrics, _ = write_full_run(tmp_path / "run")
+    name = "a" * 50 + "b" * 50
+    metrics["outputs"][0] = name
+    metrics["rows"][-1]["test"]["per_class"][0]["name"] = name
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics))
+    (tmp_path / "run" / "findings.json").write_text(json.dumps(make_findings(metrics)))
+    page = Page(write_report(tmp_path / "run").read_text(encoding="utf-8"))
+    assert f"label {'a' * 40} … {'b' * 17} " in page.text
+    assert page.text.count(name) == 3  # the matrix's row and column, the table of classes
 
 
 @pytest.mark.parametrize(

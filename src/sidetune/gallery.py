@@ -16,6 +16,7 @@ from sidetune.figures import label, number, phrase
 Json = dict[str, Any]
 
 SHOWN = 8  # cards of a group in sight; the rest unfolds
+LONGEST = 60  # characters of a label under a picture; the table of classes has all of it
 SPLITS = {"test": "test", "val": "validation"}
 INLINE = re.compile(r"data:image/(?:jpeg|png);base64,[A-Za-z0-9+/]+=*")
 
@@ -63,7 +64,10 @@ def _answers(rows: Sequence[Json]) -> Json:
         if row["thumbnail"] and row["evidence"]:
             alt = f"The same picture, dark where nothing speaks for {row['predicted']}"
             pictures.append(_picture(row["thumbnail"], alt, row["evidence"]))
-        lines = [("said", row["predicted"], _percent(row["confidence"])), ("label", row["label"], "")]
+        lines = [
+            ("said", _brief(row["predicted"]), _percent(row["confidence"])),
+            ("label", _brief(row["label"]), ""),
+        ]
         cards.append({"pictures": pictures, "lines": lines, "paths": [row["path"]], "badges": []})
     return _folded(cards)
 
@@ -73,8 +77,8 @@ def _suspects(suspects: Json) -> Json:
         {
             "pictures": [_picture(row["thumbnail"], row["path"])],
             "lines": [
-                ("label", row["label"], _percent(row["p_label"])),
-                ("ridge", row["suggested"], _percent(row["p_suggested"])),
+                ("label", _brief(row["label"]), _percent(row["p_label"])),
+                ("ridge", _brief(row["suggested"]), _percent(row["p_suggested"])),
             ],
             "paths": [row["path"]],
             "badges": [],
@@ -120,7 +124,10 @@ def _pair(row: Json) -> Json:
             _picture(row["train_thumbnail"], row["train_path"]),
         ],
         "badges": [alike, *(["labels differ"] if row["label"] != row["train_label"] else [])],
-        "lines": [(SPLITS[row["split"]], row["label"], ""), ("training", row["train_label"], "")],
+        "lines": [
+            (SPLITS[row["split"]], _brief(row["label"]), ""),
+            ("training", _brief(row["train_label"]), ""),
+        ],
         "paths": [row["path"], row["train_path"]],
     }
 
@@ -139,6 +146,11 @@ def _picture(source: str | None, alt: str, over: str | None = None) -> Json:
                 "'data:image/jpeg;base64,' or png. Fit the run again with: sidetune fit"
             )
     return {"source": source, "alt": alt, "over": over}
+
+
+def _brief(name: str) -> str:
+    """A label's start and end: the end says yes or no, or a value."""
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 20]} … {name[-17:]}"
 
 
 def _percent(share: float | None) -> str:

@@ -7,6 +7,7 @@ by the template, so that they follow the page's colours, light and dark.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from importlib import resources
@@ -39,6 +40,7 @@ SPLITS = {"test": "Test", "val": "Validation"}
 MANY_CLASSES = 20  # more are folded away, and get no confusion matrix
 MOST_CLASSES = 200  # of more, the weakest are listed: the page stays light
 SHORT_NAME = 8  # characters; classes with longer names are numbered over the confusion matrix
+HIDDEN = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 EACH = {"classify": "Per class", "multilabel": "Per label", "regress": "Per output"}
 STAGES = {
     "features": "Features",
@@ -72,6 +74,7 @@ def write_report(run: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
         loader=jinja2.FunctionLoader(_template),
+        finalize=_visible,
     )
     try:
         view = _view(run, metrics, recipe, artifact, history)
@@ -84,13 +87,19 @@ def write_report(run: Path) -> Path:
             "Fit it again with: sidetune fit"
         ) from error
     path = run / "report.html"
-    # A file name may hold bytes that are no text; the page shows a question mark for each.
-    write_text(path, page.encode("utf-8", "replace").decode("utf-8"))
+    write_text(path, page)
     return path
 
 
 def _template(name: str) -> str:
     return resources.files("sidetune").joinpath("page", name).read_text(encoding="utf-8")
+
+
+def _visible(value: object) -> object:
+    """What a name hides is spelled out: control characters, turned writing, bytes that are no text."""
+    if type(value) is not str:  # a number, or markup of the page's own
+        return value
+    return HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", value)
 
 
 def _own(metrics: Json) -> Json:
