@@ -44,8 +44,8 @@ HIDDEN = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u20
 EACH = {"classify": "Per class", "multilabel": "Per label", "regress": "Per output"}
 STAGES = {
     "features": "Features",
-    "evaluate": "Scores and intervals",
-    "findings": "Findings about images",
+    "evaluate": "Scores",
+    "findings": "Findings",
 }
 
 
@@ -267,8 +267,9 @@ def _confusion(evaluation: Json, outputs: Sequence[str]) -> Json | None:
         counts[truth][guess] = count
     rows = []
     for i, (name, row) in enumerate(zip(outputs, counts, strict=True)):
-        # At most 0.7 of the full colour: the count stays readable on it.
-        cells = [(count, f"{0.7 * count / max(sum(row), 1):.3f}", i == j) for j, count in enumerate(row)]
+        total = max(sum(row), 1)
+        # From a tint to 0.7 of the full colour: seen on any ground, and the count stays readable on it.
+        cells = [(count, f"{0.06 + 0.64 * count / total:.3f}", i == j) for j, count in enumerate(row)]
         rows.append({"name": name, "cells": cells})
     return {"rows": rows, "numbered": any(len(name) > SHORT_NAME for name in outputs) or len(outputs) > 10}
 
