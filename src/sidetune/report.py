@@ -29,7 +29,6 @@ from sidetune.figures import (
     reliability,
     short,
     size,
-    text,
 )
 from sidetune.files import write_text
 from sidetune.gallery import gallery
@@ -114,7 +113,6 @@ def _view(run: Path, metrics: Json, recipe: Json, artifact: Json, history: Seque
     split = "test" if own["test"] else "val"
     headline = metrics["headline"]
     names = [headline, *(name for name in own["val"]["scores"] if name != headline)]
-    known = {*metrics["environment"], "data"}
     return {
         "run": shlex.quote(run.resolve().name),
         "side": metrics["side"],
@@ -142,14 +140,7 @@ def _view(run: Path, metrics: Json, recipe: Json, artifact: Json, history: Seque
         ],
         "recipe": list(flat(recipe["recipe"])),
         "hashes": [(name, recipe[name]) for name in ("hash", "data", "backbone")],
-        "environment": [
-            *flat(metrics["environment"]),
-            *(
-                (key, text(value))
-                for key, value in artifact.items()
-                if isinstance(value, str | int | float) and key not in known
-            ),
-        ],
+        "environment": _environment(metrics["environment"], artifact),
     }
 
 
@@ -332,6 +323,16 @@ def _stages(metrics: Json) -> list[tuple[str, str, str]]:
         (names.get(stage, stage), f"{100 * value / longest:.1f}", duration(value))
         for stage, value in seconds.items()
     ]
+
+
+def _environment(environment: Json, artifact: Json) -> list[tuple[str, str]]:
+    """Versions and hardware, and what else artifact.json says in a word; the fingerprints stand elsewhere."""
+    rest = {
+        key: value
+        for key, value in artifact.items()
+        if isinstance(value, str | int | float) and key not in {*environment, "data"}
+    }
+    return list(flat(environment | rest))
 
 
 def _read(path: Path) -> Json:
