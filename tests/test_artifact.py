@@ -209,7 +209,7 @@ def test_what_was_trained_in_16_bits_is_served_in_32(image_folder, tmp_path, pre
     assert (there.backbone.variant.precision, here.backbone.variant.precision) == (precision, "fp32")
     for ours, theirs in zip(here.predict(files), there.predict(files), strict=True):
         assert ours.values == pytest.approx(theirs.values, abs=2e-2)
-    with pytest.raises(BackboneError, match=r"unknown precision 'fp8'\. Did you mean 'fp32'"):
+    with pytest.raises(BackboneError, match=r"unknown precision 'fp8'\. Known: bf16, fp16, fp32"):
         load(run.folder, precision="fp8")
 
 
