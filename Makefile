@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test slow lint format clean
+.PHONY: demo test slow fuzz lint format clean
 
 demo: $(READY)
 	$(BIN)/sidetune demo --out runs/demo
@@ -16,6 +16,9 @@ test: $(READY)
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+fuzz: $(READY)
+	$(BIN)/python scripts/fuzz.py --files 2000 --seed 0 --out docs/reference/reliability/fuzz.json
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

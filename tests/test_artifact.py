@@ -99,10 +99,12 @@ def test_another_format_version_is_refused(runs, tmp_path, version, remedy):
     assert message.endswith(f"artifact.json has format {version}, expected 2. Type: {remedy}")
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, "1", None])
+@pytest.mark.parametrize("value", [0.0, -1.0, "warm", None])
 def test_a_temperature_that_is_none_is_refused(runs, tmp_path, value):
     message = error_of(edited(runs.copy(tmp_path / "run"), temperature=value))
-    assert f"temperature is {value!r}, expected a number above 0" in message
+    assert (
+        f"is damaged, or of another version of sidetune: temperature is {value!r}: Input should be" in message
+    )
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe", b""])
@@ -121,7 +123,8 @@ def test_a_missing_field_is_named(runs, tmp_path, name):
     del fields[name]
     (folder / "artifact.json").write_text(json.dumps(fields))
     message = error_of(folder)
-    assert f"artifact.json is damaged, or of another version of sidetune: '{name}'. Type: " in message
+    assert f"artifact.json is damaged, or of another version of sidetune: '{name}'" in message
+    assert message.endswith("Type: the fit command with a new --out")
 
 
 def test_fields_that_do_not_fit_are_refused(runs, tmp_path):
@@ -131,7 +134,7 @@ def test_fields_that_do_not_fit_are_refused(runs, tmp_path):
     assert "no setting 'side.gate'" in message
     wider = {**recipe, "side": {**recipe["side"], "rank": 9}}
     message = error_of(edited(runs.copy(tmp_path / "wider"), recipe=wider))
-    assert "size mismatch" in message
+    assert "has shape (1, 32, 8) for 'side.channel.0.down_MDR', expected (1, 32, 9)" in message
     assert "is damaged" in message
 
 

@@ -195,7 +195,7 @@ def test_wrong_data_exit_2(run_cli, image_folder, tmp_path):
     (tmp_path / "empty").mkdir()
     shutil.copytree(image_folder / "class0", tmp_path / "one" / "class0")
     (tmp_path / "note.txt").write_text("hello")
-    (tmp_path / "semicolons.csv").write_text("path;label\na.png;cat\n")
+    (tmp_path / "bars.csv").write_text("path|label\na.png|cat\n")
     (tmp_path / "missing.csv").write_text("path,label\na.png,cat\n")
     (tmp_path / "short.csv").write_text("path,label\n")
     for data, message in {
@@ -203,7 +203,7 @@ def test_wrong_data_exit_2(run_cli, image_folder, tmp_path):
         "empty": "empty has no class folder; classification needs at least two classes",
         "one": "one has one class, 'class0'; classification needs at least two classes",
         "note.txt": "note.txt: a file that is no .csv",
-        "semicolons.csv": "semicolons.csv has no column 'path'. Known: path;label.",
+        "bars.csv": "bars.csv, line 1: has no column 'path'. Known: path|label.",
         "missing.csv": "missing.csv, line 2: no file 'a.png' in",
         "short.csv": "short.csv is empty: got a header and no rows",
     }.items():
@@ -256,6 +256,7 @@ def test_a_damaged_store_exits_1(run_cli, image_folder, tmp_path):
         "samples": 60,
         "bytes": only_object(out)["bytes"],
         "skipped": {},
+        "animated": [],
     }
     assert "error" not in err
     assert run_cli("store", "verify", "store") == (0, "store: every byte is as written\n", "")
@@ -325,7 +326,11 @@ def test_predict_prints_a_line_an_image(run_cli, image_folder, runs):
     assert (path, label) == (str(files[0]), "class0")
     assert re.fullmatch(r"class0 [01]\.\d{3}  class\d 0\.\d{3}  class\d 0\.\d{3}", values)
     code, out, err = run_cli("predict", folder, *files)
-    assert (code, out.count("\n"), err) == (1, 1, "error: nowhere.png: No such file or directory\n")
+    assert (code, out.count("\n"), err) == (
+        1,
+        1,
+        "error: nowhere.png: No such file or directory\n1 of 2 images could not be read\n",
+    )
     code, out, _ = run_cli("predict", folder, *files, "--json")
     first, second = only_object(out)["predictions"]
     assert code == 1
@@ -363,7 +368,7 @@ def test_eval_names_what_cannot_be_read(run_cli, image_folder, runs, tmp_path):
     code, out, err = run_cli("eval", runs("ridge").folder, data)
     assert code == 0
     assert "59 images" in out
-    assert err == "class0/0000.png: not an image that Pillow reads\n"
+    assert err == ("class0/0000.png: not an image that Pillow reads\n1 of 60 images could not be read\n")
 
 
 def test_predict_on_what_is_no_run_exits_1(run_cli, image_folder):
@@ -409,7 +414,7 @@ def test_extract_names_what_cannot_be_read(run_cli, image_folder, tmp_path):
     code, out, err = run_cli("extract", data, "--backbone", "toy", "--out", "store", "--quiet")
     assert code == 0
     assert out.startswith("store: 60 samples, ")
-    assert err == "class0/0000.png: not an image that Pillow reads\n"
+    assert err == ("class0/0000.png: not an image that Pillow reads\n1 of 60 images could not be read\n")
 
 
 def test_the_module_is_the_command(image_folder, runs):
@@ -418,7 +423,7 @@ def test_the_module_is_the_command(image_folder, runs):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert only_object(done.stdout)["predictions"][0]["error"] == "No such file or directory"
-    assert done.stderr == "error: nowhere.png: No such file or directory\n"
+    assert done.stderr == ("error: nowhere.png: No such file or directory\n1 of 1 images could not be read\n")
 
 
 def test_predict_withholds_what_is_not_sure(run_cli, image_folder, runs):
@@ -430,3 +435,16 @@ def test_predict_withholds_what_is_not_sure(run_cli, image_folder, runs):
     code, out, _ = run_cli("predict", runs("losa").folder, file, "--abstain-below", "1", "--json")
     [item] = only_object(out)["predictions"]
     assert item["label"] is None and item["withheld"] == [max(item["values"], key=item["values"].get)]
+
+
+def test_strict_exits_2_and_fit_says_the_count_last(run_cli, image_folder, tmp_path):
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    (images / "class0" / "0000.png").write_bytes(b"")
+    for command in ("fit", "extract"):
+        words = [command, images, "--backbone", "toy", "--out", command, "--quiet"]
+        code, _, err = run_cli(*words, *(["--side", "ridge"] if command == "fit" else []), "--strict")
+        assert code == 2
+        assert err.startswith("error: 1 images cannot be read, the first ")
+    code, _, err = run_cli("fit", images, "--backbone", "toy", "--side", "ridge", "--out", "fit", "--quiet")
+    assert code == 0
+    assert err == "1 of 60 images could not be read: fit/skipped.csv\n"

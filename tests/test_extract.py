@@ -1,6 +1,7 @@
 """Extraction: what is written, images that cannot be read, and what is refused."""
 
 import json
+import os
 import shutil
 from collections import namedtuple
 from dataclasses import replace
@@ -8,15 +9,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from extracting import EXTRACT, FEW, bring, contents, toy
 from sidetune.data import load_dataset, load_image
-from sidetune.errors import StoreError
+from sidetune.errors import DataError, StoreError
 from sidetune.extract import extract, sample_keys
 from sidetune.features import Features
 from sidetune.files import sha256_file
-from sidetune.store import DTYPES
+from sidetune.store import DTYPES, Store
 
 Disk = namedtuple("Disk", "total used free")
 
@@ -287,3 +289,41 @@ def test_the_bytes_are_said_first_unless_quiet(pictures, tmp_path, capsys):
     extract(dataset, toy(), tmp_path / "s")
     extract(dataset, toy(), tmp_path / "t", quiet=True)
     assert capsys.readouterr() == ("", "")
+
+
+def test_strict_names_the_first_image_and_keeps_the_store(own, tmp_path):
+    bad = sorted(own.rglob("*.png"))[3]
+    bad.write_bytes(b"")
+    dataset = load_dataset(own)
+    with pytest.raises(DataError) as error:
+        extract(dataset, toy(), tmp_path / "s", strict=True, quiet=True)
+    assert str(error.value) == (
+        f"1 images cannot be read, the first {bad.relative_to(own)}: the file is empty; --strict expects "
+        "none. Mend or remove them, or type the same command without --strict, which leaves them out"
+    )
+    assert Store.open(tmp_path / "s").num_records == 12
+    before = contents(tmp_path / "s")
+    assert len(extract(dataset, toy(), tmp_path / "s", quiet=True).skipped) == 1
+    assert contents(tmp_path / "s") == before
+
+
+def test_the_store_knows_of_which_files_it_holds_the_first_frame(own, tmp_path, small_shards):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(own / "class1" / "moving.gif", save_all=True, append_images=frames[1:])
+    _, store = bring(own, tmp_path / "s")
+    assert [key.split("@")[0] for key in store.animated] == ["class1/moving.gif"]
+    path = next(
+        path
+        for path in (tmp_path / "s" / "shards").glob("*.json")
+        if json.loads(path.read_text())["animated"]
+    )
+    entry = json.loads(path.read_text())
+    del entry["animated"]  # as stores were written before
+    path.write_text(json.dumps(entry))
+    assert Store.open(tmp_path / "s").animated == frozenset()
+
+
+def test_a_pipe_among_the_images_is_skipped(own, tmp_path):
+    os.mkfifo(own / "class0" / "pipe.png")
+    _, store = bring(own, tmp_path / "s")
+    assert store.skipped == {"class0/pipe.png@unreadable": "a pipe, a socket or a device, not a file"}

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import sidetune.methods
@@ -20,6 +21,7 @@ from sidetune.errors import ArtifactError, DataError, RequestError, SideError
 from sidetune.predict import evaluate_run
 from sidetune.sides import SOLVED
 from sidetune.sources import LiveSource
+from sidetune.store import Store
 
 MODULE = importlib.import_module("sidetune.fit")  # `sidetune.fit` is the function
 
@@ -36,18 +38,19 @@ def test_a_run_has_the_documented_files_rows_and_costs(runs, side):
     visible = {path.name for path in run.folder.iterdir() if not path.name.startswith(".")}
     assert visible == documented_files() == {
         "recipe.json", "metrics.json", "history.jsonl", "side.safetensors", "artifact.json",
-        "predictions.csv", "skipped.csv", "report.html",
+        "predictions.csv", "skipped.csv", "findings.json", "report.html",
     }  # fmt: skip
     opponents = [name for name in ("ridge-last", "ridge", "linear") if name != side]
     assert [row["method"] for row in run.metrics["rows"]] == [*opponents, side]
     assert run.row["method"] == run.metrics["side"] == side
     assert run.metrics["data"] == {
-        "name": run.metrics["data"]["name"], "num_train": 36, "num_val": 12, "num_test": 12, "num_skipped": 0
+        "name": run.metrics["data"]["name"], "num_train": 36, "num_val": 12, "num_test": 12,
+        "num_skipped": 0, "num_animated": 0,
     }  # fmt: skip
     assert (run.folder / "history.jsonl").read_text().count("\n") == (0 if side in SOLVED else EPOCHS)
     seconds = run.metrics["cost"]["seconds"]
     own = ["ridge-last", "ridge", "linear"] if side in SOLVED else ["ridge-last", "ridge", "linear", "train"]
-    assert set(seconds) == {"features", *own, "evaluate"}
+    assert set(seconds) == {"features", *own, "evaluate", "findings"}
     assert all(value >= 0 for value in seconds.values())
     assert run.metrics["cost"]["store_bytes"] > 100_000
     assert run.metrics["cost"]["peak_memory_bytes"] > 10**7
@@ -482,3 +485,52 @@ def test_a_class_that_train_lacks_is_no_unreadable_image(image_folder, tmp_path)
     run = fit(root, out=tmp_path / "run", recipe=toy_recipe("ridge"), store=tmp_path / "store", quiet=True)
     assert run.metrics["data"]["num_train"] == len(parts["train800"])
     assert len(run.metrics["outputs"]) == 3
+
+
+@pytest.mark.parametrize("mode", ["stored", "live"])
+def test_strict_makes_an_unreadable_image_an_error_and_loses_nothing(image_folder, tmp_path, mode):
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    (images / "class1" / "0001.png").write_bytes(b"")
+    (images / "class0" / "0000.png").write_text("no image")
+    recipe = toy_recipe("ridge", f"features.mode={mode}")
+    arguments = {"out": tmp_path / "run", "recipe": recipe, "store": stored_in(tmp_path, mode), "quiet": True}
+    with pytest.raises(DataError) as error:
+        fit(images, **arguments, strict=True)
+    assert str(error.value) == (
+        "2 images cannot be read, the first class0/0000.png: not an image that Pillow reads "
+        f"({tmp_path / 'run' / 'skipped.csv'} lists all); --strict expects none. Mend or remove them, or "
+        "type the same command without --strict, which leaves them out"
+    )
+    assert [row["reason"] for row in read_csv(tmp_path / "run" / "skipped.csv")] == [
+        "not an image that Pillow reads",
+        "the file is empty",
+    ]
+    if mode == "stored":
+        assert Store.open(tmp_path / "store").num_records == 60
+    assert fit(images, **arguments).metrics["data"]["num_skipped"] == 2, "without it the same command goes on"
+    with pytest.raises(DataError, match="2 images cannot be read, the first class0"):
+        fit(images, **arguments, strict=True)  # a finished run has left them out too
+    for name in ("class0/0000.png", "class1/0001.png"):
+        shutil.copy(image_folder / name, images / name)
+    assert (
+        fit(images, **{**arguments, "out": tmp_path / "again"}, strict=True).metrics["data"]["num_skipped"]
+        == 0
+    )
+
+
+@pytest.mark.parametrize("mode", ["stored", "live"])
+def test_animations_and_files_that_are_left_out_are_said(image_folder, tmp_path, mode, capsys):
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    for name in ("class0/a.gif", "class1/b.tif"):
+        frames = [Image.open(images / "class0" / f"000{k}.png").copy() for k in (0, 3)]
+        frames[0].save(images / name, save_all=True, append_images=frames[1:])
+    (images / "class2" / "notes.heic").write_text("not read by its ending")
+    recipe = toy_recipe("ridge", f"features.mode={mode}")
+    said = "2 images are animations or have several pages; the first of each is used: class0/a.gif, class1/"
+    for out in ("run", "again"):  # the second reads the store, and says it too
+        run = fit(images, out=tmp_path / out, recipe=recipe, store=stored_in(tmp_path, mode))
+        err = capsys.readouterr().err
+        assert said in err
+        assert "1 other files beside the images have no image's ending and are left out\n" in err
+        assert run.metrics["data"]["num_animated"] == 2
+        assert run.metrics["data"]["num_skipped"] == 0

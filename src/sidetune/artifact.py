@@ -9,21 +9,23 @@
 
 from __future__ import annotations
 
-import json
-import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sidetune.backbones.base import Identity, Variant
-from sidetune.errors import ArtifactError, RequestError, SideError, nearest
+from sidetune.errors import ArtifactError, RequestError, SideError, first_complaint, nearest
 from sidetune.features import FinalNorm, Spec
-from sidetune.files import sha256_file, write_json, write_tensors
+from sidetune.files import read_json, sha256_file, write_json, write_tensors
 from sidetune.model import SideModel
 from sidetune.recipe import Recipe
 from sidetune.sides import SIDES, SOLVED
@@ -96,30 +98,57 @@ class Artifact:
             ArtifactError: there is none, it is damaged, or it has another format version.
         """
         fields = _read_fields(folder)
-        try:
+        with _refused(folder / "artifact.json"):
             spec = Spec.from_json(fields["spec"])
             recipe = Recipe.build(fields["recipe"])
             task = Task.from_json(fields["task"])
-            tensors = _read_weights(folder / "side.safetensors", fields["weights"])
-            model = build_model(recipe, spec, task.num_outputs, _stored_norm(tensors, fields["norm_eps"]))
+            rest = _Rest.model_validate(fields)
+            if lacking := set(spec.names) - set(rest.check_values):
+                raise ValueError(f"check_values lack {', '.join(sorted(lacking))}")
+        tensors = _read_weights(folder / "side.safetensors", rest.weights)
+        with _refused(folder / "artifact.json"):
+            norm = _stored_norm(tensors, rest.norm_eps)
+            _check_shapes(recipe, spec, task.num_outputs, norm, tensors)
+            model = build_model(recipe, spec, task.num_outputs, norm)
             model.load_state_dict(tensors)
-            return cls(
-                model.eval(),
-                recipe,
-                task,
-                spec,
-                Identity.from_json(fields["identity"]),
-                Variant.from_json(fields["variant"]),
-                fields["norm_eps"],
-                {name: (mean, std) for name, (mean, std) in fields["check_values"].items()},
-                _temperature(fields["temperature"]),
-                fields["data"],
-                fields["scores"],
-            )
-        except (KeyError, TypeError, RuntimeError, RequestError) as error:
-            raise ArtifactError(
-                f"{folder / 'artifact.json'} is damaged, or of another version of sidetune: {error}. {AGAIN}"
-            ) from error
+        return cls(
+            model.eval(),
+            recipe,
+            task,
+            spec,
+            rest.identity,
+            rest.variant,
+            rest.norm_eps,
+            rest.check_values,
+            rest.temperature,
+            rest.data,
+            rest.scores,
+        )
+
+
+@contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    """What does not fit inside is damage."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = first_complaint(error) if isinstance(error, ValidationError) else error
+        raise ArtifactError(
+            f"{path} is damaged, or of another version of sidetune: {reason}. {AGAIN}"
+        ) from error
+
+
+class _Rest(BaseModel):
+    """What artifact.json holds beside recipe, task and spec."""
+
+    weights: str
+    identity: Identity
+    variant: Variant
+    norm_eps: FiniteFloat | None
+    check_values: dict[str, tuple[FiniteFloat, FiniteFloat]]
+    temperature: FiniteFloat = Field(gt=0)
+    data: str
+    scores: dict[str, Any]
 
 
 def build_model(
@@ -174,21 +203,15 @@ def _read_fields(folder: Path) -> dict[str, Any]:
             f"Type: sidetune fit DATA --out {folder}, or the path of a finished run"
         )
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        fields = read_json(path)
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} is damaged: {error}. {AGAIN}") from error
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-        found = fields.get("format") if isinstance(fields, dict) else type(fields).__name__
-        newer = isinstance(found, int) and found > FORMAT
+        value = fields.get("format") if isinstance(fields, dict) else type(fields).__name__
+        newer = isinstance(value, int) and value > FORMAT
         remedy = "Type: pip install -U sidetune" if newer else AGAIN
-        raise ArtifactError(f"{path} has format {found!r}, expected {FORMAT}. {remedy}")
+        raise ArtifactError(f"{path} has format {repr(value)[:40]}, expected {FORMAT}. {remedy}")
     return fields
-
-
-def _temperature(value: Any) -> float:  # noqa: ANN401 - any JSON value
-    if not isinstance(value, float) or not 0 < value < math.inf:
-        raise TypeError(f"temperature is {value!r}, expected a number above 0")
-    return value
 
 
 def _read_weights(path: Path, expected: str) -> dict[str, Tensor]:
@@ -200,7 +223,22 @@ def _read_weights(path: Path, expected: str) -> dict[str, Tensor]:
             f"{path} is damaged or was exchanged: its sha256 starts with {found[:12]}, expected "
             f"{expected[:12]}. {AGAIN}"
         )
-    return load_file(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ArtifactError(f"{path} is damaged: {error}. {AGAIN}") from error
+
+
+def _check_shapes(
+    recipe: Recipe, spec: Spec, num_outputs: int, norm: FinalNorm | None, tensors: dict[str, Tensor]
+) -> None:
+    """Weights of other shapes are refused before memory is taken for the model that is described."""
+    with torch.device("meta"):
+        model = build_model(recipe, spec, num_outputs, norm)
+    for name, tensor in model.state_dict().items():
+        if name not in tensors or tensors[name].shape != tensor.shape:
+            got = f"shape {tuple(tensors[name].shape)}" if name in tensors else "nothing"
+            raise ValueError(f"side.safetensors has {got} for {name!r}, expected {tuple(tensor.shape)}")
 
 
 def _stored_norm(tensors: dict[str, Tensor], eps: float | None) -> FinalNorm | None:

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from pydantic import BaseModel, NonNegativeInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sidetune.errors import ArtifactError
+from sidetune.errors import ArtifactError, first_complaint
 from sidetune.files import write_tensors
 
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # AdamW's
 Scores: TypeAlias = dict[str, float | None]
 
 
@@ -98,30 +100,61 @@ def load_checkpoint(
     """
     try:
         with safe_open(path, framework="pt") as stored:
-            progress = json.loads(stored.metadata()["state"])
+            progress = _Progress.model_validate_json(stored.metadata()["state"])
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        if progress.run != run_hash:
+            raise ArtifactError(f"{path} is a checkpoint of another run. Type: --out with a new folder")
+        _check_like(state, tensors)
+        model.load_state_dict(_under(tensors, "model."))
+        _load_moments(optimizer, _under(tensors, "optimizer."))
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, ArtifactError):
+            raise
+        reason = first_complaint(error) if isinstance(error, ValidationError) else error
         raise ArtifactError(
-            f"{path} is damaged: {error}. Type: rm {path}, then the same fit command, which trains anew"
+            f"{path} is damaged: {reason}. Type: rm {path}, then the same fit command, which trains anew"
         ) from error
-    if progress["run"] != run_hash:
-        raise ArtifactError(f"{path} is a checkpoint of another run. Type: --out with a new folder")
-    model.load_state_dict(_under(tensors, "model."))
-    saved = optimizer.state_dict()
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in _under(tensors, "optimizer.").items():
-        index, _, moment = name.partition(".")
-        moments.setdefault(int(index), {})[moment] = tensor
-    optimizer.load_state_dict({**saved, "state": moments})
-    state.epoch, state.step = progress["epoch"], progress["step"]
-    state.seconds = progress["seconds"]
-    state.best = -math.inf if progress["best"] is None else progress["best"]
+    state.epoch, state.step = progress.epoch, progress.step
+    state.seconds = progress.seconds
+    state.best = -math.inf if progress.best is None else progress.best
     state.best_weights = _under(tensors, "best.")
     state.loss_sum, state.alive = tensors["state.loss_sum"], tensors["state.alive"]
-    state.history = [
-        Epoch(row["epoch"], tuple(row["loss"]), row["lr"], tuple(row["val"]), row["seconds"])
-        for row in progress["history"]
-    ]
+    state.history = list(progress.history)
+
+
+class _Progress(BaseModel):
+    """What a checkpoint's metadata hold."""
+
+    run: str
+    epoch: NonNegativeInt
+    step: NonNegativeInt
+    seconds: float
+    best: float | None
+    history: tuple[Epoch, ...]
+
+
+def _check_like(state: State, tensors: Mapping[str, Tensor]) -> None:
+    """Sums and members must be as many and of the kind that training has."""
+    for name, tensor in (("loss_sum", state.loss_sum), ("alive", state.alive)):
+        found = tensors[f"state.{name}"]
+        if len(tensor) and (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
+            raise ValueError(f"{name} is {found.dtype} {tuple(found.shape)}")
+
+
+def _load_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Moments by the position of their parameter; each must have its shape, a count of steps has none."""
+    parameters = [one for group in optimizer.param_groups for one in group["params"]]
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, _, moment = name.partition(".")
+        parameter = parameters[int(index)] if index.isdecimal() and int(index) < len(parameters) else None
+        if parameter is None or tensor.shape != (torch.Size([]) if moment == "step" else parameter.shape):
+            raise ValueError(f"optimizer.{name} has shape {tuple(tensor.shape)}")
+        moments.setdefault(int(index), {})[moment] = tensor
+    for index_of, found in moments.items():
+        if found.keys() != MOMENTS:
+            raise ValueError(f"optimizer.{index_of} holds {', '.join(sorted(found))}")
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

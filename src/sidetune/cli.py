@@ -56,6 +56,7 @@ Views = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on the last line of stdout.")]
+Strict = Annotated[bool, typer.Option("--strict", help="An image that cannot be read is an error.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 
 INTERRUPTED = 130  # what a shell says of a command that Ctrl-C ended
@@ -120,6 +121,7 @@ def fit(
     ] = None,
     settings: Settings = None,
     device: Device = "auto",
+    strict: Strict = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -144,12 +146,16 @@ def fit(
         store=store,
         device=device,
         leak_check=not no_leak_check,
+        strict=strict,
         quiet=quiet,
     )
     if as_json:
         _print_json({"run": str(run.folder), "recipe_hash": run.recipe_hash, **run.metrics})
         return
     print_scores(run.metrics)
+    data_of_run = run.metrics["data"]
+    total = sum(data_of_run[f"num_{name}"] for name in ("train", "val", "test", "skipped"))
+    _log_skipped(data_of_run["num_skipped"], total, f": {run.folder / 'skipped.csv'}")
     print(f"\n{run.folder / 'report.html'}")
 
 
@@ -164,6 +170,7 @@ def extract(
     weights: Weights = None,
     settings: Settings = None,
     device: Device = "auto",
+    strict: Strict = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -177,7 +184,7 @@ def extract(
     )
     frozen = sidetune.build_backbone(recipe.backbone.name, **recipe.backbone.arguments())
     frozen.to(find_device(device))
-    store = sidetune.extract(dataset, frozen, out, dtype=recipe.features.dtype, quiet=quiet)
+    store = sidetune.extract(dataset, frozen, out, dtype=recipe.features.dtype, strict=strict, quiet=quiet)
     _print_store(store, as_json)
 
 
@@ -215,6 +222,7 @@ def evaluate(
     print_evaluation(found.evaluation, found.split)
     for path, reason in found.skipped.items():
         _log(f"{path}: {reason}")
+    _log_skipped(len(found.skipped), found.evaluation.num_samples + len(found.skipped))
 
 
 @app.command()
@@ -246,6 +254,7 @@ def predict(
     for item in unreadable:
         _log(f"error: {item.path}: {item.error}")
     if unreadable:
+        _log_skipped(len(unreadable), len(predictions))
         raise typer.Exit(SidetuneError.exit_code)
 
 
@@ -346,13 +355,17 @@ def _columns(labels: str | None) -> list[str] | None:
 def _print_store(store: Any, as_json: bool) -> None:  # noqa: ANN401 - Store, imported late
     if as_json:
         fields = {"store": str(store.folder), "samples": store.num_records, "bytes": store.num_bytes}
-        _print_json({**fields, "skipped": store.skipped})
+        _print_json({**fields, "skipped": store.skipped, "animated": sorted(store.animated)})
         return
+    from sidetune.extract import first_frames
     from sidetune.figures import size
 
     print(f"{store.folder}: {store.num_records:,} samples, {size(store.num_bytes)}")
     for key, reason in store.skipped.items():
         _log(f"{key.rpartition('@')[0]}: {reason}")
+    _log_skipped(len(store.skipped), store.num_records)
+    if store.animated:
+        _log(first_frames([Path(key.rpartition("@")[0]) for key in sorted(store.animated)]))
 
 
 def _print_names(lines: dict[str, str], as_json: bool) -> None:
@@ -368,9 +381,16 @@ def _first_line(documented: object) -> str:
     return (inspect.getdoc(documented) or "").split("\n")[0]
 
 
+def _log_skipped(count: int, total: int, remark: str = "") -> None:
+    if count:
+        _log(f"{count} of {total} images could not be read{remark}")
+
+
 def _print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, default=str))
 
 
 def _log(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    from sidetune.progress import printable
+
+    print(printable(text), file=sys.stderr, flush=True)

@@ -22,6 +22,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
+from pydantic import ValidationError
+
+LONG_NAME = 200  # characters
+MANY_NAMES = 100  # are listed, of 10,000 classes for one
+
 
 class SidetuneError(ValueError):
     """Something failed while running. The root of the tree above."""
@@ -88,9 +93,24 @@ class DivergedError(SidetuneError):
     """No member of the run has finite weights any more."""
 
 
+def first_complaint(error: ValidationError) -> str:
+    """Where in a JSON file something does not fit, what was got, and what was expected."""
+    complaint = error.errors()[0]
+    where = ".".join(str(step)[:LONG_NAME] for step in complaint["loc"]) or "it"
+    if complaint["type"] == "missing":
+        return f"{where!r} is missing"
+    got = repr(complaint["input"])
+    return f"{where} is {got[:LONG_NAME]}{' ..' if len(got) > LONG_NAME else ''}: {complaint['msg']}"
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """The words that end an "unknown name" message: the nearest choice, then all of them."""
     known = sorted(choices)
-    close = difflib.get_close_matches(name, known, n=1)
+    short = [
+        choice for choice in known if len(choice) <= LONG_NAME
+    ]  # comparing takes the square of the length
+    close = difflib.get_close_matches(name, short, n=1) if len(name) <= LONG_NAME else []
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{hint} Known: {', '.join(known)}."
+    listed = ", ".join(choice[:LONG_NAME] for choice in known[:MANY_NAMES])
+    more = f" and {len(known) - MANY_NAMES:,} more" if len(known) > MANY_NAMES else ""
+    return f"{hint} Known: {listed}{more}."

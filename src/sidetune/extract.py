@@ -19,7 +19,7 @@ from sidetune.backbones.base import Backbone
 from sidetune.data.dataset import Dataset, sample_key
 from sidetune.data.preprocess import Preprocess
 from sidetune.data.views import PLAIN, Picture, View
-from sidetune.errors import ImageError, StoreError
+from sidetune.errors import DataError, ImageError, StoreError
 from sidetune.features import Features
 from sidetune.files import locked
 from sidetune.progress import Progress, say
@@ -42,7 +42,7 @@ DECODERS = 4
 ANOTHER = "Type: fit --store OTHER, or extract --out OTHER"
 
 
-def extract(
+def extract(  # noqa: PLR0913 - what, where, how; each has its option on the command line
     dataset: Dataset,
     backbone: Backbone,
     folder: Path,
@@ -50,6 +50,7 @@ def extract(
     dtype: DTypeName = "fp16",
     keys: Sequence[str] | None = None,
     views: Sequence[View] = (PLAIN,),
+    strict: bool = False,
     quiet: bool = False,
 ) -> Store:
     """Bring a store up to date with a dataset: extract what it does not hold yet.
@@ -61,12 +62,14 @@ def extract(
         dtype: of the stored features.
         keys: the dataset's sample keys, if they are known already; every image is hashed for them.
         views: of every image, the image itself first; see `sidetune.data.views`.
+        strict: an image that cannot be read is an error, raised once the store is complete.
         quiet: no progress.
 
     Returns:
         The complete store.
 
     Raises:
+        DataError: `strict`, and images cannot be read.
         StoreError: the folder holds another backbone's features, another dtype or fewer taps, the disk
             would fill past 90 %, or the features overflow the dtype.
     """
@@ -85,7 +88,40 @@ def extract(
             labels = {view.key(key): _label(dataset, row) for row, key in enumerate(keys) for view in views}
             _write_shards(folder, plan, backbone, pictures, labels, todo, quiet=quiet)
             write_manifest(folder, plan)
-        return Store.open(folder)
+        store = Store.open(folder)
+    if strict:
+        require_readable(
+            [
+                f"{dataset.paths[row]}: {store.skipped[key]}"
+                for row, key in enumerate(keys)
+                if key in store.skipped
+            ]
+        )
+    return store
+
+
+def require_readable(skipped: Sequence[str], where: str = "") -> None:
+    """What --strict asks for.
+
+    Args:
+        skipped: ``path: reason`` of each image that could not be read.
+        where: all of them are listed.
+
+    Raises:
+        DataError: there are some; names the first.
+    """
+    if skipped:
+        listed = f" ({where} lists all)" if where else ""
+        raise DataError(
+            f"{len(skipped)} images cannot be read, the first {skipped[0]}{listed}; --strict expects none. "
+            "Mend or remove them, or type the same command without --strict, which leaves them out"
+        )
+
+
+def first_frames(paths: Sequence[Path]) -> str:
+    """What is said of images of which only the first frame or page is used."""
+    names = ", ".join(path.as_posix() for path in paths[:3]) + (" .." if len(paths) > 3 else "")
+    return f"{len(paths)} images are animations or have several pages; the first of each is used: {names}"
 
 
 def sample_keys(dataset: Dataset) -> tuple[str, ...]:
@@ -207,7 +243,8 @@ def _write_shards(
             shard_pictures = [pictures[key] for key in plan.shards[number]]
             parts: list[dict[str, Tensor]] = []
             reasons: dict[int, str] = {}
-            for first, images, bad in decoded(shard_pictures, backbone.preprocess, pool):
+            animated: list[Path] = []
+            for first, images, bad in decoded(shard_pictures, backbone.preprocess, pool, animated):
                 reasons |= {first + slot: reason for slot, reason in bad.items()}
                 parts.append(_stored(images, backbone, plan))
                 progress.advance(len(images))
@@ -215,13 +252,25 @@ def _write_shards(
             tensors["valid"] = torch.ones(len(shard_pictures), dtype=torch.uint8)
             tensors["valid"][list(reasons)] = 0
             slots = {slot: labels[key] for slot, key in enumerate(plan.shards[number])}
-            write_shard(folder, number, tensors, skipped=reasons, labels=slots)
+            frames = sorted(
+                slot for slot, picture in enumerate(shard_pictures) if picture.file in set(animated)
+            )
+            write_shard(folder, number, tensors, skipped=reasons, labels=slots, animated=frames)
 
 
 def decoded(
-    pictures: Sequence[Picture], preprocess: Preprocess, pool: ThreadPoolExecutor
+    pictures: Sequence[Picture],
+    preprocess: Preprocess,
+    pool: ThreadPoolExecutor,
+    animated: list[Path] | None = None,
 ) -> Iterator[tuple[int, Tensor, dict[int, str]]]:
     """Micro-batches of preprocessed images, the next one decoded while this one is used.
+
+    Args:
+        pictures: to decode.
+        preprocess: what the backbone reads.
+        pool: decodes.
+        animated: the files of which only the first frame or page is used are added to it, in any order.
 
     Yields:
         The first picture's index, images (b, 3, size, size), and slot -> reason for each image that could
@@ -230,9 +279,12 @@ def decoded(
 
     def one(picture: Picture) -> Tensor | str:
         try:
-            return picture.load(preprocess)
+            loaded = picture.load(preprocess)
         except ImageError as error:
             return error.reason
+        if loaded.animated and animated is not None:
+            animated.append(picture.file)
+        return loaded.pixels
 
     batches = [pictures[first : first + MICRO_BATCH] for first in range(0, len(pictures), MICRO_BATCH)]
     ahead = [pool.submit(one, picture) for picture in batches[0]] if batches else []

@@ -12,13 +12,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sidetune.errors import SidetuneError
+
+DEEPEST = 50  # objects and lists in one another
+TOO_DEEP = f"objects and lists are nested more than {DEEPEST} deep"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -34,6 +37,59 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - any JSON value
     """Readable JSON, written as `write_text` does. NaN is refused: it is not JSON."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:  # noqa: ANN401 - any JSON value
+    """A JSON file, as `parse_json` takes it.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not JSON in UTF-8.
+    """
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
+def parse_json(text: str, *, nan: bool = False) -> Any:  # noqa: ANN401 - any JSON value
+    """JSON as `write_json` writes it: no NaN, no key twice, not nested deeper than any file of ours.
+
+    Args:
+        text: of the file.
+        nan: take NaN and Infinity, which no JSON has.
+
+    Raises:
+        ValueError: it is not; the message says where or what.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=float if nan else _no_constant)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    level = [value]
+    for _ in range(DEEPEST):
+        level = (
+            [
+                below
+                for one in level
+                for below in (one.values() if isinstance(one, dict) else one)
+                if isinstance(below, dict | list)
+            ]
+            if isinstance(value, dict | list)
+            else []
+        )
+    if level:
+        raise ValueError(TOO_DEEP)
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for at, (key, _) in enumerate(pairs) if key in dict(pairs[:at]))
+        raise ValueError(f"the key {twice[:60]!r} stands there twice")
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"got {name}, which is not JSON")
 
 
 def csv_text(rows: Sequence[Sequence[Any]]) -> str:

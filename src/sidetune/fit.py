@@ -31,7 +31,7 @@ from sidetune.data import SPLITS, load_dataset
 from sidetune.data.dataset import Dataset
 from sidetune.data.views import views
 from sidetune.errors import DataError, RequestError
-from sidetune.extract import extract, sample_keys
+from sidetune.extract import extract, first_frames, require_readable, sample_keys
 from sidetune.files import locked, write_json
 from sidetune.findings import collect
 from sidetune.leaks import Leaks, find_leaks
@@ -40,13 +40,22 @@ from sidetune.methods import Job, Row, fit_methods, score
 from sidetune.progress import say
 from sidetune.recipe import BackboneRecipe, Recipe
 from sidetune.report import write_report
-from sidetune.runs import Run, begin_run, default_store, environment, find_run, write_run, write_skipped
+from sidetune.runs import (
+    Run,
+    begin_run,
+    default_store,
+    environment,
+    find_run,
+    read_skipped,
+    write_run,
+    write_skipped,
+)
 from sidetune.sides import SOLVED
 from sidetune.sources import LiveSource, Source, StoredSource
 from sidetune.tasks import build_task
 
 
-def fit(  # noqa: PLR0913 - each is a choice of its own
+def fit(  # noqa: PLR0913 - what, where, how; each has its option on the command line
     data: str | Path,
     *,
     out: str | Path,
@@ -55,6 +64,7 @@ def fit(  # noqa: PLR0913 - each is a choice of its own
     store: str | Path | None = None,
     device: str = "auto",
     leak_check: bool = True,
+    strict: bool = False,
     quiet: bool = False,
 ) -> Run:
     """Train a side network on images and write a run folder.
@@ -67,13 +77,15 @@ def fit(  # noqa: PLR0913 - each is a choice of its own
         store: where features are kept; None: ``$SIDETUNE_STORES`` or ./.sidetune/stores.
         device: ``auto`` is the GPU where there is one.
         leak_check: look for validation and test images with a near-duplicate in training, and name them.
+        strict: an image that cannot be read is an error; RUN/skipped.csv is written first, the store is kept.
         quiet: no progress.
 
     Returns:
         The finished run.
 
     Raises:
-        RequestError: data, recipe, backbone, device or folders are not what they should be.
+        RequestError: data, recipe, backbone, device or folders are not what they should be; or `strict`, and
+            images cannot be read.
         StoreError: the store belongs to another backbone, or the disk is full.
         ArtifactError: the run folder holds another run.
         DivergedError: training diverged.
@@ -101,6 +113,8 @@ def fit(  # noqa: PLR0913 - each is a choice of its own
     fingerprint = dataset.fingerprint(keys)
     asked = (recipe, fingerprint, backbone.identity.digest)
     if (finished := find_run(out, *asked)) is not None:
+        if strict:
+            require_readable(read_skipped(out), f"{out / 'skipped.csv'}")
         if not (out / "report.html").exists():
             write_report(out)
         return finished
@@ -108,6 +122,8 @@ def fit(  # noqa: PLR0913 - each is a choice of its own
         if begin_run(out, *asked) is None:  # else another process finished it while this one waited
             with PeakMemory() as memory:
                 job = _open_job(recipe, dataset, backbone, keys, out=out, store=store, quiet=quiet)
+                if strict:
+                    require_readable(read_skipped(out), f"{out / 'skipped.csv'}")
                 leaks = _look_for_leaks(job, keys) if leak_check else None
                 rows = [score(job, fitted) for fitted in fit_methods(job)]
             _write(job, rows, leaks, fingerprint, memory.peak)
@@ -146,6 +162,13 @@ def _open_job(
     write_skipped(out, dataset, source.skipped)
     if source.skipped:
         say(f"{len(source.skipped)} images could not be read: {out / 'skipped.csv'}", quiet=quiet)
+    if source.animated:
+        say(first_frames([dataset.paths[row] for row in source.animated]), quiet=quiet)
+    if dataset.ignored:
+        say(
+            f"{dataset.ignored} other files beside the images have no image's ending and are left out",
+            quiet=quiet,
+        )
     split = _readable(dataset, source, out)
     task = build_task(
         recipe.data.task,
@@ -243,6 +266,7 @@ def _metrics(job: Job, rows: Sequence[Row], peak_memory: int, findings: float) -
             "name": job.dataset.name,
             **{f"num_{name}": len(rows) for name, rows in job.split.items()},
             "num_skipped": len(job.source.skipped),
+            "num_animated": len(job.source.animated),
         },
         "rows": [row.to_json() for row in rows],
         "cost": {

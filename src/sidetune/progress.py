@@ -17,7 +17,12 @@ PLAIN_EVERY = 10.0  # seconds between plain lines
 def say(text: str, *, quiet: bool = False) -> None:
     """One line on stderr, unless quiet."""
     if not quiet:
-        print(text, file=sys.stderr, flush=True)  # noqa: T201
+        print(printable(text), file=sys.stderr, flush=True)  # noqa: T201
+
+
+def printable(text: str) -> str:
+    """Text as a terminal may show it: a file's name can hold commands for it, or bytes that are no text."""
+    return "".join(one if one.isprintable() or one in "\n\t" else ascii(one)[1:-1] for one in text)
 
 
 class Progress:

@@ -8,7 +8,7 @@ part is; defaults that depend on the data are None here and filled by `TrainReci
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 import yaml
@@ -21,6 +21,8 @@ from sidetune.model import NormKind
 from sidetune.sides import SIDES, AnySideRecipe
 from sidetune.sides.losa import LosaRecipe
 from sidetune.store import DTypeName
+
+SHOWN = 200  # characters of a value that an error repeats
 
 
 class Part(BaseModel):
@@ -134,6 +136,9 @@ class Recipe(Part):
         Raises:
             RecipeError: an unknown key (with the nearest name), or a value that does not fit.
         """
+        for part, value in fields.items():
+            if not isinstance(value, Mapping):
+                raise RecipeError(f"{part} is {_short(value)}, expected settings. Type: --set side.rank=16")
         fields = {key: dict(value) for key, value in fields.items()}
         for setting in settings:
             path, separator, text = setting.partition("=")
@@ -144,8 +149,8 @@ class Recipe(Part):
                 )
             fields.setdefault(part, {})[field] = _value(setting, text)
         name = fields.get("side", {}).setdefault("name", "losa") if "side" in fields else "losa"
-        if str(name) not in SIDES:
-            raise RecipeError(f"no side named {name!r}.{nearest(str(name), SIDES)}")
+        if not isinstance(name, str) or name not in SIDES:
+            raise RecipeError(f"no side named {_short(name)}.{nearest(str(name), SIDES)}")
         try:
             recipe = cls.model_validate(fields)
         except ValidationError as error:
@@ -167,12 +172,26 @@ class Recipe(Part):
 
 def _value(setting: str, text: str) -> Any:  # noqa: ANN401 - any YAML value
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
+        return yaml.load(text, Loader=_NoAliases)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = _short(" ".join(str(error).split()))[1:-1]
         raise RecipeError(
-            f"--set {setting!r}: the value is not YAML ({reason}). Type: --set side.rank=16"
+            f"--set {_short(setting)}: the value is not YAML ({reason}). Type: --set side.rank=16"
         ) from None
+
+
+class _NoAliases(yaml.SafeLoader):
+    """YAML without aliases: nine lines of them stand for a billion values."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:  # noqa: ANN401 - as there
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias, *name, is not taken")
+        return super().compose_node(parent, index)
+
+
+def _short(value: Any) -> str:  # noqa: ANN401 - whatever was typed
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} .."
 
 
 def _message(error: ValidationError, example: Recipe) -> str:
@@ -189,8 +208,7 @@ def _message(error: ValidationError, example: Recipe) -> str:
     if complaint["type"] == "extra_forbidden":
         known = [f"{part}.{field}" for part, fields in example.model_dump().items() for field in fields]
         return f"no setting {key!r}.{nearest(key, known)}"
+    got = _short(complaint["input"])
     if key == "side.taps":
-        return (
-            f"{key} is {complaint['input']!r}, expected all, last or a list. Type: --set side.taps=[block.12]"
-        )
-    return f"{key} is {complaint['input']!r}: {complaint['msg'][:1].lower()}{complaint['msg'][1:]}"
+        return f"{key} is {got}, expected all, last or a list. Type: --set side.taps=[block.12]"
+    return f"{key} is {got}: {complaint['msg'][:1].lower()}{complaint['msg'][1:]}"

@@ -6,7 +6,6 @@ by the template, so that they follow the page's colours, light and dark.
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from sidetune.figures import (
     short,
     size,
 )
-from sidetune.files import write_text
+from sidetune.files import parse_json, read_json, write_text
 from sidetune.gallery import gallery
 
 Json = dict[str, Any]
@@ -84,6 +83,10 @@ def write_report(run: Path) -> Path:
         raise ArtifactError(
             f"{run} lacks {error} in its JSON files: it was written by another version. "
             "Fit it again with: sidetune fit"
+        ) from error
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise ArtifactError(
+            f"the JSON files of {run} are damaged: {error}. Fit it again with: sidetune fit"
         ) from error
     path = run / "report.html"
     write_text(path, page)
@@ -337,13 +340,13 @@ def _environment(environment: Json, artifact: Json) -> list[tuple[str, str]]:
 
 def _read(path: Path) -> Json:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except FileNotFoundError as error:
         raise ArtifactError(
             f"{path} does not exist: {path.parent} is no finished run. "
             f"Type: sidetune fit DATA --out {path.parent}"
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} is not JSON: {error}. Fit the run again with: sidetune fit") from error
     if not isinstance(values, dict):
         raise ArtifactError(
@@ -356,10 +359,13 @@ def _read(path: Path) -> Json:
 def _read_history(path: Path) -> list[Json]:
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
     try:
-        return [json.loads(line) for line in lines if line.strip()]
-    except json.JSONDecodeError as error:
+        return [
+            parse_json(line, nan=True)
+            for line in path.read_text(encoding="utf-8").splitlines()
+            if line.strip()
+        ]
+    except (OSError, ValueError) as error:
         raise ArtifactError(
             f"{path} is not JSON lines: {error}. Fit the run again with: sidetune fit"
         ) from error

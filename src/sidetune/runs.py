@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import platform
@@ -14,14 +15,15 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 from torch import Tensor
 
-from sidetune.artifact import Artifact
+from sidetune.artifact import AGAIN, Artifact
 from sidetune.backbones.base import Backbone
 from sidetune.checkpoint import Epoch
 from sidetune.data.dataset import Dataset
-from sidetune.errors import ArtifactError, RequestError
-from sidetune.files import csv_text, write_json, write_text
+from sidetune.errors import ArtifactError, RequestError, first_complaint
+from sidetune.files import csv_text, read_json, write_json, write_text
 from sidetune.recipe import Recipe
 from sidetune.store import DTypeName, stores_root
 from sidetune.tasks import Task
@@ -54,6 +56,20 @@ class Run:
                 f"Type: sidetune fit DATA --out {folder}"
             )
         metrics, asked = _read_object(folder / "metrics.json"), _read_object(folder / "recipe.json")
+        try:
+            _Metrics.model_validate(metrics)
+            lacking = {
+                row["method"] for row in metrics["rows"] if metrics["headline"] not in row["val"]["scores"]
+            }
+        except ValidationError as error:
+            raise ArtifactError(
+                f"{folder / 'metrics.json'} is damaged: {first_complaint(error)}. {AGAIN}"
+            ) from error
+        if lacking:
+            raise ArtifactError(
+                f"{folder / 'metrics.json'} is damaged: {metrics['headline'][:99]!r} is no score of "
+                f"{', '.join(sorted(lacking))[:99]}. {AGAIN}"
+            )
         return cls(folder, metrics, str(asked.get("hash")))
 
     @property
@@ -65,6 +81,40 @@ class Run:
     def artifact(self) -> Artifact:
         """The trained side, without its backbone."""
         return Artifact.read(self.folder)
+
+
+class _Scored(BaseModel):
+    """A split's part of a row of metrics.json."""
+
+    scores: dict[str, FiniteFloat | None]
+    intervals: dict[str, tuple[FiniteFloat, FiniteFloat] | None]
+
+
+class _Method(BaseModel):
+    """A row of metrics.json."""
+
+    method: str
+    parameters: int
+    seconds: FiniteFloat
+    val: _Scored
+    test: _Scored | None
+
+
+class _Counts(BaseModel):
+    """How many images each split of metrics.json has."""
+
+    num_train: int
+    num_val: int
+    num_test: int
+    num_skipped: int
+
+
+class _Metrics(BaseModel):
+    """What everybody reads of metrics.json; there is more in it."""
+
+    headline: str
+    data: _Counts
+    rows: list[_Method] = Field(min_length=1)
 
 
 def find_run(folder: Path, recipe: Recipe, data: str, backbone: str) -> Run | None:
@@ -179,6 +229,23 @@ def write_skipped(folder: Path, dataset: Dataset, skipped: Mapping[int, str]) ->
     write_text(folder / "skipped.csv", csv_text([["path", "reason"], *reasons]))
 
 
+def read_skipped(folder: Path) -> list[str]:
+    """``path: reason`` of each line of a run's skipped.csv.
+
+    Raises:
+        ArtifactError: it is missing or damaged.
+    """
+    path = folder / "skipped.csv"
+    try:
+        with path.open(encoding="utf-8", newline="") as stream:
+            header, *rows = csv.reader(stream)
+        if header != ["path", "reason"]:
+            raise ValueError(f"got the columns {', '.join(header)}, expected path, reason")
+        return [f"{name}: {reason}" for name, reason in rows]
+    except (OSError, ValueError, csv.Error) as error:
+        raise ArtifactError(f"{path} is damaged: {error}. {AGAIN}") from error
+
+
 def default_store(backbone: Backbone, dtype: DTypeName) -> Path:
     """Where a backbone's features go unless told otherwise: one folder an identity and precision."""
     return stores_root() / f"{backbone.identity.digest[:16]}-{backbone.variant.precision}-{dtype}"
@@ -200,9 +267,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} is damaged: {error}. Type: the fit command with a new --out") from error
+        value = read_json(path)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is damaged: {error}. {AGAIN}") from error
     if not isinstance(value, dict):
         raise ArtifactError(
             f"{path} is damaged: got a {type(value).__name__}, expected an object. "

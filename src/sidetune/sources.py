@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ class Source(ABC):
         valid: (n,) bool, False where an image could not be decoded.
         skipped: row -> why it is not valid.
         views: of every image, the image itself first.
+        animated: rows whose files hold more frames or pages than the first, which is the one that counts.
     """
 
     spec: Spec
@@ -41,6 +43,7 @@ class Source(ABC):
     valid: NDArray[np.bool_]
     skipped: dict[int, str]
     views: tuple[View, ...]
+    animated: tuple[int, ...]
 
     @abstractmethod
     def features(
@@ -93,6 +96,7 @@ class StoredSource(Source):
         self.final_norm = store.final_norm
         self.valid = store.valid(keys)
         self.skipped = {row: store.skipped[key] for row, key in enumerate(keys) if key in store.skipped}
+        self.animated = tuple(row for row, key in enumerate(keys) if key in store.animated)
 
     def features(
         self, rows: Sequence[int], spec: Spec | None = None, views: Sequence[int] | int = 0
@@ -161,12 +165,15 @@ class LiveSource(Source):
 
     def _pass(self, view: int, quiet: bool) -> Summary:
         parts = []
+        animated: list[Path] = []
         pictures = [self._picture(row, view) for row in range(len(self.files))]
         with Progress("features", len(pictures), "images", quiet=quiet) as progress:
-            for first, images, bad in decoded(pictures, self.backbone.preprocess, self._pool):
+            for first, images, bad in decoded(pictures, self.backbone.preprocess, self._pool, animated):
                 self.skipped |= {first + slot: reason for slot, reason in bad.items()}
                 parts.append(summarise(self._run(images).to("cpu")))
                 progress.advance(len(images))
+        frames = set(animated)
+        self.animated = tuple(row for row, file in enumerate(self.files) if file in frames)
         return concatenate(parts)
 
     def _run(self, images: Tensor) -> Features:

@@ -24,15 +24,16 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sidetune.backbones.base import Identity, Variant
-from sidetune.errors import StoreError
+from sidetune.errors import StoreError, first_complaint
 from sidetune.features import Features, FinalNorm, Spec
 from sidetune.files import sha256_file, write_json, write_tensors
-from sidetune.shards import file_size, map_tensors, read_json_object, read_shard_entry, shard_path
+from sidetune.shards import file_size, map_tensors, mend, read_json_object, read_shard_entry, shard_path
 from sidetune.summary import Summary
 
 FORMAT = 1
@@ -91,18 +92,12 @@ class Plan:
                 "Type: sidetune extract .. with a new --out"
             )
         try:
-            return cls(
-                Identity.from_json(fields["identity"]),
-                Variant.from_json(fields["variant"]),
-                Spec.from_json(fields["spec"]),
-                fields["dtype"],
-                fields["norm_eps"],
-                tuple(tuple(keys) for keys in fields["shards"]),
-            )
-        except (KeyError, TypeError, AttributeError) as error:
+            plan = TypeAdapter(cls).validate_python({**fields, "spec": {"taps": fields.get("spec")}})
+        except ValidationError as error:
             raise StoreError(
-                f"{folder / 'plan.json'} is damaged: {error!r}. Type: rm -r {folder} and extract again"
+                f"{folder / 'plan.json'} is damaged: {first_complaint(error)}. {mend(folder / 'plan.json')}"
             ) from error
+        return plan
 
 
 @dataclass
@@ -113,6 +108,7 @@ class Store:
         folder: where it stands.
         plan: what it holds.
         skipped: sample key -> why its slot is not valid.
+        animated: keys of samples of which the first frame or page is stored, and there are more.
     """
 
     folder: Path
@@ -120,6 +116,7 @@ class Store:
     skipped: dict[str, str]
     _slots: dict[str, tuple[int, int]] = field(repr=False)
     _maps: dict[int, dict[str, Tensor]] = field(default_factory=dict, repr=False)
+    animated: frozenset[str] = frozenset()
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -134,20 +131,26 @@ class Store:
                 f"the store {folder} is not complete. Type the same extract command again: it resumes"
             )
         skipped: dict[str, str] = {}
+        animated: set[str] = set()
         for number, keys in enumerate(plan.shards):
             entry = read_shard_entry(folder, number)
             size = file_size(shard_path(folder, number))
-            if entry is None or size != entry["bytes"]:
+            if entry is None or size != entry.bytes:
                 raise StoreError(
                     f"shard {shard_path(folder, number)} has {size} bytes, expected "
-                    f"{entry['bytes'] if entry else 'a checksum file beside it'}. "
+                    f"{entry.bytes if entry else 'a checksum file beside it'}. "
                     "Type the same extract command again: it writes this shard anew"
                 )
-            skipped |= {keys[int(slot)]: reason for slot, reason in entry["skipped"].items()}
+            odd = [slot for slot in (*entry.skipped, *entry.animated) if not 0 <= slot < len(keys)]
+            if odd:
+                path = shard_path(folder, number).with_suffix(".json")
+                raise StoreError(f"{path} is damaged: it names slot {odd[0]} of {len(keys)}. {mend(path)}")
+            skipped |= {keys[slot]: reason for slot, reason in entry.skipped.items()}
+            animated |= {keys[slot] for slot in entry.animated}
         slots = {
             key: (number, slot) for number, keys in enumerate(plan.shards) for slot, key in enumerate(keys)
         }
-        return cls(folder, plan, skipped, slots)
+        return cls(folder, plan, skipped, slots, animated=frozenset(animated))
 
     @property
     def num_records(self) -> int:
@@ -193,6 +196,8 @@ class Store:
         """
         spec = self.plan.spec if spec is None else spec
         slots = self._places(keys)
+        for shard, _ in slots:
+            self._shard(shard)  # it has the plan's shapes, or no memory is taken for them
         layers = []
         for tap in spec.taps:
             batch = torch.empty(len(keys), tap.num_tokens, tap.width)
@@ -230,8 +235,26 @@ class Store:
 
     def _shard(self, number: int) -> dict[str, Tensor]:
         if number not in self._maps:
-            self._maps[number] = map_tensors(shard_path(self.folder, number))
+            path = shard_path(self.folder, number)
+            tensors = map_tensors(path)
+            self._check_shapes(path, tensors, len(self.plan.shards[number]))
+            self._maps[number] = tensors
         return self._maps[number]
+
+    def _check_shapes(self, path: Path, tensors: dict[str, Tensor], count: int) -> None:
+        """A shard must hold what the plan says: another shape could be read as something else."""
+        expected = {"valid": (count,), "summary.mean_square": (count, len(self.plan.spec))}
+        for tap in self.plan.spec.taps:
+            expected[tap.name] = (count, tap.num_tokens, tap.width)
+            expected[f"summary.mean.{tap.name}"] = (count, tap.width)
+            expected[f"summary.cls.{tap.name}"] = (count, 0 if tap.cls_index is None else tap.width)
+        for name, shape in expected.items():
+            if name not in tensors or tuple(tensors[name].shape) != shape:
+                got = f"shape {tuple(tensors[name].shape)}" if name in tensors else "no such tensor"
+                raise StoreError(
+                    f"shard {path} is damaged: {name!r} has {got}, expected shape {shape}. "
+                    f"Type: sidetune store verify {self.folder}"
+                )
 
 
 def write_store_head(folder: Path, plan: Plan, norm: FinalNorm | None) -> None:
@@ -263,9 +286,10 @@ def write_manifest(folder: Path, plan: Plan) -> None:
     """Declare a store complete whose shards are all written."""
     samples: list[dict[str, Any]] = []
     for number, keys in enumerate(plan.shards):
-        labels = (read_shard_entry(folder, number) or {}).get("labels", {})
+        entry = read_shard_entry(folder, number)
         for slot, key in enumerate(keys):
-            samples.append({"key": key, "records": [len(samples)], "label": labels.get(str(slot))})
+            label = None if entry is None else entry.labels.get(slot)
+            samples.append({"key": key, "records": [len(samples)], "label": label})
     norm = folder / "norm.safetensors"
     write_json(
         folder / "manifest.json",
@@ -295,9 +319,9 @@ def verify(folder: Path) -> list[str]:
         if entry is None or not path.exists():
             what = "missing" if entry else "no checksum file"
             defects.append(f"{path.name}: {what}. Type {again} again: it resumes")
-        elif (found := sha256_file(path)) != entry["sha256"]:
+        elif (found := sha256_file(path)) != entry.sha256:
             defects.append(
-                f"{path.name}: sha256 is {found[:12]}.., expected {entry['sha256'][:12]}... "
+                f"{path.name}: sha256 is {found[:12]}.., expected {entry.sha256[:12]}... "
                 f"Type: rm {path}, then {again}"
             )
     return defects

@@ -13,6 +13,7 @@ from sidetune.data.dataset import TaskKind
 from sidetune.evaluate import Evaluation
 from sidetune.figures import duration, label, number, size
 from sidetune.predict import Prediction
+from sidetune.progress import printable
 from sidetune.recipe import Recipe
 from sidetune.sides import SOLVED
 
@@ -77,7 +78,7 @@ def prediction_lines(predictions: Sequence[Prediction], task: TaskKind) -> Itera
         elif item.withheld:
             cells = [f"withheld: {', '.join(item.withheld)}"]
         cells.append("  ".join(f"{name} {value:.3f}" for name, value in values))
-        yield "\t".join([item.path, *cells])
+        yield printable("\t".join([repr(item.path)[1:-1] if "\n" in item.path else item.path, *cells]))
 
 
 def store_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

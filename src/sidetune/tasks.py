@@ -19,14 +19,15 @@ from typing import Any, ClassVar, Literal, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
 from torch import Tensor
 from torch.nn import functional
 
 from sidetune.data.dataset import Dataset, TaskKind
-from sidetune.errors import ArtifactError, DataError, RecipeError, nearest
+from sidetune.errors import ArtifactError, DataError, RecipeError, first_complaint, nearest
 
 ClassWeights = Literal["none", "balanced"]
-Floats = tuple[float, ...]
+Floats = tuple[FiniteFloat, ...]
 Array = NDArray[np.float64]
 
 
@@ -153,7 +154,14 @@ class Task(ABC):
             for name, value in values.items()
             if name != "kind"
         }
-        return TASKS[kind](**plain)
+        try:
+            task: Task = TypeAdapter(TASKS[kind]).validate_python(plain)
+        except ValidationError as error:
+            raise ArtifactError(f"the task's {first_complaint(error)}") from error
+        for name, value in plain.items():
+            if isinstance(value, tuple) and len(value) != task.num_outputs:
+                raise ArtifactError(f"the task has {len(value)} {name}, expected {task.num_outputs}")
+        return task
 
 
 @dataclass(frozen=True)

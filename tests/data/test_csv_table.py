@@ -125,12 +125,18 @@ def test_groups_and_folds(tmp_path: Path) -> None:
     [
         ("", "is empty: got nothing, expected a header 'path,label'"),
         ("path,label\n", "is empty: got a header and no rows"),
-        ("file,label\n0.png,a\n", r"has no column 'path'\. Known: file, label\."),
-        ("path,labels\n0.png,a\n", r"has no column 'label'\. Did you mean 'labels'\?.* with --labels"),
+        (
+            "file,label\n0.png,a\n",
+            r"line 1: has no column 'path'\. Got the columns 'file', 'label'\. Rename 'file' to 'path' in",
+        ),
+        (
+            "path,labels\n0.png,a\n",
+            r"has no column 'label'\. Got the columns 'path', 'labels'\. Type: --labels 'labels'",
+        ),
         ("path,label,label\n0.png,a,a\n", "line 1: column 'label' stands there twice"),
         ("path,label\n0.png,a\n1.png,b,c\n", "line 3: got 3 cells, expected 2: path,label"),
         ("path,label\n0.png,a\n1.png\n", "line 3: got 1 cells, expected 2"),
-        ('path,label\n0.png,"a\n', "line 2: unexpected end of data; expected CSV"),
+        ('path,label\n0.png,"a\n', "line 2: unexpected end of data; a quote is opened here and not closed"),
         (
             "path,label\n0.png,a\n\n50.png,b\n60.png,b\n",
             r"line 4: no file '50\.png' in .* \(2 of 3 are missing\)",
@@ -214,3 +220,163 @@ def test_a_file_that_is_no_text_or_is_not_there(tmp_path: Path) -> None:
         load_dataset(tmp_path / "latin.csv")
     with pytest.raises(DataError, match=r"absent\.csv cannot be read: No such file"):
         load_dataset(tmp_path / "absent.csv")
+
+
+@pytest.mark.parametrize(("separator", "task", "cell"), [(";", "classify", "a, b"), ("\t", "regress", "1.5")])
+def test_other_separators(tmp_path: Path, separator: str, task: str, cell: str) -> None:
+    rows = [separator.join(["path", "label"])]
+    rows += [separator.join([f"{i}.png", cell if i % 2 else "3"]) for i in range(10)]
+    dataset = load_dataset(table(tmp_path, "\n".join(rows)), task=task)
+    assert dataset.paths[3] == Path("3.png")
+    if task == "classify":
+        assert dataset.outputs == ("3", "a, b")
+    else:
+        assert dataset.targets[:2, 0].tolist() == [3, 1.5]
+
+
+def test_commas_count_before_other_separators(tmp_path: Path) -> None:
+    rows = ["path,label;x,label", *[f"{i}.png,z,{'a;b' if i % 2 else 'c'}" for i in range(10)]]
+    dataset = load_dataset(table(tmp_path, "\n".join(rows)))
+    assert dataset.outputs == ("a;b", "c")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
+def test_encodings_with_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
+    mark = "\ufeff" if encoding == "utf-16-le" else ""
+    file = table(tmp_path, "")
+    file.write_bytes((mark + lines("path\tlabel", *[r.replace(",", "\tä") for r in ten()])).encode(encoding))
+    assert load_dataset(file).outputs == ("äa", "äb")
+
+
+def test_the_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    file = table(tmp_path, "")
+    file.write_bytes(lines("path,label", *ten(), "10.png,é").encode("cp1252"))
+    with pytest.raises(DataError) as caught:
+        load_dataset(file)
+    assert str(caught.value) == (
+        f"{file}, line 12: is not UTF-8 text: got byte 0xe9. Save it as 'CSV UTF-8', or type: "
+        f"iconv -f cp1252 -t utf-8 {file} > utf8.csv"
+    )
+    file.write_bytes("\ufeffpath,label".encode("utf-16-le")[:-1])
+    with pytest.raises(DataError, match="line 1: is not UTF-16 text, as it begins"):
+        load_dataset(file)
+
+
+def test_names_of_columns_in_another_case(tmp_path: Path) -> None:
+    rows = [f"{row},scene{i // 2}" for i, row in enumerate(ten())]
+    dataset = load_dataset(table(tmp_path, lines(' Path ," LABEL",Group', *rows)))
+    assert dataset.outputs == ("a", "b")
+    assert dataset.group is not None  # a column "Group" that were passed over would leak
+    exact = [f"{row},{i}" for i, row in enumerate(ten())]
+    dataset = load_dataset(table(tmp_path, lines("path,label,Label", *exact)), labels=["label"])
+    assert dataset.outputs == ("a", "b")
+
+
+def test_what_excel_leaves_behind(tmp_path: Path) -> None:
+    """Commas after the last column, in the header, in some rows, and rows of commas alone."""
+    rows = [row + "," * (i % 3) for i, row in enumerate(ten())]
+    for header in ("path,label", "path,label,", "path,label,,"):
+        dataset = load_dataset(table(tmp_path, lines(header, *rows, ",", ",,", " , ")))
+        assert (len(dataset), dataset.outputs) == (10, ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("header", "labels", "message"),
+    [
+        (
+            "Filename,class",
+            None,
+            r"no column 'path'\. Got the columns 'Filename', 'class'\. Rename 'File",
+        ),
+        ("path,class", None, r"line 1: has no column 'label'\. Got the columns .* Type: --labels 'class'"),
+        ("Image Path,label", None, r"Rename 'Image Path' to 'path' in line 1"),
+        ("path,wett", ["wet"], r"no column 'wet'\. Did you mean 'wett'\? Known: path, wett\. Name the label"),
+        (
+            "path,colour",
+            None,
+            r"no column 'label'\..* Known: colour, path\. Name the label columns with",
+        ),
+        ("path,label,Path", None, "line 1: got 'x' in column 3|line 2: got 2 cells, expected 3"),
+        ("path,label,label", None, "line 1: column 'label' stands there twice; rename one"),
+        (",", None, "is empty|line 1: has no column 'path'"),
+    ],
+)
+def test_errors_of_the_header(tmp_path: Path, header: str, labels: list | None, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_dataset(table(tmp_path, lines(header, *ten())), labels=labels)
+
+
+LONG = "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["0.png,a", "1.png,b,", "2.png,,c"], "line 4: got 3 cells, expected 2: path,label"),
+        (["0.png,a", '1.png,"b', *ten()], "line 3: unexpected end of data; a quote is opened here and not"),
+        (['"a\nb.png",x', '"a"b,c'], "line 4: .*; expected CSV: a cell with a comma or a quote in it"),
+        (
+            ["0.png,a", f'1.png,"b{LONG}{LONG}'],
+            r"line 3: field larger than field limit \(131072\); a quote",
+        ),
+        (["0.png,a", "x," * 5_000_000], "line 3: got 5000001 cells, expected 2: path,label"),
+        (["0.png,a", f"{LONG},b"], r"line 3: no file '(x{60})' \.\. \(100,000 characters\) in "),
+        (["0.png,a", "1\x00.png,b"], r"line 3: no file '1\\x00\.png' in .* \(1 of 2 are missing\)\. Paths"),
+        (["0.png,a", "../nowhere/1.png,b"], r"line 3: no file '\.\./nowhere/1\.png'"),
+        (["0.png,a", '"0\n.png",b'], r"line 3: no file '0\\n\.png' in"),
+    ],
+    ids=range(9),
+)
+def test_errors_of_rows(tmp_path: Path, rows: list, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        load_dataset(table(tmp_path, lines("path,label", *rows)))
+    assert len(str(caught.value)) < 700
+
+
+def test_a_column_without_a_name_that_holds_something(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"line 5: got 'oops' in column 3, which has no name in line 1\. Name it"
+    ):
+        load_dataset(table(tmp_path, lines("path,label,", *ten()[:3], "3.png,b,oops")))
+
+
+def test_dots_and_links_in_paths(tmp_path: Path) -> None:
+    """A path may lead anywhere: images are only read. A link and its target are two images."""
+    (tmp_path / "sub").mkdir()
+    table(tmp_path, "")
+    (tmp_path / "sub" / "link.png").symlink_to(tmp_path / "0.png")
+    (tmp_path / "sub" / "broken.png").symlink_to(tmp_path / "absent.png")
+    rows = [f"../{row}" for row in ten()]
+    file = tmp_path / "sub" / "table.csv"
+    file.write_text(lines("path,label", *rows, "link.png,a"))
+    assert load_dataset(file).file(10).read_bytes() == b""
+    file.write_text(lines("path,label", *rows, "broken.png,a"))
+    with pytest.raises(DataError, match=r"line 12: no file 'broken\.png' in"):
+        load_dataset(file)
+    file.write_text(lines("path,label", *rows, "./../0.png,a"))
+    with pytest.raises(
+        DataError, match=r"line 12: '\./\.\./0\.png' is on line 2 already; keep one of the two"
+    ):
+        load_dataset(file)
+
+
+def test_folds_and_numbers_say_what_is_wrong(tmp_path: Path) -> None:
+    for fold in ("-1", "1.0", "9" * 5000):
+        with pytest.raises(DataError, match=r"line 2: fold is '.* expected a whole number from 0 to 999999"):
+            load_dataset(table(tmp_path, lines("path,label,fold", f"0.png,a,{fold}", "1.png,b,0")))
+    with pytest.raises(DataError, match=r"line 2: label is '1,5'; expected a finite number with a point"):
+        load_dataset(table(tmp_path, lines("path;label", "0.png;1,5")), task="regress")
+
+
+def test_ten_thousand_classes(tmp_path: Path) -> None:
+    """None of it takes the square of the number of classes: the test would take minutes."""
+    rows = [f"{i}.png,class {i // 3},{('train', 'val', 'test')[i % 3]}" for i in range(30_000)]
+    file = table(tmp_path, lines("path,label,split", *rows), images=30_000)
+    dataset = load_dataset(file)
+    assert (len(dataset.outputs), sizes(dataset)) == (10_000, [10_000] * 3)
+    file.write_text(lines("path,label,split", *rows, "./a.png,klass 7,test"))
+    (tmp_path / "a.png").touch()
+    with pytest.raises(DataError, match="class 'klass 7' is in test but never in train") as caught:
+        load_dataset(file)
+    assert "Did you mean 'class 7'?" in str(caught.value)
+    assert str(caught.value).endswith(" and 9,900 more.")

@@ -1,6 +1,10 @@
+import importlib
+import os
 import pickle
 import struct
+import tracemalloc
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +13,11 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from sidetune.data.preprocess import Preprocess, built_in_image, load_image, open_image
+from sidetune.data.dataset import sample_key
+from sidetune.data.preprocess import Preprocess, built_in_image, load_image, load_noted, open_image
 from sidetune.errors import ImageError, SidetuneError
 
+MODULE = importlib.import_module("sidetune.data.preprocess")
 HALVES = np.zeros((20, 30), dtype=np.uint8)
 HALVES[:, 15:] = 200
 
@@ -86,11 +92,219 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     np.testing.assert_array_equal(pixels(tmp_path / "turned.png")[..., 0], np.rot90(HALVES, -1))
 
 
-def test_an_animation_gives_its_first_frame(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("turn", "expected"),
+    [
+        (1, HALVES),
+        (2, HALVES[:, ::-1]),
+        (3, np.rot90(HALVES, 2)),
+        (4, HALVES[::-1]),
+        (5, HALVES.T),
+        (6, np.rot90(HALVES, -1)),
+        (7, np.rot90(HALVES, 2).T),
+        (8, np.rot90(HALVES)),
+        (99, HALVES),
+    ],
+)
+def test_every_exif_rotation(tmp_path: Path, turn: int, expected: np.ndarray) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    for name in ("turned.png", "turned.jpg", "turned.tif", "turned.webp"):
+        options = {"lossless": True} if name.endswith("webp") else {}
+        Image.fromarray(HALVES).save(tmp_path / name, exif=exif, **options)
+        np.testing.assert_allclose(pixels(tmp_path / name)[..., 0], expected, atol=3)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tif"])
+def test_an_animation_gives_its_first_frame_and_says_so(tmp_path: Path, suffix: str) -> None:
+    file, still = tmp_path / f"moving.{suffix}", tmp_path / f"still.{suffix}"
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime", "blue")]
-    for name in ("moving.gif", "moving.png"):
-        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
-        assert (pixels(tmp_path / name) == (255, 0, 0)).all()
+    options = {"lossless": True} if suffix == "webp" else {}
+    frames[0].save(file, save_all=True, append_images=frames[1:], **options)
+    frames[0].save(still, **options)
+    assert (pixels(file) == (255, 0, 0)).all()
+    assert load_noted(file, Preprocess(size=4)).animated
+    assert not load_noted(still, Preprocess(size=4)).animated
+
+
+def test_a_second_frame_that_is_damaged_does_not_spoil_the_first(tmp_path: Path) -> None:
+    frames = [Image.effect_noise((32, 32), 80) for _ in range(2)]
+    file = tmp_path / "cut.gif"
+    frames[0].save(file, save_all=True, append_images=frames[1:])
+    whole = file.read_bytes()
+    first = pixels(file)
+    for length in (len(whole) * 5 // 8, len(whole) * 6 // 8, len(whole) - 20):
+        file.write_bytes(whole[:length])
+        np.testing.assert_array_equal(pixels(file), first)
+
+
+def test_a_phones_second_picture_is_no_frame(tmp_path: Path) -> None:
+    image = Image.new("RGB", (8, 8), "red")
+    image.save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=[Image.new("RGB", (4, 4))])
+    with Image.open(tmp_path / "phone.jpg") as stored:
+        assert (stored.format, stored.n_frames) == ("MPO", 2)
+    assert not load_noted(tmp_path / "phone.jpg", Preprocess(size=4)).animated
+    assert abs(pixels(tmp_path / "phone.jpg").astype(int) - (255, 0, 0)).max() < 5
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png(values: np.ndarray, depth: int, kind: int, *extra: bytes) -> bytes:
+    """A PNG as Pillow does not write it: any depth, colour type and chunks; values as (height, width, ..)."""
+    order = values.astype(f">u{max(1, depth // 8)}")
+    rows = b"".join(b"\0" + row.tobytes() for row in order)
+    header = struct.pack(">IIBBBBB", values.shape[1], len(values), depth, kind, 0, 0, 0)
+    body = [chunk(b"IHDR", header), *extra, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+def test_sixteen_bits_a_colour_and_sixteen_bit_alpha(tmp_path: Path) -> None:
+    file = tmp_path / "deep.png"
+    grey = np.array([[0, 51 * 257, 65535]])
+    file.write_bytes(png(np.stack([grey] * 3, -1), 16, 2))
+    assert pixels(file)[0, :, 0].tolist() == [0, 51, 255]
+    half = np.full_like(grey, 128 * 257)
+    file.write_bytes(png(np.stack([grey, half], -1), 16, 4))  # grey and alpha
+    found = pixels(file)[0, :, 0]
+    np.testing.assert_allclose(found, [127, 153, 255], atol=1)
+    file.write_bytes(png(np.stack([grey, grey, grey, half], -1), 16, 6))
+    np.testing.assert_array_equal(pixels(file)[0, :, 0], found)
+
+
+def test_the_transparent_value_of_a_deep_grey_and_of_a_colour_image(tmp_path: Path) -> None:
+    file = tmp_path / "clear.png"
+    file.write_bytes(png(np.array([[0, 257, 514]]), 16, 0, chunk(b"tRNS", struct.pack(">H", 257))))
+    assert pixels(file)[0, :, 0].tolist() == [0, 255, 2]
+    colours = np.array([[[1, 2, 3], [4, 5, 6]]])
+    file.write_bytes(png(colours, 8, 2, chunk(b"tRNS", struct.pack(">HHH", 4, 5, 6))))
+    assert pixels(file).tolist() == [[[1, 2, 3], [255, 255, 255]]]
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_few_bits_a_pixel_span_black_to_white(tmp_path: Path, bits: int) -> None:
+    row = np.array([[0x1B if bits == 2 else 0x0F]])
+    header = struct.pack(">IIBBBBB", 8 // bits, 1, bits, 0, 0, 0, 0)
+    body = chunk(b"IDAT", zlib.compress(b"\0" + row.astype(np.uint8).tobytes()))
+    (tmp_path / "few.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b"")
+    )
+    expected = [0, 85, 170, 255] if bits == 2 else [0, 255]
+    assert pixels(tmp_path / "few.png")[0, :, 0].tolist() == expected
+
+
+def test_portable_grey_and_colour_maps_of_sixteen_bits(tmp_path: Path) -> None:
+    grey = np.array([[0, 51 * 257, 65535]], dtype=">u2")
+    (tmp_path / "deep.pgm").write_bytes(b"P5 3 1 65535\n" + grey.tobytes())
+    (tmp_path / "deep.ppm").write_bytes(b"P6 3 1 65535\n" + np.repeat(grey[..., None], 3, -1).tobytes())
+    for name in ("deep.pgm", "deep.ppm"):
+        assert pixels(tmp_path / name)[0, :, 0].tolist() == [0, 51, 255]
+
+
+def test_photographs_of_printers_and_of_the_web(tmp_path: Path) -> None:
+    """CMYK as Adobe writes it has its values inverted: Pillow turns them back where it is marked so."""
+    image = Image.fromarray(np.stack([HALVES, HALVES // 2, 255 - HALVES], -1))
+    image.convert("CMYK").save(tmp_path / "print.jpg", quality=95)
+    assert b"Adobe" in (tmp_path / "print.jpg").read_bytes()
+    image.save(tmp_path / "web.jpg", quality=95, progressive=True)
+    for name in ("print.jpg", "web.jpg"):
+        found = pixels(tmp_path / name)[:, [2, -3]]
+        np.testing.assert_allclose(found, np.asarray(image)[:, [2, -3]], atol=8)
+
+
+def test_the_bytes_decide_what_it_is_not_the_name(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4), (10, 20, 30)).save(tmp_path / "really.png")
+    (tmp_path / "really.png").rename(tmp_path / "named.jpg")
+    assert (pixels(tmp_path / "named.jpg") == (10, 20, 30)).all()
+
+
+def test_postscript_is_not_run_whatever_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow would hand it to Ghostscript, which runs it."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "drawing.eps")
+    (tmp_path / "drawing.eps").rename(tmp_path / "photo.jpg")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/was-run\nexit 1\n")
+    (tmp_path / "bin" / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
+    with Image.open(tmp_path / "photo.jpg") as program, pytest.raises(Exception, match="exit status"):
+        program.load()
+    assert (tmp_path / "was-run").exists(), "Pillow alone runs it"
+    (tmp_path / "was-run").unlink()
+    with pytest.raises(ImageError) as caught:
+        open_image(tmp_path / "photo.jpg")
+    assert caught.value.reason == "PostScript, which is a program and is not run: convert it to PNG"
+    assert not (tmp_path / "was-run").exists()
+
+
+def test_what_phones_write_is_named(tmp_path: Path) -> None:
+    (tmp_path / "phone.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    with pytest.raises(ImageError, match="HEIC, which is not read: convert it to JPEG"):
+        open_image(tmp_path / "phone.jpg")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ImageError) as caught:
+        open_image(tmp_path / "pipe.png")
+    assert caught.value.reason == "a pipe, a socket or a device, not a file"
+    with pytest.raises(OSError, match=r"pipe\.png is a pipe, a socket or a device, not a file"):
+        sample_key(Path("pipe.png"), tmp_path / "pipe.png")
+
+
+def test_a_long_line_of_pixels_is_not_blown_up(tmp_path: Path) -> None:
+    """1 x 60,000 pixels would become 224 x 13 million before the middle is cut out."""
+    Image.new("L", (1, 60_000)).save(tmp_path / "line.png")
+    with pytest.raises(ImageError) as caught:
+        load_image(tmp_path / "line.png", Preprocess(resize="crop"))
+    assert caught.value.reason == (
+        "1 x 60000 pixels: too long and narrow to crop its middle. Remove it, or type: "
+        "--set backbone.resize=squash"
+    )
+    assert load_image(tmp_path / "line.png", Preprocess(size=8)).shape == (3, 8, 8)
+    assert Preprocess(resize="crop").num_resized(300, 100) == 224 * 672
+    assert Preprocess(size=8).num_resized(300, 100) == 64
+
+
+def test_large_images_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (20, 20)).save(tmp_path / "large.png")
+    Image.new("RGB", (10, 10)).save(tmp_path / "small.png")
+    monkeypatch.setattr(MODULE, "LARGE", 300)
+    with ThreadPoolExecutor(2) as pool:
+        with MODULE._LARGE:
+            waiting = pool.submit(load_image, tmp_path / "large.png", Preprocess(size=8))
+            pool.submit(load_image, tmp_path / "small.png", Preprocess(size=8)).result(timeout=10)
+            assert not waiting.done()
+        assert waiting.result(timeout=10).shape == (3, 8, 8)
+    assert not MODULE._LARGE.locked()
+    (tmp_path / "large.png").write_bytes((tmp_path / "large.png").read_bytes()[:50])
+    with pytest.raises(ImageError):
+        load_image(tmp_path / "large.png", Preprocess(size=8))
+    assert not MODULE._LARGE.locked()
+
+
+def test_no_memory_left_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(image: Image.Image) -> Image.Image:
+        raise MemoryError
+
+    monkeypatch.setattr(MODULE, "_to_rgb", full)
+    Image.new("RGB", (4, 4)).save(tmp_path / "image.png")
+    with pytest.raises(ImageError, match="needs more memory than there is"):
+        open_image(tmp_path / "image.png")
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
+def test_a_bomb_of_text_is_refused_before_it_is_unpacked(tmp_path: Path, kind: bytes) -> None:
+    bomb = zlib.compress(bytes(50_000_000), 9)
+    head = b"c\0\1\0\0\0" if kind == b"iTXt" else b"c\0\0"
+    (tmp_path / "bomb.png").write_bytes(png(np.zeros((4, 4)), 8, 0, chunk(kind, head + bomb)))
+    tracemalloc.start()
+    with pytest.raises(ImageError, match="Decompressed data too large"):
+        open_image(tmp_path / "bomb.png")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10_000_000
 
 
 def test_a_missing_file_and_a_folder_are_image_errors(tmp_path: Path) -> None:

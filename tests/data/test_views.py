@@ -65,9 +65,9 @@ def test_pictures_are_every_view_of_every_file_side_by_side(image_folder) -> Non
         (dataset.file(0), "crop1"),
         (dataset.file(1), ""),
     ]
-    plain, mirrored, crop = (picture.load(preprocess) for picture in shown[:3])
+    plain, mirrored, crop = (picture.load(preprocess).pixels for picture in shown[:3])
     assert torch.equal(plain, load_image(dataset.file(0), preprocess))
     assert torch.allclose(mirrored.flip(-1), plain, atol=1e-5)
     assert not torch.allclose(crop, plain, atol=0.1)
     moved = Picture(dataset.file(0), View(crop=1), f"elsewhere/{keys[0]}")
-    assert torch.equal(moved.load(preprocess), crop), "a file that has moved keeps its crops"
+    assert torch.equal(moved.load(preprocess).pixels, crop), "a file that has moved keeps its crops"

@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sidetune.data.csv_file import Table, is_file, quoted, read_table
 from sidetune.data.dataset import SPLIT_WORDS, Dataset, Split, TaskKind
 from sidetune.data.splits import Carving, carve
 from sidetune.errors import DataError, nearest
 
 RESERVED = ("path", "split", "group", "fold")
+DIGITS = 6  # of a fold's number
 TRUTH = {"1": 1.0, "true": 1.0, "yes": 1.0, "0": 0.0, "false": 0.0, "no": 0.0, "": math.nan}
-
-
-@dataclass(frozen=True)
-class _Table:
-    """The rows of a CSV as stripped text by column, and each row's line number for errors."""
-
-    file: Path
-    columns: dict[str, list[str]]
-    lines: list[int]
-
-    def error(self, row: int, message: str) -> DataError:
-        return DataError(f"{self.file}, line {self.lines[row]}: {message}")
 
 
 def read_csv_table(
     file: Path, *, task: TaskKind, labels: Sequence[str] | None = None, carving: Carving
 ) -> Dataset:
-    """Read a CSV file (UTF-8, commas, a header line).
+    """Read a CSV file, as `read_table` takes it.
 
     Columns: ``path``, relative to the CSV's folder or absolute; ``label``, or the columns named by
     `labels`; optionally ``split`` (train, val, test), ``group`` (never straddles splits) and ``fold``
@@ -47,7 +35,7 @@ def read_csv_table(
         DataError: with the line number where there is one.
     """
     columns = _label_columns(task, labels)
-    table = _read(file, required=("path", *columns))
+    table = read_table(file, required=("path", *columns), optional=RESERVED)
     paths = _paths(table)
     split = _splits(table)
     targets, outputs = _targets(table, task, columns, split)
@@ -84,49 +72,7 @@ def _label_columns(task: TaskKind, labels: Sequence[str] | None) -> tuple[str, .
     return columns
 
 
-def _read(file: Path, *, required: Sequence[str]) -> _Table:
-    rows: list[list[str]] = []
-    lines: list[int] = []
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.reader(stream, strict=True)
-            try:
-                for cells in reader:
-                    if cells:  # a blank line is no row
-                        rows.append([cell.strip() for cell in cells])
-                        lines.append(reader.line_num)
-            except csv.Error as error:
-                raise DataError(f"{file}, line {reader.line_num}: {error}; expected CSV") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 text ({error.reason}). Save it as CSV, UTF-8") from error
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}. Give the path of a .csv file") from error
-    if len(rows) < 2:
-        found = "a header and no rows" if rows else "nothing"
-        raise DataError(f"{file} is empty: got {found}, expected a header 'path,label' and a line an image")
-    header = rows.pop(0)
-    lines.pop(0)
-    _check_header(file, header, required)
-    table = _Table(file, {name: [] for name in header}, lines)
-    for number, row in enumerate(rows):
-        if len(row) != len(header):
-            raise table.error(number, f"got {len(row)} cells, expected {len(header)}: {','.join(header)}")
-        for name, cell in zip(header, row, strict=True):
-            table.columns[name].append(cell)
-    return table
-
-
-def _check_header(file: Path, header: Sequence[str], required: Sequence[str]) -> None:
-    for name in required:
-        if name not in header:
-            hint = "" if name == "path" else " Name the label columns with --labels."
-            raise DataError(f"{file} has no column {name!r}.{nearest(name, header)}{hint}")
-    if len(set(header)) != len(header):
-        twice = next(name for name in header if header.count(name) > 1)
-        raise DataError(f"{file}, line 1: column {twice!r} stands there twice; rename one")
-
-
-def _paths(table: _Table) -> tuple[Path, ...]:
+def _paths(table: Table) -> tuple[Path, ...]:
     """Paths as written; two spellings of one path are the same image."""
     root = table.file.parent
     first: dict[str, int] = {}
@@ -136,26 +82,28 @@ def _paths(table: _Table) -> tuple[Path, ...]:
             raise table.error(row, "path is empty; expected the path of an image")
         normal = os.path.normpath(root / text)
         if normal in first:
-            raise table.error(row, f"{text!r} is on line {table.lines[first[normal]]} already; keep one")
+            raise table.error(
+                row, f"{quoted(text)} is on line {table.lines[first[normal]]} already; keep one of the two"
+            )
         first[normal] = row
-        if not (root / text).is_file():
+        if not is_file(root / text):
             missing.append(row)
     if missing:
         raise table.error(
             missing[0],
-            f"no file {table.columns['path'][missing[0]]!r} in {root.resolve()} ({len(missing)} of "
+            f"no file {quoted(table.columns['path'][missing[0]])} in {root.resolve()} ({len(missing)} of "
             f"{len(first)} are missing). Paths are relative to the CSV's folder, or absolute",
         )
     return tuple(Path(text) for text in table.columns["path"])
 
 
-def _splits(table: _Table) -> NDArray[np.str_]:
+def _splits(table: Table) -> NDArray[np.str_]:
     """(n,) splits as given; all train where there is no such column."""
     words = table.columns.get("split", ["train"] * len(table.lines))
     for row, word in enumerate(words):
         if word.lower() not in SPLIT_WORDS:
             got = "split is empty; fill every row of the column, or remove it." if not word else ""
-            raise table.error(row, f"{got or f'no split named {word!r}.'}{nearest(word, SPLIT_WORDS)}")
+            raise table.error(row, f"{got or f'no split named {quoted(word)}.'}{nearest(word, SPLIT_WORDS)}")
     split = np.array([SPLIT_WORDS[word.lower()] for word in words], dtype="<U5")
     if not (split == "train").any():
         raise DataError(f"{table.file} has no row with split train; expected some to train on")
@@ -163,7 +111,7 @@ def _splits(table: _Table) -> NDArray[np.str_]:
 
 
 def _targets(
-    table: _Table, task: TaskKind, columns: tuple[str, ...], split: NDArray[np.str_]
+    table: Table, task: TaskKind, columns: tuple[str, ...], split: NDArray[np.str_]
 ) -> tuple[NDArray[np.int64] | NDArray[np.float32], tuple[str, ...]]:
     """Targets and the names of the outputs: (n,) and the classes, or (n, K) and the columns."""
     if task == "classify":
@@ -171,9 +119,7 @@ def _targets(
     return _numbers(table, columns, task), columns
 
 
-def _classes(
-    table: _Table, column: str, split: NDArray[np.str_]
-) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+def _classes(table: Table, column: str, split: NDArray[np.str_]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
     labels = table.columns[column]
     for row, label in enumerate(labels):
         if not label:
@@ -181,32 +127,36 @@ def _classes(
     known = sorted({label for label, part in zip(labels, split, strict=True) if part == "train"})
     if len(known) < 2:
         raise DataError(
-            f"{table.file} has one class in train, {known[0]!r}; classification needs at least two classes"
+            f"{table.file} has one class in train, {quoted(known[0])}; classification needs at least two "
+            "classes. Add rows of another, or give numbers with --task regress"
         )
     index = {label: k for k, label in enumerate(known)}
     for row, label in enumerate(labels):
         if label not in index:
             raise table.error(
                 row,
-                f"class {label!r} is in {split[row]} but never in train, so nothing can learn it."
+                f"class {quoted(label)} is in {split[row]} but never in train, so nothing can learn it."
                 f"{nearest(label, known)}",
             )
     return np.array([index[label] for label in labels], dtype=np.int64), tuple(known)
 
 
-def _numbers(table: _Table, columns: Sequence[str], task: TaskKind) -> NDArray[np.float32]:
+def _numbers(table: Table, columns: Sequence[str], task: TaskKind) -> NDArray[np.float32]:
     """(n, K) float32, NaN where a cell is empty."""
     targets = np.full((len(table.lines), len(columns)), math.nan, dtype=np.float32)
     for k, column in enumerate(columns):
         for row, text in enumerate(table.columns[column]):
             if task == "multilabel" and text.lower() not in TRUTH:
                 raise table.error(
-                    row, f"{column} is {text!r}; expected 0/1, true/false, yes/no, or empty for unlabelled"
+                    row,
+                    f"{column} is {quoted(text)}; expected 0/1, true/false, yes/no, or empty for unlabelled",
                 )
             number = TRUTH[text.lower()] if task == "multilabel" else _finite(text)
             if number is None:
+                comma = " with a point, not a comma" if "," in text else ""
                 raise table.error(
-                    row, f"{column} is {text!r}; expected a finite number, or empty for unlabelled"
+                    row,
+                    f"{column} is {quoted(text)}; expected a finite number{comma}, or empty for unlabelled",
                 )
             targets[row, k] = number
     return targets
@@ -223,7 +173,7 @@ def _finite(text: str) -> float | None:
     return number if abs(number) <= float(np.finfo(np.float32).max) else None
 
 
-def _groups(table: _Table, split: NDArray[np.str_]) -> NDArray[np.str_] | None:
+def _groups(table: Table, split: NDArray[np.str_]) -> NDArray[np.str_] | None:
     if "group" not in table.columns:
         return None
     first: dict[str, int] = {}
@@ -234,22 +184,22 @@ def _groups(table: _Table, split: NDArray[np.str_]) -> NDArray[np.str_] | None:
         if split[other] != split[row]:
             raise table.error(
                 row,
-                f"group {group!r} is in {split[row]} here and in {split[other]} on line "
+                f"group {quoted(group)} is in {split[row]} here and in {split[other]} on line "
                 f"{table.lines[other]}; a group belongs to one split",
             )
     return np.array(table.columns["group"], dtype=np.str_)
 
 
-def _folds(table: _Table) -> NDArray[np.int64] | None:
+def _folds(table: Table) -> NDArray[np.int64] | None:
     if "fold" not in table.columns:
         return None
     for row, fold in enumerate(table.columns["fold"]):
-        if not (fold.isascii() and fold.isdecimal()):
-            raise table.error(row, f"fold is {fold!r}; expected a whole number, 0 or more")
+        if not (fold.isascii() and fold.isdecimal() and len(fold) <= DIGITS):
+            raise table.error(row, f"fold is {quoted(fold)}; expected a whole number from 0 to 999999")
     return np.array([int(fold) for fold in table.columns["fold"]], dtype=np.int64)
 
 
-def _check_training(table: _Table, dataset: Dataset) -> None:
+def _check_training(table: Table, dataset: Dataset) -> None:
     """Every output must have something to learn in train, after carving too."""
     if dataset.task == "classify":
         return  # the classes are those of train, and carving keeps each there

@@ -7,6 +7,7 @@ and splits are never part of a feature store: relabelling a dataset does not re-
 from __future__ import annotations
 
 import hashlib
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -77,11 +78,23 @@ class Dataset:
         return digest.hexdigest()
 
 
+def is_regular(file: Path) -> bool:
+    """Whether a file can be read to its end; a folder can be opened at least, and then says what it is.
+
+    Raises:
+        OSError: there is nothing there.
+    """
+    mode = file.stat().st_mode
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+
+
 def sample_key(path: Path, file: Path) -> str:
     """``relative/path.jpg@<sha256 of the file's bytes>``: an edited image has another key.
 
     Raises:
         OSError: the file cannot be read.
     """
+    if not is_regular(file):
+        raise OSError(f"{file} is a pipe, a socket or a device, not a file")
     with file.open("rb") as stream:
         return f"{path.as_posix()}@{hashlib.file_digest(stream, 'sha256').hexdigest()}"

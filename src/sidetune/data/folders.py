@@ -93,6 +93,7 @@ def _list_class(root: Path, split: Split, folder: Path) -> _Listing:
     ignored = 0
     seen = {os.path.realpath(folder)}
     for parent, below, names in os.walk(folder, followlinks=True, onerror=_unreadable):
+        _check_names(parent, [*below, *names])
         below[:] = [
             name for name in sorted(below) if not name.startswith(".") and _is_new(Path(parent, name), seen)
         ]
@@ -106,6 +107,18 @@ def _list_class(root: Path, split: Split, folder: Path) -> _Listing:
             f"({' '.join(sorted(IMAGE_SUFFIXES))}), or remove the folder"
         )
     return _Listing(split, folder.name, images, ignored)
+
+
+def _check_names(parent: str, names: list[str]) -> None:
+    """A name is written into the store and the run's files, which are UTF-8."""
+    for name in (Path(parent).name, *names):
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"{os.fsencode(parent)!r} holds {os.fsencode(name)!r}, whose name is not UTF-8 text. "
+                "Rename it"
+            ) from None
 
 
 def _is_new(folder: Path, seen: set[str]) -> bool:

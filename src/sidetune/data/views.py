@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
-from sidetune.data.preprocess import Preprocess, open_image
+from sidetune.data.preprocess import Loaded, Preprocess, load_noted
 from sidetune.keyed import generator
 
 # Of a crop: share of the image's area, and width over height. Another crop needs another name in
@@ -80,13 +80,13 @@ class Picture:
     view: View = PLAIN
     key: str = ""
 
-    def load(self, preprocess: Preprocess) -> Tensor:
-        """As the backbone reads it: (3, size, size) float32.
+    def load(self, preprocess: Preprocess) -> Loaded:
+        """As the backbone reads it.
 
         Raises:
             ImageError: as `open_image`.
         """
-        return preprocess(self.view(open_image(self.file), self.key.rpartition("@")[2]))
+        return load_noted(self.file, preprocess, partial(self.view, content=self.key.rpartition("@")[2]))
 
 
 def pictures(files: Sequence[Path], keys: Sequence[str], chosen: Sequence[View]) -> list[Picture]:

@@ -13,9 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from sidetune.data.csv_file import is_file, quoted
 from sidetune.data.dataset import Dataset, Split
 from sidetune.errors import DataError
+from sidetune.files import read_json
 
+DIGITS = 5  # of a label: each class between the largest and 0 has its output
 UNION = "train800val200.txt"
 LISTS: dict[Split, str] = {"train": "train800.txt", "val": "val200.txt", "test": "test.txt"}
 
@@ -27,6 +30,11 @@ class _Line:
     path: Path
     label: int
     where: str
+
+    @property
+    def shown(self) -> str:
+        """The path as an error repeats it."""
+        return quoted(self.path.as_posix())[1:-1]
 
 
 def is_vtab(root: Path) -> bool:
@@ -65,7 +73,7 @@ def _read_list(root: Path, name: str) -> list[_Line]:
         raise DataError(f"{root} has no {name}; expected {', '.join((UNION, *LISTS.values()))}")
     lines = [
         _parse(line, f"{name}, line {number}")
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
+        for number, line in enumerate(_text(file).splitlines(), start=1)
         if line.strip()
     ]
     if not lines:
@@ -73,15 +81,29 @@ def _read_list(root: Path, name: str) -> list[_Line]:
     return lines
 
 
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = 1 + error.object[: error.start].count(b"\n")
+        raise DataError(
+            f"{file.name}, line {line}: is not UTF-8 text: got byte 0x{error.object[error.start]:02x}. "
+            "Write it again as UTF-8"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from error
+
+
 def _parse(line: str, where: str) -> _Line:
     parts = line.rsplit(maxsplit=1)
-    if len(parts) != 2 or not (parts[1].isascii() and parts[1].isdecimal()):
+    if len(parts) != 2 or not (parts[1].isascii() and parts[1].isdecimal() and len(parts[1]) <= DIGITS):
         raise DataError(
-            f"{where}: got {line!r}, expected 'images/<split>/000000.jpg <label>' with a label 0, 1, 2, .."
+            f"{where}: got {quoted(line)}, expected 'images/<split>/000000.jpg <label>' with a label 0, 1, "
+            f"2, .. of at most {DIGITS} digits"
         )
     path = Path(parts[0].strip())
-    if path.is_absolute() or Path(os.path.normpath(path)).parts[0] == os.pardir:
-        raise DataError(f"{where}: {parts[0]!r} leaves the task's folder; expected a path inside it")
+    if path.is_absolute() or Path(os.path.normpath(path)).parts[:1] == (os.pardir,):
+        raise DataError(f"{where}: {quoted(parts[0])} leaves the task's folder; expected a path inside it")
     return _Line(path, int(parts[1]), where)
 
 
@@ -105,12 +127,12 @@ def _check_files(root: Path, lines: list[_Line]) -> None:
     first: dict[Path, str] = {}
     for line in lines:
         if line.path in first:
-            raise DataError(f"{line.path.as_posix()} is listed twice: {first[line.path]} and {line.where}")
+            raise DataError(f"{line.shown} is listed twice: {first[line.path]} and {line.where}")
         first[line.path] = line.where
-    missing = [line for line in lines if not (root / line.path).is_file()]
+    missing = [line for line in lines if not is_file(root / line.path)]
     if missing:
         raise DataError(
-            f"{missing[0].where}: {missing[0].path.as_posix()} is not in {root} ({len(missing)} of "
+            f"{missing[0].where}: {missing[0].shown} is not in {root} ({len(missing)} of "
             f"{len(lines)} images are missing)"
         )
 
@@ -118,15 +140,26 @@ def _check_files(root: Path, lines: list[_Line]) -> None:
 def _class_names(root: Path, count: int) -> tuple[str, ...]:
     file = root / "info.json"
     try:
-        info = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        info = read_json(file) if file.is_file() else {}
     except json.JSONDecodeError as error:
-        raise DataError(f"{file}, line {error.lineno}: not JSON: {error.msg}") from error
+        raise DataError(
+            f"{file}, line {error.lineno}: not JSON: {error.msg}. Mend it, or remove it"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} is not JSON: {error}. Mend it, or remove it") from error
     names = info.get("classes") if isinstance(info, dict) else None
     if names is None:
         return tuple(str(label) for label in range(count))
+    if not isinstance(names, list) or not all(isinstance(name, str) and _is_text(name) for name in names):
+        raise DataError(f"{file}: 'classes' is no list of names; expected {count} texts, or no 'classes'")
     if len(names) < count or len(set(names)) != len(names):
         raise DataError(
             f"{file} names {len(set(names))} different classes, but the lists have labels up to {count - 1}; "
             f"expected {count} different names, or no 'classes'"
         )
-    return tuple(str(name) for name in names)
+    return tuple(names)
+
+
+def _is_text(name: str) -> bool:
+    """JSON can write half of a character, which no file can hold."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
