@@ -315,7 +315,8 @@ class Predictor:
     def _targets(self, dataset: Dataset) -> NDArray[np.int64] | NDArray[np.float32]:
         """The dataset's targets in the run's order of classes or columns."""
         task = self.artifact.task
-        unknown = [name for name in dataset.outputs if name not in task.outputs]
+        known_at = {name: at for at, name in enumerate(task.outputs)}
+        unknown = [name for name in dataset.outputs if name not in known_at]
         if dataset.task != task.kind or unknown:
             got = ", ".join((unknown or list(dataset.outputs))[:5])
             known = ", ".join(task.outputs[:5]) + (" .." if task.num_outputs > 5 else "")
@@ -323,7 +324,7 @@ class Predictor:
                 f"the data are for {dataset.task} with {got}; the run knows {task.kind} with {known}. "
                 "Rename the folders or columns to the run's"
             )
-        position = np.array([task.outputs.index(name) for name in dataset.outputs])
+        position = np.array([known_at[name] for name in dataset.outputs])
         if task.kind == "classify":
             return position[dataset.targets.astype(np.int64)]
         columns = np.full((len(dataset), task.num_outputs), np.nan, dtype=np.float32)
