@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test slow fuzz lint format clean
+.PHONY: demo test slow fuzz kill lint format clean
 
 demo: $(READY)
 	$(BIN)/sidetune demo --out runs/demo
@@ -19,6 +19,9 @@ slow: $(READY)
 
 fuzz: $(READY)
 	$(BIN)/python scripts/fuzz.py --files 2000 --seed 0 --out docs/reference/reliability/fuzz.json
+
+kill: $(READY)
+	$(BIN)/python scripts/kill.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

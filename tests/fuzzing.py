@@ -35,8 +35,9 @@ from sidetune.files import read_json, sha256_file
 from sidetune.predict import Predictor
 from sidetune.report import write_report
 from sidetune.runs import Run, read_skipped
-from sidetune.store import Store, describe, verify
+from sidetune.store import Store
 from sidetune.tables import print_scores, store_lines
+from sidetune.upkeep import describe, verify
 
 SECONDS = 10  # to read one file; more is a hang
 GROWTH = 3 * 2**30  # bytes of resident memory that reading one file may take: 179 Mpx with alpha, and copies

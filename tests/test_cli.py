@@ -14,7 +14,18 @@ from images import make_csv
 from sidetune import cli
 from sidetune.backbones import demo as demo_backbone
 
-COMMANDS = ["fit", "extract", "eval", "predict", "backbones", "sides", "demo", "store ls", "store verify"]
+COMMANDS = [
+    "fit",
+    "extract",
+    "eval",
+    "predict",
+    "backbones",
+    "sides",
+    "demo",
+    "store ls",
+    "store verify",
+    "store gc",
+]
 EPOCHS = ("--set", "train.epochs=2")
 
 
@@ -266,7 +277,7 @@ def test_a_damaged_store_exits_1(run_cli, image_folder, tmp_path):
     shard.write_bytes(content)
     code, out, _ = run_cli("store", "verify", "store")
     assert code == 1
-    assert "00000.safetensors: sha256 is " in out
+    assert "00000.safetensors is damaged or another: the sha256 of its " in out
     code, out, _ = run_cli("store", "verify", "store", "--json")
     assert (code, len(only_object(out)["defects"])) == (1, 1)
     (tmp_path / "store" / "plan.json").write_text("{")
@@ -390,6 +401,45 @@ def test_names_are_listed_with_what_they_are(run_cli, command, names):
     found = only_object(out)
     assert sorted(found) == names
     assert all(len(line) > 20 for line in found.values())
+
+
+def test_store_gc_says_first_and_removes_when_told(run_cli, image_folder, tmp_path):
+    assert run_cli("extract", image_folder, "--backbone", "toy", "--out", "store")[0] == 0
+    (tmp_path / "store/shards/.00007.json.sidetune-tmp").write_text("half")
+    todo = "Nothing was removed. Type: the same command with --yes\n"
+    assert run_cli("store", "gc", "store") == (0, f"store\n    1 file, 4 B would go\n{todo}", "")
+    code, out, _ = run_cli("store", "gc", "store", "--data", image_folder, "--yes", "--json")
+    assert code == 0
+    assert only_object(out) == {
+        "removed": True,
+        "stores": [
+            {
+                "store": "store",
+                "files": ["shards/.00007.json.sidetune-tmp"],
+                "bytes": 4,
+                "samples": 0,
+                "kept_unwanted": 0,
+                "whole": False,
+            }
+        ],
+    }
+    assert run_cli("store", "gc", "store") == (0, "store\n    nothing to remove\n", "")
+    code, _, err = run_cli("store", "gc", "--data", image_folder)
+    assert (code, err) == (
+        2,
+        "error: got --data and no store, expected one. Type: sidetune store gc STORE --data DATA\n",
+    )
+
+
+def test_store_ls_goes_on_after_a_damaged_store(run_cli, image_folder, tmp_path):
+    for name in ("a", "b"):
+        out = tmp_path / "stores" / name
+        assert run_cli("extract", image_folder, "--backbone", "toy", "--out", out)[0] == 0
+    (tmp_path / "stores/a/plan.json").write_text("{")
+    code, out, _ = run_cli("store", "ls")
+    assert code == 0
+    assert f"    damaged: {tmp_path / 'stores/a/plan.json'} is damaged: expected a store's plan, got " in out
+    assert "60 samples" in out
 
 
 def test_store_ls_shows_whole_paths(run_cli, image_folder, tmp_path):

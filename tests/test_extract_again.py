@@ -15,7 +15,7 @@ from sidetune.data import Dataset, load_dataset
 from sidetune.errors import StoreError
 from sidetune.extract import extract, sample_keys
 from sidetune.shards import is_written
-from sidetune.store import Store
+from sidetune.store import Plan, Store
 
 
 def test_extracting_again_changes_nothing(pictures, tmp_path, small_shards):
@@ -174,7 +174,7 @@ def test_an_old_checksum_file_does_not_vouch_for_a_shard_written_anew(
         patch.setattr(sidetune.shards, "write_json", cut)
         bring(pictures, tmp_path / "s")
     assert shard.stat().st_size == whole, "the new shard stands there, of the length of the old one"
-    assert not is_written(tmp_path / "s", 1)
+    assert not is_written(tmp_path / "s", 1, Plan.read(tmp_path / "s").claim(1))
 
 
 def test_a_damaged_shard_of_other_data_is_not_forgotten(own, tmp_path, small_shards):

@@ -1,3 +1,5 @@
+import errno
+import os
 import subprocess
 import sys
 import threading
@@ -7,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import sidetune.files
+from sidetune.errors import SidetuneError
 from sidetune.files import csv_text, locked, sha256_file, write_json, write_tensors, write_text
 
 
@@ -37,6 +41,56 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         write_text(path, "new \ud800")
     assert path.read_text() == '{\n "old": 1\n}\n'
+    assert list(tmp_path.iterdir()) == [path], "no temporary file is left"
+
+
+@pytest.mark.parametrize("write", [write_text, write_tensors])
+@pytest.mark.parametrize(
+    ("number", "todo"),
+    [
+        (
+            errno.ENOSPC,
+            "No space left on device. Free the disk, then type the same command again: it resumes",
+        ),
+        (errno.EDQUOT, "Disk quota exceeded. Free the disk, then type the same command again: it resumes"),
+        (
+            errno.EROFS,
+            "Read-only file system. Type: the same command with a folder that can be written, or mend this "
+            "one's permissions",
+        ),
+    ],
+)
+def test_a_write_that_the_disk_refuses_says_what_to_do(tmp_path, monkeypatch, write, number, todo):
+    path = tmp_path / "a"
+    path.write_text("old")
+
+    def refuse(_):
+        raise OSError(number, "as the system puts it")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(SidetuneError) as caught:
+        write(path, "new" if write is write_text else {"t": torch.zeros(1)})
+    assert str(caught.value) == f"{path} cannot be written: {todo}"
+    assert (list(tmp_path.iterdir()), path.read_text()) == ([path], "old")
+
+
+def test_a_folder_that_cannot_be_locked_says_why(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SidetuneError) as caught, locked(tmp_path / "file/run"):
+        pass
+    assert str(caught.value) == (
+        f"{tmp_path / 'file/run'} cannot be written: Not a directory. Type: the same command with a folder "
+        "that can be written, or mend this one's permissions"
+    )
+
+
+def test_a_lock_removes_what_was_half_written_unless_told_not_to(tmp_path):
+    temporary = tmp_path / f".a.json{sidetune.files.TEMPORARY}"
+    temporary.write_text("half")
+    with locked(tmp_path, sweep=False):
+        assert temporary.exists()
+    with locked(tmp_path):
+        assert not temporary.exists()
 
 
 def test_sha256_of_a_known_file(tmp_path):
@@ -100,3 +154,27 @@ def test_the_lock_keeps_other_processes_out_until_it_is_given_back(tmp_path):
         third.communicate(timeout=60)
     with locked(folder):
         pass
+
+
+def test_a_lock_on_a_folder_that_was_removed_meanwhile_is_taken_anew(tmp_path):
+    folder = tmp_path / "made"
+    entered = threading.Event()
+
+    def work():
+        with locked(folder):
+            assert (folder / ".lock").exists()
+            entered.set()
+
+    folder.mkdir()
+    with hold(folder) as first:
+        assert first.stdout.readline() == "held\n"
+        second = threading.Thread(target=work)
+        second.start()
+        while not second.is_alive():
+            time.sleep(0.01)
+        time.sleep(0.05)
+        (folder / ".lock").unlink()
+        folder.rmdir()
+        first.kill()
+        assert entered.wait(60)
+        second.join()

@@ -534,3 +534,42 @@ def test_animations_and_files_that_are_left_out_are_said(image_folder, tmp_path,
         assert "1 other files beside the images have no image's ending and are left out\n" in err
         assert run.metrics["data"]["num_animated"] == 2
         assert run.metrics["data"]["num_skipped"] == 0
+
+
+@pytest.mark.parametrize(("out", "store"), [("run", "run"), ("run", "run/store"), ("link", "run/../run")])
+def test_a_store_within_a_run_folder_is_refused(image_folder, tmp_path, monkeypatch, out, store):
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with pytest.raises(RequestError) as caught:
+        fit(image_folder, out=tmp_path / out, recipe=toy_recipe("ridge"), store=tmp_path / store)
+    said = (
+        "features would be kept in {} and the run in {}; expected a store outside the run's folder, because "
+        "other runs read it, too. Type: --store or --out with another folder"
+    )
+    assert str(caught.value) == said.format(tmp_path / store, tmp_path / out)
+    monkeypatch.setenv("SIDETUNE_STORES", str(tmp_path / "run/stores"))
+    with pytest.raises(
+        RequestError, match=r"features would be kept in .*run/stores/.* and the run in .*run; "
+    ):
+        fit(image_folder, out=tmp_path / "run", recipe=toy_recipe("ridge"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_flipped_byte_of_a_store_is_mended_before_anything_is_computed_from_it(
+    image_folder, tmp_path, capsys
+):
+    runs = {}
+    for name in ("whole", "spoilt"):
+        recipe = toy_recipe("losa")
+        runs[name] = fit(image_folder, out=tmp_path / name, recipe=recipe, store=tmp_path / "store")
+        (shard,) = (tmp_path / "store/shards").glob("*.safetensors")
+        data = bytearray(shard.read_bytes())
+        whole, data[len(data) // 2] = bytes(data), data[len(data) // 2] ^ 1
+        shard.write_bytes(data)
+        capsys.readouterr()
+    fit(image_folder, out=tmp_path / "third", recipe=toy_recipe("losa"), store=tmp_path / "store")
+    said = capsys.readouterr().err
+    assert f"shard {shard} is damaged or another: the sha256 of its " in said
+    assert "; it is written anew" in said
+    assert shard.read_bytes() == whole
+    weights = [(tmp_path / name / "side.safetensors").read_bytes() for name in ("whole", "spoilt", "third")]
+    assert weights[0] == weights[1] == weights[2]

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,8 +16,9 @@ from sidetune.data import load_dataset
 from sidetune.errors import RequestError, StoreError
 from sidetune.extract import extract, sample_keys
 from sidetune.features import Features, Spec
-from sidetune.store import Store, describe, list_stores, stores_root, verify
+from sidetune.store import Store, stores_root
 from sidetune.summary import summarise
+from sidetune.upkeep import describe, list_stores, verify
 
 EXTRACT = importlib.import_module("sidetune.extract")  # the package's attribute is the function
 
@@ -158,7 +160,8 @@ def test_not_complete(own):
         f"the store {own} is not complete. Type the same extract command again: it resumes"
     )
     assert verify(own) == [
-        "manifest.json: missing, the store is not complete. Type the same extract command again: it resumes"
+        f"{own / 'manifest.json'} is missing: the store is not complete. "
+        "Type the same extract command again: it resumes"
     ]
     assert describe(own)["state"] == "not complete: extract again"
 
@@ -169,15 +172,15 @@ def test_not_complete(own):
         ("{", r"plan\.json is damaged: expected a store's plan, got Expecting property name"),
         (
             "[]",
-            r"plan\.json is damaged: expected a store's plan, got a list\. Type: rm -r .*, then the same",
+            r"plan\.json is damaged: expected a store's plan, got a list\. Type: rm -r .* and extract again$",
+        ),
+        (
+            '{"format": 2}',
+            r"plan\.json is damaged: 'identity' is missing\. Type: rm -r .* and extract again$",
         ),
         (
             '{"format": 1}',
-            r"plan\.json is damaged: 'identity' is missing\. Type: rm -r .*, then the same extract",
-        ),
-        (
-            '{"format": 9}',
-            r"has store format 9, expected 1\. Type: sidetune extract \.\. with a new --out$",
+            r"has store format 1, expected 2\. Type: rm -r .*, or name a new folder; then extract again$",
         ),
     ],
 )
@@ -187,76 +190,148 @@ def test_a_damaged_plan(own, text, said):
         Store.open(own)
 
 
+AGAIN = "Type the same extract or fit command again: it writes this shard anew"
+
+
 def damage(own, kind):
-    """Spoil shard 3; returns what it has now and should have."""
+    """Spoil shard 3; returns what is said of it."""
     shard = own / "shards/00003.safetensors"
     whole = shard.read_bytes()
     if kind == "missing":
         shard.unlink()
-        return None, len(whole)
+        return f"shard {shard} is missing, expected {len(whole)} bytes. {AGAIN}"
     if kind == "no checksum file":
         shard.with_suffix(".json").unlink()
-        return len(whole), "a checksum file beside it"
+        return f"shard {shard} has {len(whole)} bytes, expected its checksum file beside it. {AGAIN}"
     shard.write_bytes(whole[:-1])
-    return len(whole) - 1, len(whole)
+    return f"shard {shard} has {len(whole) - 1} bytes, expected {len(whole)} bytes. {AGAIN}"
 
 
 @pytest.mark.parametrize("kind", ["missing", "cut short", "no checksum file"])
 def test_a_shard_that_is_not_whole_is_seen_at_once(own, kind):
-    has, expected = damage(own, kind)
+    said = damage(own, kind)
     with pytest.raises(StoreError) as caught:
         Store.open(own)
-    assert str(caught.value) == (
-        f"shard {own / 'shards/00003.safetensors'} has {has} bytes, expected {expected}. "
-        "Type the same extract command again: it writes this shard anew"
-    )
+    assert str(caught.value) == said
+    assert verify(own) == [said]
 
 
-@pytest.mark.parametrize(
-    ("kind", "said"),
-    [
-        ("missing", "00003.safetensors: missing. Type the same extract command again: it resumes"),
-        ("no checksum file", "00003.safetensors: no checksum file. Type the same extract command again: "),
-        ("cut short", "00003.safetensors: sha256 is "),
-    ],
-)
-def test_verify_names_the_shard(own, kind, said):
-    damage(own, kind)
-    (defect,) = verify(own)
-    assert defect.startswith(said)
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
 
 
-def test_verify_sees_one_flipped_bit(own):
+def test_one_flipped_bit_is_seen_by_verify_and_by_whoever_reads_it(own, stored):
     assert verify(own) == []
     shard = own / "shards/00002.safetensors"
-    data = bytearray(shard.read_bytes())
-    data[len(data) // 2] ^= 1
-    shard.write_bytes(data)
-    expected = json.loads(shard.with_suffix(".json").read_text())["sha256"]
+    key, other = stored[1][30], stored[1][0]
+    at = tensor_at(shard, "block.3")
+    expected = json.loads(shard.with_suffix(".json").read_text())["tensors"]["block.3"]
+    flip(shard, at)
     (defect,) = verify(own)
-    assert defect.startswith("00002.safetensors: sha256 is ")
-    assert defect.endswith(f".., expected {expected[:12]}... Type: rm {shard}, then the same extract command")
-
-
-def test_verify_sees_a_spoilt_norm_and_extracting_again_mends_it(own, stored, image_folder):
-    norm = own / "norm.safetensors"
-    whole = norm.read_bytes()
-    norm.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    manifest = own / "manifest.json"
-    assert verify(own) == [
-        f"norm.safetensors: not as written. Type: rm {manifest}, then the same extract command"
-    ]
-    norm.unlink()
-    assert len(verify(own)) == 1
+    assert defect.startswith(f"shard {shard} is damaged or another: the sha256 of its 'block.3' starts with ")
+    assert defect.endswith(f", expected {expected[:12]}. {AGAIN}")
+    store = Store.open(own)
+    spec = store.plan.spec
     with pytest.raises(StoreError) as caught:
-        _ = Store.open(own).final_norm
-    assert str(caught.value).startswith(f"{norm} is missing or damaged: ")
-    assert str(caught.value).endswith(f"Type: rm {manifest}, then the same extract command")
+        store.features([other, key])
+    assert str(caught.value) == defect
+    assert len(store.features([other])) == 1, "another shard is read as ever"
+    assert len(store.features([key], spec.select(["block.4"]))) == 1, "what is not read is not hashed"
+    assert store.damaged([other, key]) == {2: defect}
+    assert store.damaged([other, key], ["block.4"]) == store.damaged([other], None) == {}
 
+
+def tensor_at(shard, name):
+    """Where a tensor's first byte stands in its file."""
+    data = shard.read_bytes()
+    header = int.from_bytes(data[:8], "little")
+    return 8 + header + json.loads(data[8 : 8 + header])[name]["data_offsets"][0]
+
+
+@pytest.mark.parametrize("name", ["summary.mean.block.2", "summary.mean_square"])
+def test_a_flipped_bit_of_a_summary_is_seen_by_whoever_reads_it(own, stored, name):
+    shard = own / "shards/00000.safetensors"
+    flip(shard, tensor_at(shard, name))
+    with pytest.raises(StoreError, match=rf"the sha256 of its '{name}' starts with "):
+        Store.open(own).summary(stored[1][:2])
+
+
+def test_every_byte_of_a_shard_and_its_checksum_file_counts(own):
+    """A flip anywhere is a defect; of a sample of places, all of them."""
+    shard = own / "shards/00004.safetensors"
+    for path in (shard, shard.with_suffix(".json")):
+        whole = path.read_bytes()
+        rng = np.random.default_rng(0)
+        places = rng.choice(len(whole), 40, replace=False).tolist()
+        for at in [place for place in places if not whole[place : place + 1].isspace()]:
+            flip(path, at)
+            (defect,) = verify(own)
+            assert defect.endswith(AGAIN), defect
+            path.write_bytes(whole)
+    assert verify(own) == []
+
+
+def test_a_flipped_byte_in_the_plan_belongs_to_no_shard(own):
+    plan = own / "plan.json"
+    plan.write_text(plan.read_text().replace('"dtype": "bf16"', '"dtype": "fp16"'))
+    with pytest.raises(StoreError) as caught:
+        Store.open(own)
+    assert str(caught.value).startswith(
+        f"{own / 'shards/00000.json'} is damaged, or of another store or shard: its seal starts with "
+    )
+    assert str(caught.value).endswith(AGAIN)
+
+
+def test_shards_swapped_are_seen(own, stored):
+    one, two = own / "shards/00000.safetensors", own / "shards/00001.safetensors"
+    assert one.stat().st_size == two.stat().st_size
+    swap(one, two)
+    with pytest.raises(StoreError, match=r"00000\.safetensors is damaged or another: the sha256 of its "):
+        Store.open(own).features(stored[1][:1])
+    assert len(verify(own)) == 2
+    swap(one.with_suffix(".json"), two.with_suffix(".json"))  # now each shard has its own checksum file
+    with pytest.raises(StoreError, match=r"00000\.json is damaged, or of another store or shard: its seal "):
+        Store.open(own)
+    assert len(verify(own)) == 2
+
+
+def swap(one, two):
+    here, there = one.read_bytes(), two.read_bytes()
+    one.write_bytes(there)
+    two.write_bytes(here)
+
+
+def test_a_manifest_that_is_not_as_written_is_written_anew(own, image_folder):
+    manifest = own / "manifest.json"
+    whole = manifest.read_text()
+    again = f"Type: rm {manifest}, then the same extract command: it writes it anew"
+    manifest.write_text(whole.replace("class1", "class2", 1))
+    assert verify(own) == [f"{manifest} is not as written. {again}"]
+    manifest.write_text(whole[:-3])
+    (defect,) = verify(own)
+    assert defect.startswith(f"{manifest} is damaged: expected a manifest, got ")
+    assert defect.endswith(again)
     manifest.unlink()
     extract(load_dataset(image_folder), build_backbone("toy"), own, dtype="bf16", quiet=True)
-    assert verify(own) == []
-    assert norm.read_bytes() == whole
+    assert (manifest.read_text(), verify(own)) == (whole, [])
+
+
+def test_a_spoilt_norm_is_seen_and_extracting_again_mends_it(own, image_folder):
+    norm = own / "norm.safetensors"
+    whole = norm.read_bytes()
+    again = "Type the same extract or fit command again: it writes it anew"
+    for spoil in (lambda: flip(norm, len(whole) - 1), norm.unlink):
+        spoil()
+        (defect,) = verify(own)
+        with pytest.raises(StoreError) as caught:
+            _ = Store.open(own).final_norm
+        assert str(caught.value) == defect
+        assert defect.startswith(f"{norm} is ")
+        assert defect.endswith(again)
+        extract(load_dataset(image_folder), build_backbone("toy"), own, dtype="bf16", quiet=True)
+        assert (verify(own), norm.read_bytes()) == ([], whole)
 
 
 @pytest.mark.parametrize("at", [0, 8, 60])
@@ -268,10 +343,26 @@ def test_a_spoilt_header_is_a_damaged_shard(own, stored, at):
     with pytest.raises(StoreError) as caught:
         Store.open(own).features(stored[1][:1])
     assert str(caught.value).startswith(f"shard {shard} is damaged: ")
-    assert str(caught.value).endswith(f"Type: sidetune store verify {own}")
+    assert str(caught.value).endswith(AGAIN)
 
 
 # listing
+
+
+def test_damaged_stores_are_listed_with_their_damage(own, tmp_path):
+    plan = own / "plan.json"
+    (own / "shards/00001.json").write_text("{")
+    assert describe(own)["state"] == f"damaged: 1 of 5 shards. Type: sidetune store verify {own}"
+    assert describe(own)["samples"] == 47
+    plan.write_text("{")
+    row = describe(own)
+    assert row["store"] == str(own)
+    assert row["state"].startswith(f"damaged: {plan} is damaged: expected a store's plan, got ")
+    assert row["state"].endswith(f"Type: rm -r {own} and extract again")
+    missing = tmp_path / "nowhere"
+    assert describe(missing)["state"] == (
+        f"damaged: {missing / 'plan.json'} is missing: expected a store's plan. Type: sidetune store ls"
+    )
 
 
 def test_describe_counts_what_is_there(stored, own):

@@ -297,8 +297,9 @@ def store_ls(
     as_json: Json = False,
 ) -> None:
     """List stores: samples, taps, precision, bytes."""
-    from sidetune.store import describe, list_stores, stores_root
+    from sidetune.store import stores_root
     from sidetune.tables import store_lines
+    from sidetune.upkeep import describe, list_stores
 
     rows = [describe(folder) for folder in stores or list_stores()]
     if as_json:
@@ -315,7 +316,7 @@ def store_verify(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="A store's folder.")], as_json: Json = False
 ) -> None:
     """Read every byte of a store against its checksums. Exit 1 if one is off."""
-    from sidetune.store import verify
+    from sidetune.upkeep import verify
 
     defects = verify(store)
     if as_json:
@@ -324,6 +325,41 @@ def store_verify(
         print("\n".join(defects) or f"{store}: every byte is as written")
     if defects:
         raise typer.Exit(1)
+
+
+@store_app.command("gc")
+def store_gc(
+    stores: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="STORE", help="Default: all under $SIDETUNE_STORES, or .sidetune/stores."),
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DATA", help="Keep only what these images need; may be repeated."),
+    ] = None,
+    task: Task = "classify",
+    labels: Labels = None,
+    unfinished: Annotated[bool, typer.Option("--unfinished", help="Stores not complete go, too.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove; without it, only say what would go.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove what stores do not need: leftovers of killed commands; with --data, samples of other data."""
+    from sidetune.tables import garbage_lines
+    from sidetune.upkeep import collect_garbage, list_stores, wanted_keys
+
+    if data and not stores:
+        raise RequestError("got --data and no store, expected one. Type: sidetune store gc STORE --data DATA")
+    asked = _recipe("toy", None, None, None, task=task, labels=labels).data
+    wanted = wanted_keys(data, asked.task, asked.labels) if data else None
+    found = [
+        collect_garbage(folder, wanted=wanted, unfinished=unfinished, remove=yes)
+        for folder in stores or list_stores()
+    ]
+    if as_json:
+        _print_json({"removed": yes, "stores": [one.to_json() for one in found]})
+        return
+    for line in garbage_lines(found, removed=yes):
+        print(line)
 
 
 def _recipe(

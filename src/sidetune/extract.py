@@ -6,6 +6,7 @@ bytes do not depend on where a run was interrupted. A killed run loses the shard
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,16 +22,28 @@ from sidetune.data.preprocess import Preprocess
 from sidetune.data.views import PLAIN, Picture, View
 from sidetune.errors import DataError, ImageError, StoreError
 from sidetune.features import Features
-from sidetune.files import locked
+from sidetune.files import leftovers, locked
 from sidetune.progress import Progress, say
-from sidetune.shards import is_written, shard_path, write_shard
+from sidetune.shards import ShardNotes, is_written, write_shard
 from sidetune.store import (
     DTYPES,
     DTypeName,
     Plan,
     Store,
+    norm_digest,
+    read_norm,
     write_manifest,
     write_store_head,
+)
+from sidetune.store_checks import (
+    ANOTHER,
+    check_alike,
+    check_free,
+    check_plan,
+    give_up,
+    norm_is_off,
+    possible_shards,
+    without_remedy,
 )
 from sidetune.summary import summarise
 
@@ -39,7 +52,7 @@ SHARD_RECORDS = 1024  # small features: a shard is still lost in seconds, not mi
 MICRO_BATCH = 32
 DISK_LIMIT = 0.90  # of the disk, after the store is written
 DECODERS = 4
-ANOTHER = "Type: fit --store OTHER, or extract --out OTHER"
+UNREADABLE = "unreadable"  # stands for the sha256 of a file that cannot be read
 
 
 def extract(  # noqa: PLR0913 - what, where, how; each has its option on the command line
@@ -50,10 +63,14 @@ def extract(  # noqa: PLR0913 - what, where, how; each has its option on the com
     dtype: DTypeName = "fp16",
     keys: Sequence[str] | None = None,
     views: Sequence[View] = (PLAIN,),
+    reads: Sequence[str] | None = None,
     strict: bool = False,
     quiet: bool = False,
 ) -> Store:
-    """Bring a store up to date with a dataset: extract what it does not hold yet.
+    """Bring a store up to date with a dataset: extract what it does not hold yet, and what is damaged.
+
+    What the dataset will read is hashed, so a damaged shard is found and extracted again here. A store
+    that lacks nothing is not written to: its folder may be read-only.
 
     Args:
         dataset: every split is extracted; labels are kept for information only.
@@ -62,6 +79,7 @@ def extract(  # noqa: PLR0913 - what, where, how; each has its option on the com
         dtype: of the stored features.
         keys: the dataset's sample keys, if they are known already; every image is hashed for them.
         views: of every image, the image itself first; see `sidetune.data.views`.
+        reads: taps whose features will be read, none for summaries alone; None: all. Only they are hashed.
         strict: an image that cannot be read is an error, raised once the store is complete.
         quiet: no progress.
 
@@ -70,33 +88,21 @@ def extract(  # noqa: PLR0913 - what, where, how; each has its option on the com
 
     Raises:
         DataError: `strict`, and images cannot be read.
+        RequestError: the folder holds something that is no store.
         StoreError: the folder holds another backbone's features, another dtype or fewer taps, the disk
-            would fill past 90 %, or the features overflow the dtype.
+            would fill past 90 %, the features overflow the dtype, or a damaged shard cannot be mended.
     """
     keys = sample_keys(dataset) if keys is None else keys
     pictures = {
         view.key(key): Picture(dataset.file(row), view, key) for row, key in enumerate(keys) for view in views
     }
-    with locked(folder):
-        plan = _plan(folder, backbone, dtype, tuple(pictures))
-        todo = [number for number in range(len(plan.shards)) if not is_written(folder, number)]
-        if todo or not (folder / "manifest.json").exists():
-            _check_alike(folder, plan, backbone, todo)
-            _check_disk(folder, plan, todo, quiet)
-            (folder / "manifest.json").unlink(missing_ok=True)
-            write_store_head(folder, plan, backbone.norm)
-            labels = {view.key(key): _label(dataset, row) for row, key in enumerate(keys) for view in views}
-            _write_shards(folder, plan, backbone, pictures, labels, todo, quiet=quiet)
-            write_manifest(folder, plan)
-        store = Store.open(folder)
+    store = _served(folder, backbone, dtype, tuple(pictures), reads, quiet)
+    if store is None:
+        labels = {key: _label(dataset, row) for row, key in enumerate(keys)}
+        store = _mended(folder, backbone, dtype, pictures, labels, reads, quiet=quiet)
     if strict:
-        require_readable(
-            [
-                f"{dataset.paths[row]}: {store.skipped[key]}"
-                for row, key in enumerate(keys)
-                if key in store.skipped
-            ]
-        )
+        bad = {key.rpartition("@")[0]: store.skipped[key] for key in keys if key in store.skipped}
+        require_readable([f"{path}: {reason}" for path, reason in bad.items()])
     return store
 
 
@@ -124,6 +130,83 @@ def first_frames(paths: Sequence[Path]) -> str:
     return f"{len(paths)} images are animations or have several pages; the first of each is used: {names}"
 
 
+def _mended(
+    folder: Path,
+    backbone: Backbone,
+    dtype: DTypeName,
+    pictures: Mapping[str, Picture],
+    labels: Mapping[str, str],
+    reads: Sequence[str] | None,
+    *,
+    quiet: bool,
+) -> Store:
+    """The store with every shard that was missing or damaged written anew."""
+    keys = tuple(pictures)
+    with locked(folder):
+        for path in leftovers(folder / "shards"):
+            path.unlink()
+        store, new = _complete(folder, backbone, dtype, pictures, labels, quiet=quiet)
+        damaged = store.damaged(keys, reads, quiet=quiet)
+        if not damaged:
+            return store
+        give_up(store, damaged, new, backbone, set(keys))
+        store, new = _complete(folder, backbone, dtype, pictures, labels, quiet=quiet)
+        damaged = store.damaged(keys, reads, quiet=quiet)
+        if damaged:
+            give_up(store, damaged, new, backbone, set(keys))
+        return store
+
+
+def _served(
+    folder: Path,
+    backbone: Backbone,
+    dtype: DTypeName,
+    keys: Sequence[str],
+    reads: Sequence[str] | None,
+    quiet: bool,
+) -> Store | None:
+    """The store if nothing need be written; else what is damaged has been said."""
+    try:
+        store = Store.open(folder)
+        read_norm(folder, store.plan)
+    except StoreError as error:
+        if (folder / "manifest.json").exists():
+            say(f"{without_remedy(error)}; it is written anew", quiet=quiet)
+        return None
+    check_plan(folder, store.plan, backbone, dtype)
+    if store.missing(keys):
+        return None
+    damaged = store.damaged(keys, reads, quiet=quiet)
+    for defect in damaged.values():
+        say(f"{without_remedy(defect)}; it is written anew", quiet=quiet)
+    if damaged and not os.access(folder, os.W_OK):
+        defect = without_remedy(next(iter(damaged.values())))
+        raise StoreError(f"{defect}; and {folder} cannot be written. {ANOTHER}")
+    return None if damaged else store
+
+
+def _complete(
+    folder: Path,
+    backbone: Backbone,
+    dtype: DTypeName,
+    pictures: Mapping[str, Picture],
+    labels: Mapping[str, str],
+    *,
+    quiet: bool,
+) -> tuple[Store, list[int]]:
+    """Write every shard that is not written yet. Returns the store and the numbers of those shards."""
+    plan = _plan(folder, backbone, dtype, tuple(pictures))
+    todo = [number for number in plan.numbers if not is_written(folder, number, plan.claim(number))]
+    if todo or not (folder / "manifest.json").exists() or norm_is_off(folder, plan):
+        check_alike(folder, plan, backbone, todo)
+        _check_disk(folder, plan, todo, quiet)
+        (folder / "manifest.json").unlink(missing_ok=True)
+        write_store_head(folder, plan, backbone.norm)
+        _write_shards(folder, plan, backbone, pictures, labels, todo, quiet=quiet)
+        write_manifest(folder, plan)
+    return Store.open(folder), todo
+
+
 def sample_keys(dataset: Dataset) -> tuple[str, ...]:
     """The key of every sample. A file that cannot be read has ``unreadable`` for its sha256."""
     keys = []
@@ -131,7 +214,7 @@ def sample_keys(dataset: Dataset) -> tuple[str, ...]:
         try:
             keys.append(sample_key(path, dataset.file(row)))
         except OSError:
-            keys.append(f"{path.as_posix()}@unreadable")
+            keys.append(f"{path.as_posix()}@{UNREADABLE}")
     return tuple(keys)
 
 
@@ -143,70 +226,19 @@ def _plan(folder: Path, backbone: Backbone, dtype: DTypeName, keys: Sequence[str
         backbone.spec,
         dtype,
         None if backbone.norm is None else backbone.norm.eps,
+        None if backbone.norm is None else norm_digest(backbone.norm),
     )
     if (folder / "plan.json").exists():
         plan = Plan.read(folder)
-        check_backbone(folder, plan, backbone)
-        if plan.dtype != dtype:
-            raise StoreError(
-                f"{folder} holds {plan.dtype}, asked for {dtype}. Type: --set features.dtype={plan.dtype}"
-            )
-        plan = replace(plan, shards=_possible_shards(folder, plan, set(keys)))
+        check_plan(folder, plan, backbone, dtype)
+        plan = replace(plan, shards=possible_shards(folder, plan, set(keys)))
+    else:
+        check_free(folder)
     held = {key for shard in plan.shards for key in shard}
     missing = [key for key in dict.fromkeys(keys) if key not in held]
     size = max(1, min(SHARD_RECORDS, SHARD_BYTES // plan.record_bytes))
     new = tuple(tuple(missing[first : first + size]) for first in range(0, len(missing), size))
     return replace(plan, shards=plan.shards + new)
-
-
-def check_backbone(folder: Path, plan: Plan, backbone: Backbone) -> None:
-    """Refuse another backbone's store, one of another precision, or one with fewer taps.
-
-    Raises:
-        StoreError: names each field that differs.
-    """
-    difference = backbone.identity.difference(plan.identity)
-    if difference:
-        raise StoreError(
-            f"{folder} holds features of another backbone; " + "; ".join(difference) + f". {ANOTHER}"
-        )
-    held, asked = plan.variant.precision, backbone.variant.precision
-    if held != asked:
-        raise StoreError(
-            f"{folder} holds features computed in {held}, asked for {asked}. "
-            f"Type: --set backbone.precision={held}, or fit --store OTHER, or extract --out OTHER"
-        )
-    lacking = [name for name in backbone.spec.names if name not in plan.spec.names]
-    if lacking:
-        raise StoreError(f"{folder} lacks the taps {', '.join(lacking)}. {ANOTHER}")
-
-
-def _possible_shards(folder: Path, plan: Plan, keys: set[str]) -> tuple[tuple[str, ...], ...]:
-    """Cut the plan at the first unwritten shard that asks for samples this dataset does not have.
-
-    Raises:
-        StoreError: that shard is not at the end: it was written once and has been damaged.
-    """
-    unwritten = [number for number in range(len(plan.shards)) if not is_written(folder, number)]
-    impossible = [number for number in unwritten if not keys.issuperset(plan.shards[number])]
-    if not impossible:
-        return plan.shards
-    first = impossible[0]
-    if len(plan.shards) - first > sum(number >= first for number in unwritten):
-        raise StoreError(
-            f"shard {shard_path(folder, first)} is damaged, and only the data that it was extracted from can "
-            f"mend it. Type: extract that data again, or {ANOTHER.removeprefix('Type: ')}"
-        )
-    return plan.shards[:first]
-
-
-def _check_alike(folder: Path, plan: Plan, backbone: Backbone, todo: Sequence[int]) -> None:
-    """All shards of a store have the same taps."""
-    if todo and backbone.spec != plan.spec:
-        raise StoreError(
-            f"{folder} lacks {sum(len(plan.shards[number]) for number in todo)} of these samples and cannot "
-            f"be extended: it holds {len(plan.spec)} taps, the backbone reads {len(backbone.spec)}. {ANOTHER}"
-        )
 
 
 def _check_disk(folder: Path, plan: Plan, todo: Sequence[int], quiet: bool) -> None:
@@ -233,29 +265,55 @@ def _write_shards(
     *,
     quiet: bool,
 ) -> None:
-    total = sum(len(keys) for keys in plan.shards)
+    total = sum(map(len, plan.shards))
     done = total - sum(len(plan.shards[number]) for number in todo)
     with (
         Progress("extract", total, "images", done=done, quiet=quiet) as progress,
         ThreadPoolExecutor(DECODERS) as pool,
     ):
         for number in todo:
-            shard_pictures = [pictures[key] for key in plan.shards[number]]
+            shown = [pictures[key] for key in plan.shards[number]]
+            animated: list[Path] = []
             parts: list[dict[str, Tensor]] = []
             reasons: dict[int, str] = {}
-            animated: list[Path] = []
-            for first, images, bad in decoded(shard_pictures, backbone.preprocess, pool, animated):
+            for first, images, bad in decoded(shown, backbone.preprocess, pool, animated):
                 reasons |= {first + slot: reason for slot, reason in bad.items()}
                 parts.append(_stored(images, backbone, plan))
                 progress.advance(len(images))
+            _check_unchanged(folder, shown, pool)
             tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            tensors["valid"] = torch.ones(len(shard_pictures), dtype=torch.uint8)
+            tensors["valid"] = torch.ones(len(shown), dtype=torch.uint8)
             tensors["valid"][list(reasons)] = 0
-            slots = {slot: labels[key] for slot, key in enumerate(plan.shards[number])}
-            frames = sorted(
-                slot for slot, picture in enumerate(shard_pictures) if picture.file in set(animated)
+            frames = set(animated)
+            notes = ShardNotes(
+                skipped=reasons,
+                labels={slot: labels[picture.key] for slot, picture in enumerate(shown)},
+                animated=tuple(slot for slot, picture in enumerate(shown) if picture.file in frames),
             )
-            write_shard(folder, number, tensors, skipped=reasons, labels=slots, animated=frames)
+            write_shard(folder, number, tensors, claim=plan.claim(number), notes=notes)
+
+
+def _check_unchanged(folder: Path, shown: Sequence[Picture], pool: ThreadPoolExecutor) -> None:
+    """What was decoded must be what the keys say: an image may be edited while a long extraction runs.
+
+    Raises:
+        StoreError: names the first that is not.
+    """
+    files = {picture.file: picture.key for picture in shown}
+    for key, found in zip(files.values(), pool.map(_digest, files), strict=True):
+        path, _, digest = key.rpartition("@")
+        if digest != found:
+            raise StoreError(
+                f"{path} was changed while {folder} was extracted: its sha256 starts with {found[:12]}, "
+                f"expected {digest[:12]}. Type the same command again: it resumes"
+            )
+
+
+def _digest(file: Path) -> str:
+    try:
+        return sample_key(file, file).rpartition("@")[2]
+    except OSError:
+        return UNREADABLE
 
 
 def decoded(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import fcntl
 import hashlib
 import io
@@ -10,9 +11,9 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -22,16 +23,17 @@ from sidetune.errors import SidetuneError
 
 DEEPEST = 50  # objects and lists in one another
 TOO_DEEP = f"objects and lists are nested more than {DEEPEST} deep"
+TEMPORARY = ".sidetune-tmp"  # ends the name of a file that is being written
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name, fsync, rename: the file is old or new, never half."""
-    temporary = _temporary(path)
-    with temporary.open("w", encoding="utf-8") as stream:
+    """Write under a temporary name, fsync, rename: the file is old or new, never half.
+
+    Raises:
+        SidetuneError: the disk is full, or the folder cannot be written.
+    """
+    with _written(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
         stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    _commit(temporary, path)
 
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - any JSON value
@@ -100,19 +102,10 @@ def csv_text(rows: Sequence[Sequence[Any]]) -> str:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file, written as `write_text` does."""
-    temporary = _temporary(path)
-    try:
+    """A safetensors file, written as `write_text` does, with the same errors."""
+    with _written(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-    except SafetensorError as error:  # no space left, above all
-        temporary.unlink(missing_ok=True)
-        raise SidetuneError(
-            f"{path} cannot be written: {error}. Free the disk, then type the same command again: it resumes"
-        ) from error
-    temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets nobody else read its files
-    with temporary.open("rb+") as stream:
-        os.fsync(stream.fileno())
-    _commit(temporary, path)
+        temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets nobody else read its files
 
 
 def sha256_file(path: Path) -> str:
@@ -122,24 +115,62 @@ def sha256_file(path: Path) -> str:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, sweep: bool = True) -> Iterator[None]:
     """Hold a folder for one process; a second one says that it waits, then waits.
 
     The lock is the operating system's: it goes with the process, so a killed one leaves none behind.
+
+    Args:
+        folder: made if it is not there.
+        sweep: remove what a killed process was writing there.
+
+    Raises:
+        SidetuneError: the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as stream:
+    with _acquired(folder):
+        for path in leftovers(folder) if sweep else ():
+            path.unlink()
+        yield
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Temporary files in a folder: of writes that were killed, if nobody works there."""
+    return sorted(folder.glob(f".*{TEMPORARY}"))
+
+
+def _acquired(folder: Path) -> TextIO:
+    path = folder / ".lock"
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stream = path.open("w")
+        except OSError as error:
+            raise _cannot_write(folder, error) from error
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"another process works in {folder}; waiting for it", file=sys.stderr)  # noqa: T201
             fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(stream.fileno())):
+            return stream
+        stream.close()  # whoever held the folder has removed it: the lock is on a file that is gone
 
 
-def _temporary(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.tmp")
+@contextmanager
+def _written(path: Path) -> Iterator[Path]:
+    """The temporary name to write under. What was written is synced and renamed, or gone."""
+    temporary = path.with_name(f".{path.name}{TEMPORARY}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        _commit(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        with suppress(OSError):  # a folder that has become read-only keeps it; there is an error already
+            temporary.unlink(missing_ok=True)
 
 
 def _commit(temporary: Path, path: Path) -> None:
@@ -149,3 +180,13 @@ def _commit(temporary: Path, path: Path) -> None:
         os.fsync(folder)  # the rename itself must survive a power cut
     finally:
         os.close(folder)
+
+
+def _cannot_write(path: Path, error: OSError | SafetensorError) -> SidetuneError:
+    number = error.errno if isinstance(error, OSError) else None
+    why = os.strerror(number) if number else str(error)
+    if number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+        todo = "Type: the same command with a folder that can be written, or mend this one's permissions"
+    else:
+        todo = "Free the disk, then type the same command again: it resumes"
+    return SidetuneError(f"{path} cannot be written: {why}. {todo}")

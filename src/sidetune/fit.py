@@ -93,7 +93,7 @@ def fit(  # noqa: PLR0913 - what, where, how; each has its option on the command
     recipe, out = Recipe() if recipe is None else recipe, Path(out)
     place = find_device(device)
     if store is not None:
-        _check_store(recipe, Path(store))
+        _check_store(recipe, Path(store), out)
     dataset = load_dataset(
         Path(data),
         task=recipe.data.task,
@@ -109,19 +109,23 @@ def fit(  # noqa: PLR0913 - what, where, how; each has its option on the command
         recipe = recipe.model_copy(update={"backbone": named})
     backbone.to(place)
     build_model(recipe, backbone.spec, len(dataset.outputs), backbone.norm)  # a wrong side is refused here
+    if store is None:
+        store = default_store(backbone, recipe.features.dtype)
+        _check_apart(store, out)
     keys = sample_keys(dataset)
     fingerprint = dataset.fingerprint(keys)
     asked = (recipe, fingerprint, backbone.identity.digest)
     if (finished := find_run(out, *asked)) is not None:
         if strict:
             require_readable(read_skipped(out), f"{out / 'skipped.csv'}")
-        if not (out / "report.html").exists():
+        if not (out / "report.html").exists():  # it was killed at its very end
+            (out / "checkpoint.safetensors").unlink(missing_ok=True)
             write_report(out)
         return finished
     with locked(out):
         if begin_run(out, *asked) is None:  # else another process finished it while this one waited
             with PeakMemory() as memory:
-                job = _open_job(recipe, dataset, backbone, keys, out=out, store=store, quiet=quiet)
+                job = _open_job(recipe, dataset, backbone, keys, out=out, store=Path(store), quiet=quiet)
                 if strict:
                     require_readable(read_skipped(out), f"{out / 'skipped.csv'}")
                 leaks = _look_for_leaks(job, keys) if leak_check else None
@@ -130,11 +134,20 @@ def fit(  # noqa: PLR0913 - what, where, how; each has its option on the command
     return Run.open(out)
 
 
-def _check_store(recipe: Recipe, store: Path) -> None:
+def _check_store(recipe: Recipe, store: Path, out: Path) -> None:
     if recipe.features.mode == "live":
         raise RequestError(f"got --store {store} and --live, which stores nothing. Type one of the two")
     if store.exists() and not store.is_dir():
         raise RequestError(f"{store} is a file, expected a store's folder. Type: --store with a new folder")
+    _check_apart(store, out)
+
+
+def _check_apart(store: Path, out: Path) -> None:
+    if store.resolve().is_relative_to(out.resolve()):
+        raise RequestError(
+            f"features would be kept in {store} and the run in {out}; expected a store outside the run's "
+            "folder, because other runs read it, too. Type: --store or --out with another folder"
+        )
 
 
 def _open_job(
@@ -144,7 +157,7 @@ def _open_job(
     keys: Sequence[str],
     *,
     out: Path,
-    store: str | Path | None,
+    store: Path,
     quiet: bool,
 ) -> Job:
     """Stage one: features of every row, from a store or live; then splits, task and summary."""
@@ -155,9 +168,11 @@ def _open_job(
         source = LiveSource(dataset, backbone, keys=keys, views=chosen, quiet=quiet)
     else:
         dtype = recipe.features.dtype
-        folder = default_store(backbone, dtype) if store is None else Path(store)
-        say(f"features in {folder} ({dtype})", quiet=quiet)
-        complete = extract(dataset, backbone, folder, dtype=dtype, keys=keys, views=chosen, quiet=quiet)
+        say(f"features in {store} ({dtype})", quiet=quiet)
+        reads = _reads(recipe, backbone, len(dataset.outputs))
+        complete = extract(
+            dataset, backbone, store, dtype=dtype, keys=keys, views=chosen, reads=reads, quiet=quiet
+        )
         source = StoredSource(complete, keys, backbone.spec, chosen)
     write_skipped(out, dataset, source.skipped)
     if source.skipped:
@@ -180,6 +195,13 @@ def _open_job(
     summary = source.summary()
     seconds = time.monotonic() - started
     return Job(recipe, dataset, backbone, out, quiet, source, summary, split, task, seconds)
+
+
+def _reads(recipe: Recipe, backbone: Backbone, num_outputs: int) -> tuple[str, ...]:
+    """Taps whose features the run reads. Solved sides read summaries alone."""
+    if recipe.side.name in SOLVED:
+        return ()
+    return build_model(recipe, backbone.spec, num_outputs, backbone.norm).side.spec.names
 
 
 def _readable(dataset: Dataset, source: Source, out: Path) -> dict[str, NDArray[np.int64]]:

@@ -1,14 +1,19 @@
 """One shard of a store: a safetensors file of fixed-shape records, and its checksum file.
 
-Records of a shard are read by memory map, so a batch touches only what it asks for.
+Records of a shard are read by memory map, so a batch touches only what it asks for. The checksum file
+has the sha256 of the header and of every tensor, so that what is read can be checked and nothing else
+need be, and a seal: the sha256 of all else in it and of the *claim*, which says of what store and
+samples the shard is. A shard at a place that is not its own is seen at once.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import mmap
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,30 +21,111 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from sidetune.backbones.base import canonical_json
 from sidetune.errors import StoreError, first_complaint
-from sidetune.files import parse_json, read_json, sha256_file, write_json, write_tensors
+from sidetune.features import Spec
+from sidetune.files import parse_json, read_json, write_json, write_tensors
 
 KINDS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "U8": torch.uint8}
+AGAIN = "Type the same extract or fit command again: it writes this shard anew"
 
 
-class ShardEntry(BaseModel):
-    """A shard's checksum file.
+class ShardNotes(BaseModel):
+    """What a shard's checksum file says of its samples.
 
     Args:
-        sha256: of the shard.
-        bytes: of the shard.
         skipped: slot -> why it is not valid.
-        labels: slot -> label as first seen.
-        animated: slots of which the first frame or page is stored.
+        labels: slot -> label as first seen, for information only.
+        animated: slots whose files hold more frames or pages than the first, which is the one stored.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    sha256: str
-    bytes: int
     skipped: dict[int, str]
     labels: dict[int, str]
     animated: tuple[int, ...] = ()
+
+
+class ShardEntry(ShardNotes):
+    """A shard's checksum file.
+
+    Args:
+        bytes: of the shard.
+        header: sha256 of all that stands before its tensors.
+        tensors: name -> sha256 of its bytes.
+        seal: sha256 over all this and over what store and samples the shard is of.
+    """
+
+    bytes: int
+    header: str
+    tensors: dict[str, str]
+    seal: str
+
+
+@dataclass(frozen=True)
+class MappedShard:
+    """The tensors of a shard, memory-mapped: nothing is read until it is touched.
+
+    Args:
+        path: of the file.
+        header: sha256 of all that stands before the tensors.
+        tensors: by name.
+    """
+
+    path: Path
+    header: str
+    tensors: dict[str, Tensor]
+
+    def digest(self, name: str) -> str:
+        """sha256 of a tensor's bytes: reads them all."""
+        return hashlib.sha256(self.tensors[name].flatten().view(torch.uint8).numpy().data).hexdigest()
+
+    def require(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Tensors must have these shapes: another could be read as something else.
+
+        Raises:
+            StoreError: one is missing, or has another.
+        """
+        for name, shape in shapes.items():
+            found = self.tensors.get(name)
+            if found is None or tuple(found.shape) != shape:
+                got = "no such tensor" if found is None else f"shape {tuple(found.shape)}"
+                raise StoreError(
+                    f"shard {self.path} is damaged: {name!r} has {got}, expected shape {shape}. {AGAIN}"
+                )
+
+    def checked(self, name: str, entry: ShardEntry) -> Tensor:
+        """A tensor whose bytes are those that were written.
+
+        Args:
+            name: of the tensor.
+            entry: the shard's checksum file.
+
+        Raises:
+            StoreError: they are not.
+        """
+        if name not in self.tensors:
+            raise StoreError(f"shard {self.path} has no tensor {name!r}, expected one. {AGAIN}")
+        for what, found, expected in (
+            ("header", self.header, entry.header),
+            (repr(name), self.digest(name), entry.tensors.get(name, "")),
+        ):
+            if found != expected:
+                raise StoreError(
+                    f"shard {self.path} is damaged or another: the sha256 of its {what} starts with "
+                    f"{found[:12]}, expected {expected[:12]}. {AGAIN}"
+                )
+        return self.tensors[name]
+
+
+def record_shapes(spec: Spec, count: int) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a shard of so many samples."""
+    shapes: dict[str, tuple[int, ...]] = {"valid": (count,), "summary.mean_square": (count, len(spec))}
+    for tap in spec.taps:
+        shapes[tap.name] = (count, tap.num_tokens, tap.width)
+        shapes[f"summary.mean.{tap.name}"] = (count, tap.width)
+        shapes[f"summary.cls.{tap.name}"] = (count, 0 if tap.cls_index is None else tap.width)
+    return shapes
 
 
 def write_shard(
@@ -47,9 +133,8 @@ def write_shard(
     number: int,
     tensors: dict[str, Tensor],
     *,
-    skipped: Mapping[int, str],
-    labels: Mapping[int, str],
-    animated: Sequence[int] = (),
+    claim: str,
+    notes: ShardNotes,
 ) -> None:
     """Write a shard, then its checksum file.
 
@@ -57,47 +142,76 @@ def write_shard(
         folder: the store.
         number: of the shard.
         tensors: name -> a tensor with one row a slot.
-        skipped: slot -> why it is not valid.
-        labels: slot -> label as first seen, for information only.
-        animated: slots whose files hold more frames or pages than the first, which is the one stored.
+        claim: says of what store and samples it is.
+        notes: what else is known of its samples.
     """
     path = shard_path(folder, number)
     # Shards of one length differ in nothing but bytes: an old checksum file must not vouch for a new one.
-    path.with_suffix(".json").unlink(missing_ok=True)
+    entry_path(folder, number).unlink(missing_ok=True)
     write_tensors(path, tensors)
+    shard = map_shard(path)
     entry = {
-        "sha256": sha256_file(path),
         "bytes": path.stat().st_size,
-        "skipped": dict(skipped),
-        "labels": dict(labels),
-        "animated": list(animated),
+        "header": shard.header,
+        "tensors": {name: shard.digest(name) for name in shard.tensors},
+        **notes.model_dump(mode="json"),
     }
-    write_json(path.with_suffix(".json"), entry)
+    write_json(entry_path(folder, number), {**entry, "seal": _seal(entry, claim)})
 
 
-def is_written(folder: Path, number: int) -> bool:
-    """Whether a shard stands there in full length with its checksum file."""
-    entry = read_shard_entry(folder, number)
-    return entry is not None and file_size(shard_path(folder, number)) == entry.bytes
-
-
-def read_shard_entry(folder: Path, number: int) -> ShardEntry | None:
-    """A shard's checksum file; None where the shard is not written yet.
+def read_shard_entry(folder: Path, number: int, claim: str) -> ShardEntry:
+    """A shard's checksum file, where it is whole and its shard stands there in full length.
 
     Raises:
-        StoreError: it is damaged.
+        StoreError: the shard is not written, cut short, or of another store or place.
     """
-    path = shard_path(folder, number).with_suffix(".json")
-    if not path.exists():
-        return None
+    path = shard_path(folder, number)
+    size, written = file_size(path), entry_path(folder, number).exists()
+    entry = read_json_object(entry_path(folder, number), "a checksum file", AGAIN) if written else {}
+    if size is None or not written:
+        what = f"has {size} bytes" if size is not None else "is missing"
+        expected = f"{entry['bytes']} bytes" if "bytes" in entry else "its checksum file beside it"
+        raise StoreError(f"shard {path} {what}, expected {expected}. {AGAIN}")
+    seal = _seal({name: value for name, value in entry.items() if name != "seal"}, claim)
+    if entry.get("seal") != seal:
+        raise StoreError(
+            f"{entry_path(folder, number)} is damaged, or of another store or shard: its seal starts with "
+            f"{str(entry.get('seal'))[:12]}, expected {seal[:12]}. {AGAIN}"
+        )
     try:
-        return ShardEntry.model_validate(read_json_object(path, "a shard's checksum file"))
+        checked = ShardEntry.model_validate(entry)
     except ValidationError as error:
-        raise StoreError(f"{path} is damaged: {first_complaint(error)}. {mend(path)}") from error
+        raise StoreError(
+            f"{entry_path(folder, number)} is damaged: {first_complaint(error)}. {AGAIN}"
+        ) from error
+    if size != checked.bytes:
+        raise StoreError(f"shard {path} has {size} bytes, expected {checked.bytes} bytes. {AGAIN}")
+    return checked
 
 
-def map_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, memory-mapped: nothing is read until it is touched.
+def is_written(folder: Path, number: int, claim: str) -> bool:
+    """Whether a shard stands there in full length with its own checksum file."""
+    try:
+        read_shard_entry(folder, number, claim)
+    except StoreError:
+        return False
+    return True
+
+
+def shard_defect(folder: Path, number: int, claim: str) -> str | None:
+    """Read every byte of a shard: what is wrong with it."""
+    try:
+        entry = read_shard_entry(folder, number, claim)
+        shard = map_shard(shard_path(folder, number))
+        for name in entry.tensors:
+            shard.checked(name, entry)
+    except StoreError as error:
+        return str(error)
+    return None
+
+
+def map_shard(path: Path) -> MappedShard:
+    """Map a safetensors file.
 
     Raises:
         StoreError: the file's header does not describe its bytes.
@@ -106,21 +220,21 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
         with path.open("rb") as stream:  # a private map: the file stays as it is
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
         (header_bytes,) = struct.unpack("<Q", mapped[:8])
-        header = parse_json(mapped[8 : 8 + header_bytes].decode("utf-8"))
+        if header_bytes > len(mapped) - 8:
+            raise ValueError(f"a header of {header_bytes} bytes in a file of {len(mapped)}")
+        text = mapped[: 8 + header_bytes]
+        header = parse_json(text[8:].decode("utf-8"))
         if not isinstance(header, dict):
             raise ValueError(f"its header is a {type(header).__name__}, expected an object")
         header.pop("__metadata__", None)
         tensors = {
-            name: _mapped_tensor(mapped, 8 + header_bytes, _Described.model_validate(entry))
+            name: _mapped_tensor(mapped, len(text), _Described.model_validate(entry))
             for name, entry in header.items()
         }
     except (OSError, ValueError, RuntimeError, OverflowError, struct.error) as error:
         reason = first_complaint(error) if isinstance(error, ValidationError) else error
-        folder = path.parent.parent
-        raise StoreError(
-            f"shard {path} is damaged: {reason}. Type: sidetune store verify {folder}"
-        ) from error
-    return tensors
+        raise StoreError(f"shard {path} is damaged: {reason}. {AGAIN}") from error
+    return MappedShard(path, hashlib.sha256(text).hexdigest(), tensors)
 
 
 class _Described(BaseModel):
@@ -143,8 +257,13 @@ def _mapped_tensor(mapped: mmap.mmap, start: int, described: _Described) -> Tens
     return flat.view(described.shape)
 
 
-def read_json_object(path: Path, what: str) -> dict[str, Any]:
+def read_json_object(path: Path, what: str, todo: str) -> dict[str, Any]:
     """A JSON object from a file.
+
+    Args:
+        path: of the file.
+        what: it is expected to be.
+        todo: ends the message where it is not.
 
     Raises:
         StoreError: it is missing, or not a JSON object.
@@ -152,18 +271,12 @@ def read_json_object(path: Path, what: str) -> dict[str, Any]:
     try:
         value = read_json(path)
     except FileNotFoundError:
-        raise StoreError(f"{path} is missing: expected {what}. Type: sidetune store ls") from None
+        raise StoreError(f"{path} is missing: expected {what}. {todo}") from None
     except (OSError, ValueError) as error:
-        raise StoreError(f"{path} is damaged: expected {what}, got {error}. {mend(path)}") from error
+        raise StoreError(f"{path} is damaged: expected {what}, got {error}. {todo}") from error
     if not isinstance(value, dict):
-        raise StoreError(f"{path} is damaged: expected {what}, got a {type(value).__name__}. {mend(path)}")
+        raise StoreError(f"{path} is damaged: expected {what}, got a {type(value).__name__}. {todo}")
     return value
-
-
-def mend(path: Path) -> str:
-    """What to type about a damaged JSON file of a store."""
-    what = f"rm -r {path.parent}" if path.name == "plan.json" else f"rm {path}"
-    return f"Type: {what}, then the same extract command"
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -171,6 +284,15 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / "shards" / f"{number:05d}.safetensors"
 
 
+def entry_path(folder: Path, number: int) -> Path:
+    """Where a shard's checksum file stands."""
+    return folder / "shards" / f"{number:05d}.json"
+
+
 def file_size(path: Path) -> int | None:
     """Bytes of a file; None where there is none."""
     return path.stat().st_size if path.exists() else None
+
+
+def _seal(entry: Mapping[str, Any], claim: str) -> str:
+    return hashlib.sha256(canonical_json({"claim": claim, **entry}).encode()).hexdigest()

@@ -4,20 +4,25 @@
       plan.json                 identity, variant, taps, dtype, and the shard list, fixed before decoding
       norm.safetensors          the backbone's final norm, where it has one
       shards/00000.safetensors  a tensor (n, N, D) a tap; ``valid`` (n,); ``summary.*``: pooled taps
-      shards/00000.json         the shard's sha256 and bytes, labels, and why a slot is not valid
+      shards/00000.json         sha256 of each tensor, labels, why a slot is not valid, and the seal, which
+                                says that all this is of these samples of this store
       manifest.json             written last: its presence means that every shard is complete
 
 A shard is written under a temporary name, fsynced, renamed, then its checksum file. A sample is
 known by its key (relative path @ sha256 of the file's bytes), so an edited image is another sample;
 labels and splits are no part of a store. Shards are read by memory map: a batch touches only the
-records it asks for.
+records it asks for. The first touch of a tensor hashes it, so nothing is computed from other bytes than
+those that were written.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -29,14 +34,28 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sidetune.backbones.base import Identity, Variant
+from sidetune.backbones.base import Identity, Variant, canonical_json
 from sidetune.errors import StoreError, first_complaint
 from sidetune.features import Features, FinalNorm, Spec
-from sidetune.files import sha256_file, write_json, write_tensors
-from sidetune.shards import file_size, map_tensors, mend, read_json_object, read_shard_entry, shard_path
+from sidetune.files import write_json, write_tensors
+from sidetune.progress import Progress
+from sidetune.shards import (
+    AGAIN,
+    MappedShard,
+    ShardEntry,
+    entry_path,
+    file_size,
+    map_shard,
+    read_json_object,
+    read_shard_entry,
+    record_shapes,
+    shard_path,
+)
 from sidetune.summary import Summary
 
-FORMAT = 1
+FORMAT = 2
+HASHERS = 4  # threads
+SHOW_BYTES = 2**30  # from so many on, a check shows how far it is
 DTypeName = Literal["fp16", "bf16", "fp32"]
 DTYPES: dict[DTypeName, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -51,7 +70,8 @@ class Plan:
         spec: the taps stored.
         dtype: of the stored features.
         norm_eps: epsilon of the final norm; None where the backbone has none.
-        shards: sample keys, a tuple a shard, in slot order.
+        norm: sha256 of that norm, as `norm_digest` gives it; None likewise.
+        shards: sample keys, a tuple a shard, in slot order. A shard that was dropped has none, and no file.
     """
 
     identity: Identity
@@ -59,7 +79,13 @@ class Plan:
     spec: Spec
     dtype: DTypeName
     norm_eps: float | None
+    norm: str | None
     shards: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of the shards that hold samples."""
+        return [number for number, keys in enumerate(self.shards) if keys]
 
     @property
     def record_bytes(self) -> int:
@@ -75,8 +101,17 @@ class Plan:
             "spec": self.spec.to_json(),
             "dtype": self.dtype,
             "norm_eps": self.norm_eps,
+            "norm": self.norm,
             "shards": [list(keys) for keys in self.shards],
         }
+
+    def claim(self, number: int) -> str:
+        """Of what store and samples a shard is: sha256 over all of the plan but the other shards."""
+        return hashlib.sha256(canonical_json([self._head, self.shards[number]]).encode()).hexdigest()
+
+    @cached_property
+    def _head(self) -> dict[str, Any]:
+        return {name: value for name, value in self.to_json().items() if name != "shards"}
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -85,18 +120,20 @@ class Plan:
         Raises:
             StoreError: there is none, it is damaged, or it has another format version.
         """
-        fields = read_json_object(folder / "plan.json", "a store's plan")
+        path = folder / "plan.json"
+        if not path.exists():
+            raise StoreError(f"{path} is missing: expected a store's plan. Type: sidetune store ls")
+        again = f"Type: rm -r {folder} and extract again"
+        fields = read_json_object(path, "a store's plan", again)
         if fields.get("format") != FORMAT:
             raise StoreError(
                 f"{folder} has store format {fields.get('format')!r}, expected {FORMAT}. "
-                "Type: sidetune extract .. with a new --out"
+                f"Type: rm -r {folder}, or name a new folder; then extract again"
             )
         try:
             plan = TypeAdapter(cls).validate_python({**fields, "spec": {"taps": fields.get("spec")}})
         except ValidationError as error:
-            raise StoreError(
-                f"{folder / 'plan.json'} is damaged: {first_complaint(error)}. {mend(folder / 'plan.json')}"
-            ) from error
+            raise StoreError(f"{path} is damaged: {first_complaint(error)}. {again}") from error
         return plan
 
 
@@ -114,16 +151,18 @@ class Store:
     folder: Path
     plan: Plan
     skipped: dict[str, str]
+    animated: frozenset[str]
     _slots: dict[str, tuple[int, int]] = field(repr=False)
-    _maps: dict[int, dict[str, Tensor]] = field(default_factory=dict, repr=False)
-    animated: frozenset[str] = frozenset()
+    _entries: dict[int, ShardEntry] = field(repr=False)
+    _maps: dict[int, MappedShard] = field(default_factory=dict, repr=False)
+    _checked: dict[tuple[int, str], Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Open a complete store; every shard must have its checksum file and its length.
+        """Open a complete store; every shard must have its own checksum file and its length.
 
         Raises:
-            StoreError: not a store, not complete, or a shard is missing or cut short.
+            StoreError: not a store, not complete, or a shard is missing, cut short or another's.
         """
         plan = Plan.read(folder)
         if not (folder / "manifest.json").exists():
@@ -132,25 +171,20 @@ class Store:
             )
         skipped: dict[str, str] = {}
         animated: set[str] = set()
-        for number, keys in enumerate(plan.shards):
-            entry = read_shard_entry(folder, number)
-            size = file_size(shard_path(folder, number))
-            if entry is None or size != entry.bytes:
-                raise StoreError(
-                    f"shard {shard_path(folder, number)} has {size} bytes, expected "
-                    f"{entry.bytes if entry else 'a checksum file beside it'}. "
-                    "Type the same extract command again: it writes this shard anew"
-                )
+        slots: dict[str, tuple[int, int]] = {}
+        entries = {}
+        for number in plan.numbers:
+            keys, entry = plan.shards[number], read_shard_entry(folder, number, plan.claim(number))
             odd = [slot for slot in (*entry.skipped, *entry.animated) if not 0 <= slot < len(keys)]
             if odd:
-                path = shard_path(folder, number).with_suffix(".json")
-                raise StoreError(f"{path} is damaged: it names slot {odd[0]} of {len(keys)}. {mend(path)}")
+                raise StoreError(
+                    f"{entry_path(folder, number)} is damaged: it names slot {odd[0]} of {len(keys)}. {AGAIN}"
+                )
             skipped |= {keys[slot]: reason for slot, reason in entry.skipped.items()}
             animated |= {keys[slot] for slot in entry.animated}
-        slots = {
-            key: (number, slot) for number, keys in enumerate(plan.shards) for slot, key in enumerate(keys)
-        }
-        return cls(folder, plan, skipped, slots, animated=frozenset(animated))
+            slots |= {key: (number, slot) for slot, key in enumerate(keys)}
+            entries[number] = entry.model_copy(update={"labels": {}})  # a million labels need not stay
+        return cls(folder, plan, skipped, frozenset(animated), slots, entries)
 
     @property
     def num_records(self) -> int:
@@ -160,12 +194,16 @@ class Store:
     @property
     def num_bytes(self) -> int:
         """Bytes of all shards on disk."""
-        return sum(file_size(shard_path(self.folder, number)) or 0 for number in range(len(self.plan.shards)))
+        return shard_bytes(self.folder, self.plan.numbers)
 
     @property
     def final_norm(self) -> FinalNorm | None:
-        """The backbone's final norm as stored."""
-        return read_norm(self.folder, self.plan.norm_eps)
+        """The backbone's final norm as stored.
+
+        Raises:
+            StoreError: its file is missing or damaged.
+        """
+        return read_norm(self.folder, self.plan)
 
     def missing(self, keys: Sequence[str]) -> list[str]:
         """Keys that the store does not hold."""
@@ -196,13 +234,13 @@ class Store:
         """
         spec = self.plan.spec if spec is None else spec
         slots = self._places(keys)
-        for shard, _ in slots:
-            self._shard(shard)  # it has the plan's shapes, or no memory is taken for them
+        for shard in {shard for shard, _ in slots}:
+            self._map(shard)  # it has the plan's shapes, or no memory is taken for them
         layers = []
         for tap in spec.taps:
             batch = torch.empty(len(keys), tap.num_tokens, tap.width)
             for row, (shard, slot) in enumerate(slots):
-                batch[row].copy_(self._shard(shard)[tap.name][slot])
+                batch[row].copy_(self._tensor(shard, tap.name)[slot])
             layers.append(batch)
         return Features(tuple(layers), spec)
 
@@ -215,7 +253,7 @@ class Store:
         slots = self._places(keys)
 
         def column(name: str) -> Tensor:
-            return torch.stack([self._shard(shard)[name][slot] for shard, slot in slots])
+            return torch.stack([self._tensor(shard, name)[slot] for shard, slot in slots])
 
         names = self.plan.spec.names
         return Summary(
@@ -229,32 +267,57 @@ class Store:
         """Which samples were decoded: (n,) bool."""
         return np.array([key not in self.skipped for key in keys], dtype=bool)
 
+    def damaged(
+        self, keys: Sequence[str], taps: Iterable[str] | None = None, *, quiet: bool = True
+    ) -> dict[int, str]:
+        """Hash all that a reading of these samples would touch, once: shard number -> what is wrong.
+
+        Args:
+            keys: samples of the store.
+            taps: whose features will be read, none for summaries alone; None: all.
+            quiet: no progress.
+        """
+        numbers = sorted({shard for shard, _ in self._places(keys)})
+        unread = set() if taps is None else set(self.plan.spec.names) - set(taps)
+
+        def check(number: int) -> str | None:
+            try:
+                for name in self._entries[number].tensors:
+                    if name not in unread:
+                        self._tensor(number, name)
+            except StoreError as error:
+                return str(error)
+            return None
+
+        found = {}
+        quiet = quiet or shard_bytes(self.folder, numbers) < SHOW_BYTES
+        with (
+            Progress("check", len(numbers), "shards", quiet=quiet) as progress,
+            ThreadPoolExecutor(HASHERS) as pool,
+        ):
+            for number, defect in zip(numbers, pool.map(check, numbers), strict=True):
+                if defect is not None:
+                    found[number] = defect
+                progress.advance(1)
+        return found
+
     def _places(self, keys: Sequence[str]) -> list[tuple[int, int]]:
         self.require(keys)
         return [self._slots[key] for key in keys]
 
-    def _shard(self, number: int) -> dict[str, Tensor]:
-        if number not in self._maps:
-            path = shard_path(self.folder, number)
-            tensors = map_tensors(path)
-            self._check_shapes(path, tensors, len(self.plan.shards[number]))
-            self._maps[number] = tensors
-        return self._maps[number]
+    def _tensor(self, number: int, name: str) -> Tensor:
+        """A tensor of a shard, hashed at the first touch."""
+        found = self._checked.get((number, name))
+        if found is None:
+            found = self._checked[number, name] = self._map(number).checked(name, self._entries[number])
+        return found
 
-    def _check_shapes(self, path: Path, tensors: dict[str, Tensor], count: int) -> None:
-        """A shard must hold what the plan says: another shape could be read as something else."""
-        expected = {"valid": (count,), "summary.mean_square": (count, len(self.plan.spec))}
-        for tap in self.plan.spec.taps:
-            expected[tap.name] = (count, tap.num_tokens, tap.width)
-            expected[f"summary.mean.{tap.name}"] = (count, tap.width)
-            expected[f"summary.cls.{tap.name}"] = (count, 0 if tap.cls_index is None else tap.width)
-        for name, shape in expected.items():
-            if name not in tensors or tuple(tensors[name].shape) != shape:
-                got = f"shape {tuple(tensors[name].shape)}" if name in tensors else "no such tensor"
-                raise StoreError(
-                    f"shard {path} is damaged: {name!r} has {got}, expected shape {shape}. "
-                    f"Type: sidetune store verify {self.folder}"
-                )
+    def _map(self, number: int) -> MappedShard:
+        if number not in self._maps:
+            shard = map_shard(shard_path(self.folder, number))
+            shard.require(record_shapes(self.plan.spec, len(self.plan.shards[number])))
+            self._maps[number] = shard
+        return self._maps[number]
 
 
 def write_store_head(folder: Path, plan: Plan, norm: FinalNorm | None) -> None:
@@ -264,73 +327,58 @@ def write_store_head(folder: Path, plan: Plan, norm: FinalNorm | None) -> None:
     write_json(folder / "plan.json", plan.to_json())
 
 
-def read_norm(folder: Path, eps: float | None) -> FinalNorm | None:
-    """The final norm beside a store; None where eps is None.
+def norm_digest(norm: FinalNorm) -> str:
+    """sha256 over weight and bias, as float32."""
+    pair = torch.stack([norm.weight, norm.bias]).detach().to("cpu", torch.float32)
+    return hashlib.sha256(pair.numpy().tobytes()).hexdigest()
+
+
+def read_norm(folder: Path, plan: Plan) -> FinalNorm | None:
+    """The final norm beside a store; None where the plan has none.
 
     Raises:
         StoreError: its file is missing or damaged.
     """
-    if eps is None:
+    if plan.norm_eps is None:
         return None
+    path, again = folder / "norm.safetensors", "Type the same extract or fit command again: it writes it anew"
     try:
-        tensors = load_file(folder / "norm.safetensors")
-        return FinalNorm(tensors["weight"], tensors["bias"], eps)
-    except (OSError, SafetensorError, KeyError) as error:
+        tensors = load_file(path)
+        norm = FinalNorm(tensors["weight"], tensors["bias"], plan.norm_eps)
+        found = norm_digest(norm)
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise StoreError(f"{path} is missing or damaged: {error}. {again}") from error
+    if found != plan.norm:
         raise StoreError(
-            f"{folder / 'norm.safetensors'} is missing or damaged: {error}. "
-            f"Type: rm {folder / 'manifest.json'}, then the same extract command"
-        ) from error
+            f"{path} is damaged or another: its sha256 starts with {found[:12]}, expected "
+            f"{str(plan.norm)[:12]}. {again}"
+        )
+    return norm
 
 
 def write_manifest(folder: Path, plan: Plan) -> None:
     """Declare a store complete whose shards are all written."""
+    write_json(folder / "manifest.json", manifest_fields(folder, plan))
+
+
+def manifest_fields(folder: Path, plan: Plan) -> dict[str, Any]:
+    """What manifest.json holds.
+
+    Raises:
+        StoreError: a shard is not written.
+    """
     samples: list[dict[str, Any]] = []
-    for number, keys in enumerate(plan.shards):
-        entry = read_shard_entry(folder, number)
-        for slot, key in enumerate(keys):
-            label = None if entry is None else entry.labels.get(slot)
-            samples.append({"key": key, "records": [len(samples)], "label": label})
-    norm = folder / "norm.safetensors"
-    write_json(
-        folder / "manifest.json",
-        {
-            "format": FORMAT,
-            "identity": plan.identity.digest,
-            "norm": sha256_file(norm) if norm.exists() else None,
-            "records": len(samples),
-            "samples": samples,
-        },
-    )
-
-
-def verify(folder: Path) -> list[str]:
-    """Read every byte of a store: one line a defect, none when all is well."""
-    plan = Plan.read(folder)
-    again, manifest, norm = "the same extract command", folder / "manifest.json", folder / "norm.safetensors"
-    defects = []
-    if not manifest.exists():
-        defects.append(f"manifest.json: missing, the store is not complete. Type {again} again: it resumes")
-    elif (sha256_file(norm) if norm.exists() else None) != read_json_object(manifest, "a manifest").get(
-        "norm"
-    ):
-        defects.append(f"norm.safetensors: not as written. Type: rm {manifest}, then {again}")
-    for number in range(len(plan.shards)):
-        path, entry = shard_path(folder, number), read_shard_entry(folder, number)
-        if entry is None or not path.exists():
-            what = "missing" if entry else "no checksum file"
-            defects.append(f"{path.name}: {what}. Type {again} again: it resumes")
-        elif (found := sha256_file(path)) != entry.sha256:
-            defects.append(
-                f"{path.name}: sha256 is {found[:12]}.., expected {entry.sha256[:12]}... "
-                f"Type: rm {path}, then {again}"
-            )
-    return defects
-
-
-def list_stores(root: Path | None = None) -> list[Path]:
-    """Every store under a folder; None: ``$SIDETUNE_STORES``, else ./.sidetune/stores."""
-    root = stores_root() if root is None else root
-    return sorted(path.parent for path in root.glob("*/plan.json"))
+    for number in plan.numbers:
+        labels = read_shard_entry(folder, number, plan.claim(number)).labels
+        for slot, key in enumerate(plan.shards[number]):
+            samples.append({"key": key, "records": [len(samples)], "label": labels.get(slot)})
+    return {
+        "format": FORMAT,
+        "identity": plan.identity.digest,
+        "norm": plan.norm,
+        "records": len(samples),
+        "samples": samples,
+    }
 
 
 def stores_root() -> Path:
@@ -338,19 +386,6 @@ def stores_root() -> Path:
     return Path(os.environ.get("SIDETUNE_STORES", ".sidetune/stores"))
 
 
-def describe(folder: Path) -> dict[str, Any]:
-    """One line about a store, complete or not."""
-    plan = Plan.read(folder)
-    written = [keys for number, keys in enumerate(plan.shards) if read_shard_entry(folder, number)]
-    complete = (folder / "manifest.json").exists()
-    return {
-        "store": str(folder),
-        "architecture": plan.identity.architecture,
-        "identity": plan.identity.digest,
-        "samples": sum(map(len, written)),
-        "planned": sum(map(len, plan.shards)),
-        "taps": len(plan.spec),
-        "dtype": plan.dtype,
-        "bytes": sum(file_size(shard_path(folder, number)) or 0 for number in range(len(plan.shards))),
-        "state": "complete" if complete else "not complete: extract again",
-    }
+def shard_bytes(folder: Path, numbers: Iterable[int]) -> int:
+    """Bytes of shards on disk."""
+    return sum(file_size(shard_path(folder, number)) or 0 for number in numbers)

@@ -16,6 +16,7 @@ from sidetune.predict import Prediction
 from sidetune.progress import printable
 from sidetune.recipe import Recipe
 from sidetune.sides import SOLVED
+from sidetune.upkeep import Garbage
 
 LIKELIEST = 3  # classes that are shown of an image
 
@@ -85,10 +86,30 @@ def store_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Two lines a store: its path alone, so that it can be copied, and what it holds."""
     for row in rows:
         yield row["store"]
+        if "samples" not in row:  # damaged: nothing is known of it
+            yield f"    {row['state']}"
+            continue
         yield (
             f"    {row['architecture']} · {row['samples']:,} samples · {row['taps']} taps · {row['dtype']} · "
             f"{size(row['bytes'])} · {row['state']}"
         )
+
+
+def garbage_lines(found: Sequence[Garbage], removed: bool) -> Iterator[str]:
+    """Two lines a store: its path, and what goes or has gone; then what to type."""
+    for one in found:
+        yield str(one.folder)
+        if not one.files:
+            yield "    nothing to remove"
+            continue
+        what = "the whole store, which is not complete: " if one.plan is None else ""
+        samples = f"{one.samples:,} samples, " if one.samples else ""
+        files = "1 file" if len(one.files) == 1 else f"{len(one.files):,} files"
+        yield f"    {what}{samples}{files}, {size(one.bytes)} {'removed' if removed else 'would go'}"
+        if one.kept:
+            yield f"    {one.kept:,} samples that the data do not name stay: they share shards with others"
+    if not removed and any(one.files for one in found):
+        yield "Nothing was removed. Type: the same command with --yes"
 
 
 def print_names(lines: Mapping[str, str]) -> None:

@@ -1,102 +1,177 @@
 """kill -9 at any moment, the same command again: the same bytes as if nothing had happened.
 
-A command is killed from within, at the n-th event of a kind, so that every moment is exact.
+A command is killed from within, at the n-th event of a kind, so that every moment is exact, and it writes
+down what it reaches, so that the moment is proven. `make kill` is the same in large.
 """
 
-import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
+import time
 
 import numpy as np
 import pytest
 
 from images import make_folder
+from killing import (
+    KILLED,
+    STEPS,
+    Server,
+    digests,
+    everything,
+    finished_shards,
+    kill_job,
+    kind_of,
+    make_jobs,
+)
 from sidetune.errors import ArtifactError, StoreError
-from sidetune.files import sha256_file
 from sidetune.runs import Run
-from sidetune.store import Store, verify
-
-# Imports once, then forks a process for each command: to import torch anew takes seconds each time.
-SERVER = """
-import importlib, json, os, runpy, signal, sys, traceback
-
-import matplotlib.pyplot, scipy.optimize, torch
-import sidetune.cli, sidetune.files, sidetune.report
-from sidetune.backbones.hooked import HookedBackbone
-
-extract = importlib.import_module("sidetune.extract")  # the package's attribute is the function
-extract.SHARD_RECORDS, extract.MICRO_BATCH = 20, 4
-importlib.import_module("sidetune.train").CHECKPOINT_SECONDS = 0.0
-torch.set_num_threads(1)
-
-
-def watch(owner, name, event, die):
-    original, counts = getattr(owner, name), {}
-
-    def reach(moment):
-        counts[moment] = counts.get(moment, 0) + 1
-        if die == [moment, counts[moment]]:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def watched(*args, **kwargs):
-        reach("before " + event(*args))
-        result = original(*args, **kwargs)
-        reach("after " + event(*args))
-        return result
-
-    setattr(owner, name, watched)
-
-
-for line in sys.stdin:
-    job = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, 1), os.dup2(log, 2)
-        # A file is written under a temporary name, then `_commit` renames it.
-        watch(sidetune.files, "_commit", lambda temporary, path: path.name, job["die"])
-        watch(HookedBackbone, "__call__", lambda *_: "backbone", job["die"])
-        watch(torch.optim.AdamW, "step", lambda *_: "step", job["die"])
-        sys.argv = ["sidetune", *job["command"]]
-        try:
-            runpy.run_module("sidetune", run_name="__main__")
-        except SystemExit as done:
-            os._exit(done.code or 0)  # to take torch down takes seconds, too
-        except Exception:
-            traceback.print_exc()
-        os._exit(1)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-os._exit(0)
-"""
-KILLED = -signal.SIGKILL
+from sidetune.store import Store
+from sidetune.upkeep import verify
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    """Runs `python -m sidetune ...` in a process of its own; may kill it; returns its exit code."""
-    log = tmp_path_factory.mktemp("log") / "log"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, "-c", SERVER], **pipes, env=one_thread, text=True) as server:
-
-        def run(*words, die=None):
-            job = {"command": [str(word) for word in words], "die": die, "log": str(log)}
-            server.stdin.write(json.dumps(job) + "\n")
-            server.stdin.flush()
-            code = int(server.stdout.readline())
-            assert code in (0, KILLED), log.read_text()
-            return code
-
-        yield run
-        server.stdin.close()
+def server(tmp_path_factory):
+    found = Server(tmp_path_factory.mktemp("log"))
+    yield found
+    found.close()
 
 
-def digests(folder: Path) -> dict[str, str]:
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
-    return {str(path.relative_to(folder)): sha256_file(path) for path in files}
+@pytest.fixture(scope="module")
+def command(server):
+    return server.run
+
+
+@pytest.fixture(scope="module")
+def jobs(server, tmp_path_factory):
+    """extract, fit and gc, each run once uninterrupted."""
+    return make_jobs(server, tmp_path_factory.mktemp("jobs"))
+
+
+# every kind of moment, one after another in one folder
+
+
+def chain(server, job, folder, moments):
+    """Kill a job at each moment in turn, then let it end. Returns the kinds that were hit, and all traces."""
+    job.prepare(folder)
+    words, kinds, traces, written = job.words(folder), [], [], finished_shards(folder / "s")
+    for die in moments:
+        started = server.start(*words, die=die)
+        assert started.wait() == KILLED, die
+        traces.append(started.trace())
+        assert traces[-1][-1] == die
+        if words[0] != "store" and not any(("after artifact.json", 1) in trace for trace in traces):
+            with pytest.raises(
+                (StoreError, ArtifactError), match=r"is not (complete|a finished run)|plan\.json"
+            ):
+                _ = Run.open(folder / "r") if words[0] == "fit" else Store.open(folder / "s")
+        kinds.append(kind_of(die[0], words[0]))
+        now = finished_shards(folder / "s")
+        assert {name: now.get(name) for name in written if f"s/shards/{name}" in job.made} == {
+            name: when for name, when in written.items() if f"s/shards/{name}" in job.made
+        }, "no finished shard is lost or written again"
+        written = now
+    assert server.run(*words) == 0
+    assert everything(folder) == job.made, "the same bytes, and no file is left over"
+    assert verify(folder / "s") == []
+    return kinds, traces
+
+
+def test_extract_is_killed_at_every_kind_of_moment(server, jobs, tmp_path):
+    rng = np.random.default_rng(5)
+    kinds, _ = chain(
+        server,
+        jobs["extract"],
+        tmp_path / "f",
+        [
+            ("after plan.json", 1),
+            ("before decode", int(rng.integers(1, 20))),
+            ("after decode", 20 + int(rng.integers(1, 20))),
+            ("after backbone", int(rng.integers(1, 5))),
+            ("half 00001.safetensors", 1),
+            ("after 00001.safetensors", 1),
+            ("half 00001.json", 1),
+            ("before 00002.json", 1),
+            ("half manifest.json", 1),
+            ("before manifest.json", 1),
+        ],
+    )
+    assert set(kinds) == {
+        "plan",
+        "decoding",
+        "middle of a shard",
+        "writing a shard",
+        "between shard and checksum file",
+        "manifest",
+    }
+
+
+def test_a_fit_is_killed_at_every_kind_of_moment(server, jobs, tmp_path):
+    kinds, traces = chain(
+        server,
+        jobs["fit"],
+        tmp_path / "f",
+        [
+            ("half checkpoint.safetensors", 6),  # the temporary file is half written; 5 steps are kept
+            ("before checkpoint.safetensors", 4),  # whole, not yet renamed: 5 + 3
+            ("after checkpoint.safetensors", 2),  # 8 + 2
+            ("before step", STEPS - 10),  # the last one: 17 are kept
+            ("after side.safetensors", 1),
+            ("half artifact.json", 1),
+            ("after artifact.json", 1),  # a finished run, with its checkpoint and without its report
+            ("half report.html", 1),
+        ],
+    )
+    assert set(kinds) == {
+        "writing a checkpoint",
+        "after a checkpoint",
+        "training step",
+        "writing the artifact",
+        "writing the report",
+    }
+    steps = [sum(event == "before step" for event, _ in trace) for trace in traces]
+    assert steps == [6, 4, 2, 8, 1, 0, 0, 0], "no step is taken twice but the one in flight"
+
+
+def test_gc_is_killed_at_every_kind_of_moment(server, jobs, tmp_path):
+    moments = [
+        ("half plan.json", 1),
+        ("after plan.json", 1),
+        ("before manifest.json", 1),
+        ("before remove", 2),
+        ("after remove", 3),
+    ]
+    for number in (1, 2, 5):
+        folder = tmp_path / str(number)
+        kinds, _ = chain(server, jobs["gc"], folder, moments[:number])
+        assert set(kinds) == {"store gc"}
+
+
+@pytest.mark.parametrize(("name", "seed"), [("extract", 0), ("fit", 1), ("gc", 2)])
+def test_moments_drawn_at_random_and_by_the_clock(server, jobs, tmp_path, name, seed):
+    killed = kill_job(server, jobs[name], tmp_path / "f", np.random.default_rng(seed), 3)
+    assert (killed.differing, killed.lost) == ([], [])
+    assert killed.kinds, "it was killed at least once"
+
+
+def test_the_one_that_waits_goes_on_when_the_holder_is_killed(server, jobs, tmp_path):
+    job, folder = jobs["extract"], tmp_path / "f"
+    job.prepare(folder)
+    holder = server.start(*job.words(folder), die=("after 00000.safetensors", 1), stop=True)
+    until(lambda: ("after 00000.safetensors", 1) in holder.trace())
+    waiter = server.start(*job.words(folder))
+    said = f"another process works in {folder / 's'}; waiting for it"
+    until(lambda: said in waiter.log.read_text())
+    os.kill(holder.pid, signal.SIGKILL)
+    assert (holder.wait(), waiter.wait()) == (KILLED, 0)
+    assert everything(folder) == job.made
+    assert waiter.trace()[0] == ("half norm.safetensors", 1), "it began where the holder had to leave off"
+
+
+def until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 # extract: 200 images in 10 shards of 5 micro-batches each
@@ -168,70 +243,11 @@ def test_a_store_killed_at_its_very_beginning_and_end(command, photos, uninterru
     assert digests(tmp_path / "s") == uninterrupted
 
 
-# fit: 36 images to train on in 3 steps an epoch, a checkpoint after every step
-
-EPOCHS, STEPS = 6, 18
-SETTINGS = ("side.drop_path=0.2", "train.select=best", f"train.epochs={EPOCHS}", "train.batch_size=14")
-COMPARED = ("side.safetensors", "predictions.csv", "skipped.csv", "recipe.json")
+# a finished run
 
 
-@pytest.fixture(scope="module")
-def fit(command, image_folder, tmp_path_factory):
-    """Runs `fit` into a folder; all runs share one store."""
-    store = tmp_path_factory.mktemp("fit") / "s"
-    settings = [word for setting in SETTINGS for word in ("--set", setting)]
-
-    def run(out, die):
-        words = ("fit", image_folder, "--backbone", "toy", "--store", store, *settings)
-        return command(*words, "--out", out, die=die)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def finished(fit, tmp_path_factory):
-    """A run that was not interrupted. One step more than it takes would have killed it."""
-    out = tmp_path_factory.mktemp("finished") / "r"
-    assert fit(out, ["before step", STEPS + 1]) == 0
-    return out
-
-
-def assert_equal_runs(run, other):
-    assert {name: digests(run)[name] for name in COMPARED} == {
-        name: digests(other)[name] for name in COMPARED
-    }
-    assert history(run) == history(other)
-    assert digests(run).keys() == digests(other).keys(), "no checkpoint, no temporary file is left"
-
-
-def history(run):
-    lines = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
-
-
-def test_a_fit_killed_in_training_ends_with_the_weights_of_one_that_was_not(fit, finished, tmp_path):
-    out = tmp_path / "r"
-    for die in (
-        ["after step", 8],  # mid-epoch: the checkpoint holds 7 steps
-        ["before checkpoint.safetensors", 5],  # the fifth has not taken the fourth's place: 7 + 4 steps
-        ["after checkpoint.safetensors", 3],  # the third has: 11 + 3 steps
-    ):
-        assert fit(out, die) == KILLED
-        with pytest.raises(ArtifactError, match="is not a finished run"):
-            Run.open(out)
-    assert fit(out, ["before step", STEPS - 14 + 1]) == 0, "no step is taken twice"
-    assert_equal_runs(out, finished)
-
-
-def test_a_fit_killed_at_its_end_does_not_train_again(fit, finished, tmp_path):
-    out = tmp_path / "r"
-    assert fit(out, ["before step", STEPS]) == KILLED
-    assert fit(out, ["before side.safetensors", 1]) == KILLED  # all is written but artifact and weights
-    assert fit(out, ["before step", 1]) == 0
-    assert_equal_runs(out, finished)
-
-
-def test_a_finished_fit_is_not_fitted_again(fit, finished):
-    before = digests(finished)
-    assert fit(finished, ["before step", 1]) == 0
-    assert digests(finished) == before
+def test_a_finished_fit_is_not_fitted_again(command, jobs):
+    folder = jobs["fit"].at
+    before = digests(folder)
+    assert command(*jobs["fit"].words(folder), die=("before step", 1)) == 0
+    assert digests(folder) == before
