@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from sidetune.errors import SidetuneError
 
+HALF = re.compile(r"\\u[dD][89a-fA-F]")
 DEEPEST = 50  # objects and lists in one another
 TOO_DEEP = f"objects and lists are nested more than {DEEPEST} deep"
 TEMPORARY = ".sidetune-tmp"  # ends the name of a file that is being written
@@ -79,6 +81,11 @@ def parse_json(text: str, *, nan: bool = False) -> Any:  # noqa: ANN401 - any JS
         )
     if level:
         raise ValueError(TOO_DEEP)
+    if HALF.search(text):  # an escape of half a character, or of both halves of one
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("a text holds half a character, which no file can hold") from error
     return value
 
 

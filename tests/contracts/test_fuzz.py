@@ -187,6 +187,8 @@ def test_a_part_of_a_recipe_that_is_none():
         ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' stands there twice"),
         ("9" * 5000, "Exceeds the limit (4300 digits)"),
         ("", "Expecting value"),
+        ('{"a": "\\ud800"}', "a text holds half a character"),
+        ('{"\\uDFFF": 1}', "a text holds half a character"),
     ],
 )
 def test_json_that_is_not_ours(text, said):
@@ -194,6 +196,7 @@ def test_json_that_is_not_ours(text, said):
         parse_json(text)
     assert said in str(caught.value)
     assert parse_json("[" * 50 + "]" * 50) is not None
+    assert parse_json('["\\ud83d\\ude00"]') == ["\U0001f600"]
     assert parse_json("[NaN]", nan=True)[0] != parse_json("[1]")[0]
 
 
@@ -483,7 +486,10 @@ def test_class_names_that_no_file_can_hold(tmp_path):
         (tmp_path / f"{part}.txt").write_text(f"{part}.jpg 0\n")
         (tmp_path / f"{part}.jpg").touch()
     (tmp_path / "train800val200.txt").write_text("train800.jpg 0\nval200.jpg 0\n")
-    for names in ('["\\ud800"]', "5", '[["a"]]', '"abc"'):
+    (tmp_path / "info.json").write_text('{"classes": ["\\ud800"]}')
+    with pytest.raises(DataError, match="is not JSON: a text holds half a character"):
+        load_dataset(tmp_path)
+    for names in ("5", '[["a"]]', '"abc"'):
         (tmp_path / "info.json").write_text(f'{{"classes": {names}}}')
         with pytest.raises(DataError, match="'classes' is no list of names; expected 1 texts"):
             load_dataset(tmp_path)

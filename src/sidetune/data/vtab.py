@@ -150,7 +150,7 @@ def _class_names(root: Path, count: int) -> tuple[str, ...]:
     names = info.get("classes") if isinstance(info, dict) else None
     if names is None:
         return tuple(str(label) for label in range(count))
-    if not isinstance(names, list) or not all(isinstance(name, str) and _is_text(name) for name in names):
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"{file}: 'classes' is no list of names; expected {count} texts, or no 'classes'")
     if len(names) < count or len(set(names)) != len(names):
         raise DataError(
@@ -158,8 +158,3 @@ def _class_names(root: Path, count: int) -> tuple[str, ...]:
             f"expected {count} different names, or no 'classes'"
         )
     return tuple(names)
-
-
-def _is_text(name: str) -> bool:
-    """JSON can write half of a character, which no file can hold."""
-    return not any("\ud800" <= character <= "\udfff" for character in name)
