@@ -15,7 +15,7 @@ import struct
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from extracting import seal_again
 from images import make_folder
 from sidetune import Recipe, build_backbone, fit
 from sidetune.artifact import Artifact
@@ -209,17 +210,25 @@ def _store_and_run(root: Path, photos: Path) -> list[Target]:
         fields["weights"] = sha256_file(root / "run" / "side.safetensors")
         (root / "run" / "artifact.json").write_text(json.dumps(fields))
 
+    def seal(root: Path) -> None:
+        """The seals of a store, likewise, where what was changed is still JSON of some kind."""
+        with suppress(ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
+            seal_again(root / "store")
+
     def measure(root: Path) -> None:
-        """The shard's length, likewise."""
+        """The shard's length, and the seal over it."""
         path = root / "store" / "shards" / "00000.json"
         length = path.with_suffix(".safetensors").stat().st_size
         path.write_text(json.dumps({**json.loads(path.read_text()), "bytes": length}))
+        seal(root)
 
     page = ("run/report.html",)
     parts = ("plan.json", "manifest.json", "norm.safetensors", "shards/00000.json")
     files = ("artifact.json", "metrics.json", "recipe.json", "history.jsonl", "skipped.csv")
     return [
         *(Target("store", f"store/{part}", store) for part in parts),
+        Target("store", "store/plan.json", store, seal),
+        Target("store", "store/shards/00000.json", store, seal),
         Target("store", "store/shards/00000.safetensors", store),
         Target("store", "store/shards/00000.safetensors", store, measure),
         *(Target("artifact", f"run/{name}", run, writes=page) for name in files),

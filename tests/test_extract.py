@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from extracting import EXTRACT, FEW, bring, contents, toy
+from extracting import EXTRACT, FEW, bring, contents, seal_again, toy
 from sidetune.data import load_dataset, load_image
 from sidetune.errors import DataError, StoreError
 from sidetune.extract import extract, sample_keys
@@ -325,6 +325,7 @@ def test_the_store_knows_of_which_files_it_holds_the_first_frame(own, tmp_path, 
     entry = json.loads(path.read_text())
     del entry["animated"]  # as stores were written before
     path.write_text(json.dumps(entry))
+    seal_again(tmp_path / "s")
     assert Store.open(tmp_path / "s").animated == frozenset()
 
 
