@@ -82,7 +82,10 @@ def test_weights_cut_short_are_seen(runs, tmp_path):
     ("name", "message"),
     [
         ("side.safetensors", "side.safetensors is missing, expected the side's weights"),
-        ("artifact.json", "is not a finished run: it has no artifact.json. Type: sidetune fit DATA --out"),
+        (
+            "artifact.json",
+            "is not a finished run: it has no artifact.json. A fit was begun there and not ended. ",
+        ),
     ],
 )
 def test_a_missing_file_is_named(runs, tmp_path, name, message):

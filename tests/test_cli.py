@@ -13,6 +13,7 @@ from fitted_runs import read_csv
 from images import make_csv
 from sidetune import cli
 from sidetune.backbones import demo as demo_backbone
+from sidetune.usage import EXAMPLES, QUICK_START
 
 COMMANDS = [
     "fit",
@@ -21,6 +22,7 @@ COMMANDS = [
     "predict",
     "backbones",
     "sides",
+    "doctor",
     "demo",
     "store ls",
     "store verify",
@@ -85,7 +87,9 @@ def test_help_of_the_whole(run_cli):
     assert code == 0
     for command in COMMANDS:
         assert re.search(rf"│ {command.split()[0]} +\w", out)
-    assert run_cli()[0] == 2
+    code, out, _ = run_cli()
+    assert code == 2
+    assert QUICK_START in re.sub(r"^ | +$", "", out, flags=re.MULTILINE), "three lines to begin with"
     code, _, err = run_cli("fitt")
     assert code == 2
     assert "Did you mean 'fit'?" in err
@@ -172,11 +176,24 @@ def test_without_a_test_split_the_interval_is_of_validation(run_cli, tmp_path):
         ),
         (["--backbone", "toi"], "no backbone named 'toi'. Did you mean 'toy'? Known: demo, timm:MODEL, toy."),
         (["--set", "train.epoch=3"], "no setting 'train.epoch'. Did you mean 'train.epochs'?"),
-        (["--set", "rank=3"], "--set got 'rank=3', expected part.field=value. Type: --set side.rank=16"),
+        (["--set", "rank=3"], "--set got 'rank=3', expected part.field=value. Type: --set side.rank=3"),
         (["--set", "train.epochs=0"], "train.epochs is 0: input should be greater than or equal to 1"),
         (
             ["--task", "segment"],
             "data.task is 'segment': input should be 'classify', 'multilabel' or 'regress'",
+        ),
+        (["--task", "clasify"], "'multilabel' or 'regress'. Did you mean 'classify'?"),
+        (
+            ["--set", "epochs=3"],
+            "--set got 'epochs=3', expected part.field=value. Type: --set train.epochs=3",
+        ),
+        (["--backbone", "timm"], "Known: demo, timm:MODEL, toy. Type: --backbone timm:vit_base_patch16_224"),
+        (["--backbone", "tim:vit_x"], "no backbone named 'tim:vit_x'. Did you mean 'timm:vit_x'?"),
+        (["--backbone", "vit_small_patch16_224"], "Did you mean 'timm:vit_small_patch16_224'? Known: demo"),
+        (["--backbone", "timm:vit_bse_patch16_224"], "Did you mean vit_base_patch16_224"),
+        (
+            ["--backbone", "timm:vit_base_patch16_224.dinoo"],
+            "has no weights 'vit_base_patch16_224.dinoo', of vit_base_patch16_224. Did you mean 'dino'?",
         ),
         (["--task", "regress"], "so only --task classify without --labels is possible, got --task regress"),
         (["--size", "33"], "size 33 is not a multiple of the patch size 8. Type: --size 32 or --size 40"),
@@ -184,7 +201,7 @@ def test_without_a_test_split_the_interval_is_of_validation(run_cli, tmp_path):
             ["--weights", "a.pth"],
             "backbone 'toy' takes no 'weights'. Known: precision, resize, seed, size, taps.",
         ),
-        (["--device", "gpu"], "no device named 'gpu'. Did you mean 'cpu'?"),
+        (["--device", "gpu"], "no device named 'gpu'. Did you mean 'cuda'?"),
         (["--live", "--store", "s"], "got --store s and --live, which stores nothing. Type one of the two"),
         (
             ["--set", "side.pool=tokens"],
@@ -200,6 +217,31 @@ def test_wrong_requests_exit_2_and_leave_nothing(run_cli, image_folder, tmp_path
     assert message in err
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("photoz", "photoz: nothing there, expected a folder of class folders"),
+        ("photoz", "Did you mean 'photos'? Type: sidetune fit FOLDER"),
+        ("tabel.csv", "Did you mean 'table.csv'?"),
+    ],
+)
+def test_a_misspelt_path_gets_the_nearest(run_cli, tmp_path, typed, message):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "table.csv").touch()
+    code, _, err = run_cli("fit", typed, "--backbone", "toy", "--out", "run")
+    assert code == 2
+    assert message in err
+
+
+def test_a_misspelt_class_folder_gets_the_nearest(run_cli, image_folder, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(image_folder, data / "train")
+    shutil.copytree(image_folder / "class1", data / "test" / "clas1")
+    code, _, err = run_cli("fit", data, "--backbone", "toy", "--out", "run")
+    assert code == 2
+    assert "class 'clas1' is in test but not in train, so nothing can learn it. Did you mean 'class1'?" in err
 
 
 def test_wrong_data_exit_2(run_cli, image_folder, tmp_path):
@@ -234,6 +276,8 @@ def test_wrong_data_exit_2(run_cli, image_folder, tmp_path):
         (["fit", "images", "--out", "file"], "Invalid value for '--out'"),
         (["fit", "images", "--out", "run", "--store", "file"], "Invalid value for '--store'"),
         (["predict", "run"], "Missing argument 'IMAGE'"),
+        (["fit", "images", "--bakbone", "toy", "--out", "run"], "Possible options: --backbone"),
+        (["store", "verfy"], "No such command 'verfy'. Did you mean 'verify'?"),
     ],
 )
 def test_wrong_command_lines_exit_2(run_cli, tmp_path, arguments, message):
@@ -241,6 +285,8 @@ def test_wrong_command_lines_exit_2(run_cli, tmp_path, arguments, message):
     code, out, err = run_cli(*arguments)
     assert (code, out) == (2, "")
     assert message in plain(err)
+    assert re.fullmatch(rf"Example: sidetune {arguments[0]} \w.*", err.splitlines()[-1])
+    assert max(map(len, err.splitlines())) <= 80
     code, out, _ = run_cli(*arguments, "--json")
     assert code == 2
     assert only_object(out) == {"error": "the command line is wrong: stderr says where", "exit": 2}
@@ -354,6 +400,43 @@ def test_predict_prints_a_line_an_image(run_cli, image_folder, runs):
         "error": "No such file or directory",
         "withheld": [],
     }
+
+
+def test_predict_takes_folders(run_cli, image_folder, runs, tmp_path):
+    (tmp_path / "empty").mkdir()
+    code, out, _ = run_cli(
+        "predict", runs("ridge").folder, image_folder, image_folder / "class1" / "0001.png"
+    )
+    paths = [line.split("\t")[0] for line in out.splitlines()]
+    assert code == 0
+    assert len(paths) == 61
+    assert paths[:60] == sorted(map(str, image_folder.rglob("*.png")))
+    code, out, err = run_cli("predict", runs("ridge").folder, "empty")
+    assert (code, out) == (2, "")
+    assert "empty is a folder without an image (.bmp .gif" in err
+    assert "Type: sidetune predict RUN IMAGE, or RUN and a folder of images" in err
+
+
+def test_a_run_that_is_not_ended_or_misspelt(run_cli, image_folder, runs, tmp_path):
+    begun = runs.copy(tmp_path / "begun", "ridge")
+    (begun / "artifact.json").unlink()
+    code, _, err = run_cli("eval", "begun", image_folder)
+    assert code == 1
+    assert "A fit was begun there and not ended. Type: the same fit command again: it resumes" in err
+    code, _, err = run_cli("eval", "begum", image_folder)
+    assert "it has no artifact.json. Did you mean 'begun'? Type: sidetune fit DATA --out begum" in err
+
+
+def test_examples_parse():
+    group = typer.main.get_command(cli.app)
+    for line in [*EXAMPLES.values(), *(re.split(r" {2,}", line)[0] for line in QUICK_START.splitlines())]:
+        name, *arguments = line.split()
+        assert name == "sidetune"
+        command = group
+        while hasattr(command, "commands"):
+            command = command.commands[arguments.pop(0)]
+        command.make_context(line, arguments, resilient_parsing=False)
+    assert set(EXAMPLES) <= {*COMMANDS, "store"}
 
 
 def test_eval_prints_every_score(run_cli, image_folder, runs):

@@ -427,7 +427,7 @@ def test_requests_that_are_refused_before_anything_is_done(image_folder, tmp_pat
         ({"out": tmp_path / "full"}, "holds no run but thesis.tex; expected an empty or a new folder"),
         ({"store": file}, f"{file} is a file, expected a store's folder. Type: --store with a new folder"),
         ({"store": tmp_path / "s", "recipe": live}, "and --live, which stores nothing. Type one of the two"),
-        ({"device": "gpu"}, "no device named 'gpu'. Did you mean 'cpu'? Known: auto, cpu, cuda"),
+        ({"device": "gpu"}, "no device named 'gpu'. Did you mean 'cuda'? Known: auto, cpu, cuda"),
         ({"device": "cuda:99"}, "got device 'cuda:99', and PyTorch finds"),
     ]
     for arguments, message in wrong:

@@ -64,15 +64,20 @@ def test_the_default_side_is_losa():
     [
         ("rank=16", "--set got 'rank=16', expected part.field=value. Type: --set side.rank=16"),
         ("side.rank", "--set got 'side.rank', expected part.field=value. Type: --set side.rank=16"),
-        ("side.rnk=16", "no setting 'side.rnk'. Did you mean 'side.rank'? Known: backbone.name, "),
+        ("side.rnk=16", "no setting 'side.rnk'. Did you mean 'side.rank'? Known: side.a, "),
         ("train.learning_rate=1", "no setting 'train.learning_rate'."),
-        ("trian.lr=1", "no setting 'trian.lr'. Did you mean 'train.lr'? Known: "),
+        ("trian.lr=1", "no setting 'trian.lr'. Did you mean 'train.lr'? Parts: backbone, data, "),
         ("side.heads=2", "no setting 'side.heads'."),  # LAST has it, LoSA has not
         (
             "side.name=losaa",
             "no side named 'losaa'. Did you mean 'losa'? Known: attentive, last, linear, losa, ridge.",
         ),
         ("side.name=[losa]", "no side named ['losa']."),
+        (
+            "train.select=bst",
+            "train.select is 'bst': input should be 'last' or 'best'. Did you mean 'best'?",
+        ),
+        ("epochs=3", "--set got 'epochs=3', expected part.field=value. Type: --set train.epochs=3"),
         ("train.lr=-1", "train.lr is -1: input should be greater than 0"),
         ("train.lr=.inf", "train.lr is inf: input should be a finite number"),
         ("train.lr=", "train.lr is None: input should be a valid number"),

@@ -44,7 +44,8 @@ def test_what_is_not_a_finished_run_is_refused(tmp_path):
     with pytest.raises(ArtifactError) as error:
         Run.open(tmp_path)
     assert str(error.value) == (
-        f"{tmp_path} is not a finished run: it has no artifact.json. Type: sidetune fit DATA --out {tmp_path}"
+        f"{tmp_path} is not a finished run: it has no artifact.json. "
+        f"Type: sidetune fit DATA --out {tmp_path}, or the path of a finished run"
     )
 
 

@@ -23,7 +23,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sidetune.backbones.base import Identity, Variant
-from sidetune.errors import ArtifactError, RequestError, SideError, first_complaint, nearest
+from sidetune.errors import (
+    ArtifactError,
+    RequestError,
+    SideError,
+    first_complaint,
+    nearest,
+    nearest_path,
+)
 from sidetune.features import FinalNorm, Spec
 from sidetune.files import read_json, sha256_file, write_json, write_tensors
 from sidetune.model import SideModel
@@ -186,7 +193,9 @@ def find_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
-        raise RequestError(f"no device named {name!r}.{nearest(name, ('auto', 'cpu', 'cuda', 'cuda:0'))}")
+        meant = " Did you mean 'cuda'?" if kind == "gpu" else ""  # whose letters are nearer to cpu
+        known = nearest("" if meant else name, ("auto", "cpu", "cuda", "cuda:0"))
+        raise RequestError(f"no device named {name!r}.{meant}{known}")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise RequestError(
             f"got device {name!r}, and PyTorch finds {torch.cuda.device_count()} GPUs here. "
@@ -195,13 +204,19 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def not_a_run(folder: Path) -> str:
+    """What to say of a folder without artifact.json: a fit was interrupted there, or there is no run."""
+    said = f"{folder} is not a finished run: it has no artifact.json."
+    if (folder / "recipe.json").exists():
+        return f"{said} A fit was begun there and not ended. Type: the same fit command again: it resumes"
+    hint = "" if folder.exists() else nearest_path(folder)
+    return f"{said}{hint} Type: sidetune fit DATA --out {folder}, or the path of a finished run"
+
+
 def _read_fields(folder: Path) -> dict[str, Any]:
     path = folder / "artifact.json"
     if not path.exists():
-        raise ArtifactError(
-            f"{folder} is not a finished run: it has no artifact.json. "
-            f"Type: sidetune fit DATA --out {folder}, or the path of a finished run"
-        )
+        raise ArtifactError(not_a_run(folder))
     try:
         fields = read_json(path)
     except (OSError, ValueError) as error:

@@ -7,7 +7,6 @@ prints one JSON object on the last line of stdout, an error too.
 from __future__ import annotations
 
 import inspect
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -15,15 +14,18 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from sidetune.cli_store import store_app
 from sidetune.errors import RequestError, SidetuneError
+from sidetune.usage import BACKBONE, IMAGES, QUICK_START, RECIPE, Json, Labels, Task, columns, example
+from sidetune.usage import log as _log
+from sidetune.usage import print_json as _print_json
 
 app = typer.Typer(
-    help="Adapt a frozen vision foundation model in minutes, on the machine you have.",
+    help=f"Adapt a frozen vision foundation model in minutes, on the machine you have.\n\n{QUICK_START}",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-store_app = typer.Typer(help="Look at feature stores.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
 
 Data = Annotated[
@@ -31,33 +33,57 @@ Data = Annotated[
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that `fit` finished.")]
 Out = Annotated[Path, typer.Option(metavar="FOLDER", file_okay=False, help="Where the result goes.")]
-BackboneName = Annotated[str, typer.Option("--backbone", help="demo, toy, or timm:MODEL.")]
-Weights = Annotated[str | None, typer.Option(help="The backbone's weights: a file, a folder, or hub.")]
-Size = Annotated[int | None, typer.Option(help="Image side in pixels; default: the backbone's own.")]
-Task = Annotated[str, typer.Option(help="classify, multilabel or regress.")]
-Labels = Annotated[str | None, typer.Option(help="The CSV's label columns, as a,b,c; default: label.")]
+BackboneName = Annotated[
+    str,
+    typer.Option("--backbone", metavar="NAME", rich_help_panel=BACKBONE, help="demo, toy, or timm:MODEL."),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH", rich_help_panel=BACKBONE, help="The backbone's weights: a file, a folder, or hub."
+    ),
+]
+Size = Annotated[
+    int | None,
+    typer.Option(
+        metavar="PX", rich_help_panel=BACKBONE, help="Image side in pixels; default: the backbone's own."
+    ),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="PART.FIELD=VALUE", help="Any field of the recipe, as side.rank=16; may be repeated."
+        "--set",
+        metavar="PART.FIELD=VALUE",
+        rich_help_panel=RECIPE,
+        help="Any field of the recipe, as side.rank=16; may be repeated.",
     ),
 ]
 ServePrecision = Annotated[
     str | None,
-    typer.Option("--precision", help="Of the backbone: fp32, bf16 or fp16; default: as it was trained."),
+    typer.Option(
+        "--precision",
+        metavar="NAME",
+        rich_help_panel=BACKBONE,
+        help="Of the backbone: fp32, bf16 or fp16; default: as it was trained.",
+    ),
 ]
 Views = Annotated[
     int | None,
     typer.Option(
         "--views",
         metavar="K",
+        rich_help_panel=BACKBONE,
         help="Average over K more views of each image; default: as the run was scored.",
     ),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on the last line of stdout.")]
-Strict = Annotated[bool, typer.Option("--strict", help="An image that cannot be read is an error.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+Device = Annotated[str, typer.Option(metavar="NAME", rich_help_panel=BACKBONE, help="auto, cpu or cuda.")]
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict", metavar="", rich_help_panel=IMAGES, help="An image that cannot be read is an error."
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", metavar="", help="No progress.")]
 
 INTERRUPTED = 130  # what a shell says of a command that Ctrl-C ended
 
@@ -75,8 +101,11 @@ def main() -> None:
     except SystemExit as end:  # typer has parsed the command line, or met Ctrl-C, and exits
         if end.code == INTERRUPTED:
             _fail("interrupted. The same command resumes", INTERRUPTED)
-        if end.code == RequestError.exit_code and "--json" in sys.argv:
-            _print_json({"error": "the command line is wrong: stderr says where", "exit": end.code})
+        if end.code == RequestError.exit_code:
+            if (line := example(sys.argv[1:])) is not None:
+                _log(f"Example: {line}")
+            if "--json" in sys.argv:
+                _print_json({"error": "the command line is wrong: stderr says where", "exit": end.code})
         raise
 
 
@@ -92,30 +121,54 @@ def fit(
     data: Data,
     out: Out,
     backbone: BackboneName = "demo",
-    side: Annotated[str, typer.Option(help="See `sidetune sides`.")] = "losa",
+    side: Annotated[
+        str, typer.Option(metavar="NAME", rich_help_panel=RECIPE, help="See `sidetune sides`.")
+    ] = "losa",
     size: Size = None,
     task: Task = "classify",
     labels: Labels = None,
     weights: Weights = None,
     live: Annotated[
-        bool, typer.Option("--live", help="Run the backbone at every epoch; store nothing.")
+        bool,
+        typer.Option(
+            "--live",
+            metavar="",
+            rich_help_panel=BACKBONE,
+            help="Run the backbone at every epoch; store nothing.",
+        ),
     ] = False,
     views: Annotated[
         int,
-        typer.Option(metavar="K", help="More views of each image to train on: mirrored, then seeded crops."),
+        typer.Option(
+            metavar="K",
+            rich_help_panel=BACKBONE,
+            help="More views of each image to train on: mirrored, then seeded crops.",
+        ),
     ] = 0,
     average_views: Annotated[
-        bool, typer.Option("--average-views", help="Average validation, test and predict over the views.")
+        bool,
+        typer.Option(
+            "--average-views",
+            metavar="",
+            rich_help_panel=BACKBONE,
+            help="Average validation, test and predict over the views.",
+        ),
     ] = False,
     no_leak_check: Annotated[
         bool,
-        typer.Option("--no-leak-check", help="Do not look for test images with a twin in training."),
+        typer.Option(
+            "--no-leak-check",
+            metavar="",
+            rich_help_panel=IMAGES,
+            help="Do not look for test images with a twin in training.",
+        ),
     ] = False,
     store: Annotated[
         Path | None,
         typer.Option(
             metavar="FOLDER",
             file_okay=False,
+            rich_help_panel=BACKBONE,
             help="Where features are kept; default: under $SIDETUNE_STORES, or .sidetune/stores.",
         ),
     ] = None,
@@ -192,7 +245,9 @@ def extract(
 def evaluate(
     run: RunFolder,
     data: Data,
-    split: Annotated[str, typer.Option(help="auto, all, train, val or test.")] = "auto",
+    split: Annotated[
+        str, typer.Option(metavar="NAME", rich_help_panel=IMAGES, help="auto, all, train, val or test.")
+    ] = "auto",
     labels: Labels = None,
     views: Views = None,
     weights: Weights = None,
@@ -208,7 +263,7 @@ def evaluate(
         run,
         data,
         split=split,
-        labels=_columns(labels),
+        labels=columns(labels),
         num_views=views,
         weights=weights,
         precision=precision,
@@ -228,7 +283,7 @@ def evaluate(
 @app.command()
 def predict(
     run: RunFolder,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files, or folders of them.")],
     abstain_below: Annotated[
         float | None,
         typer.Option("--abstain-below", metavar="P", help="Withhold answers of a probability below P."),
@@ -241,10 +296,11 @@ def predict(
 ) -> None:
     """Say what a run sees in images. Exit 1 if one of them cannot be read."""
     import sidetune
+    from sidetune.data import list_images
     from sidetune.tables import prediction_lines
 
     predictor = sidetune.load(run, num_views=views, weights=weights, precision=precision, device=device)
-    predictions = predictor.predict(images, abstain_below=abstain_below)
+    predictions = predictor.predict(list_images(images), abstain_below=abstain_below)
     if as_json:
         _print_json({"run": str(run), "predictions": [asdict(item) for item in predictions]})
     else:
@@ -276,6 +332,22 @@ def sides(as_json: Json = False) -> None:
 
 
 @app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what is installed and what is missing, and try a tiny fit. Exit 1 if it fails."""
+    from sidetune.doctor import examine, works
+
+    checks = examine()
+    if as_json:
+        _print_json({"works": works(checks), "checks": [asdict(check) for check in checks]})
+    else:
+        from sidetune.tables import doctor_lines
+
+        print("\n".join(doctor_lines(checks)))
+    if not works(checks):
+        raise typer.Exit(SidetuneError.exit_code)
+
+
+@app.command()
 def demo(
     out: Out = Path("runs/demo"),
     as_json: Json = False,
@@ -286,80 +358,6 @@ def demo(
     summary = run_demo(out)
     if as_json:
         _print_json(summary)
-
-
-@store_app.command("ls")
-def store_ls(
-    stores: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="STORE", help="Default: all under $SIDETUNE_STORES, or .sidetune/stores."),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """List stores: samples, taps, precision, bytes."""
-    from sidetune.store import stores_root
-    from sidetune.tables import store_lines
-    from sidetune.upkeep import describe, list_stores
-
-    rows = [describe(folder) for folder in stores or list_stores()]
-    if as_json:
-        _print_json({"stores": rows})
-        return
-    for line in store_lines(rows):
-        print(line)
-    if not rows:
-        _log(f"no store in {stores_root()}. Type: sidetune extract DATA --out FOLDER")
-
-
-@store_app.command("verify")
-def store_verify(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="A store's folder.")], as_json: Json = False
-) -> None:
-    """Read every byte of a store against its checksums. Exit 1 if one is off."""
-    from sidetune.upkeep import verify
-
-    defects = verify(store)
-    if as_json:
-        _print_json({"store": str(store), "defects": defects})
-    else:
-        print("\n".join(defects) or f"{store}: every byte is as written")
-    if defects:
-        raise typer.Exit(1)
-
-
-@store_app.command("gc")
-def store_gc(
-    stores: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="STORE", help="Default: all under $SIDETUNE_STORES, or .sidetune/stores."),
-    ] = None,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="DATA", help="Keep only what these images need; may be repeated."),
-    ] = None,
-    task: Task = "classify",
-    labels: Labels = None,
-    unfinished: Annotated[bool, typer.Option("--unfinished", help="Stores not complete go, too.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Remove; without it, only say what would go.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Remove what stores do not need: leftovers of killed commands; with --data, samples of other data."""
-    from sidetune.tables import garbage_lines
-    from sidetune.upkeep import collect_garbage, list_stores, wanted_keys
-
-    if data and not stores:
-        raise RequestError("got --data and no store, expected one. Type: sidetune store gc STORE --data DATA")
-    asked = _recipe("toy", None, None, None, task=task, labels=labels).data
-    wanted = wanted_keys(data, asked.task, asked.labels) if data else None
-    found = [
-        collect_garbage(folder, wanted=wanted, unfinished=unfinished, remove=yes)
-        for folder in stores or list_stores()
-    ]
-    if as_json:
-        _print_json({"removed": yes, "stores": [one.to_json() for one in found]})
-        return
-    for line in garbage_lines(found, removed=yes):
-        print(line)
 
 
 def _recipe(
@@ -376,16 +374,12 @@ def _recipe(
     from sidetune.recipe import Recipe
 
     fields = {
-        "data": {"task": task, "labels": _columns(labels)},
+        "data": {"task": task, "labels": columns(labels)},
         "backbone": {"name": backbone, "size": size, "weights": weights},
         "features": features or {},
         "side": {"name": side},
     }
     return Recipe.build(fields, settings or ())
-
-
-def _columns(labels: str | None) -> list[str] | None:
-    return None if labels is None else [name.strip() for name in labels.split(",")]
 
 
 def _print_store(store: Any, as_json: bool) -> None:  # noqa: ANN401 - Store, imported late
@@ -420,13 +414,3 @@ def _first_line(documented: object) -> str:
 def _log_skipped(count: int, total: int, remark: str = "") -> None:
     if count:
         _log(f"{count} of {total} images could not be read{remark}")
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, default=str))
-
-
-def _log(text: str) -> None:
-    from sidetune.progress import printable
-
-    print(printable(text), file=sys.stderr, flush=True)

@@ -25,7 +25,7 @@ from typing import ClassVar
 from pydantic import ValidationError
 
 LONG_NAME = 200  # characters
-MANY_NAMES = 100  # are listed, of 10,000 classes for one
+LISTED = 30  # names that a message lists at most, of 10,000 classes for one
 
 
 class SidetuneError(ValueError):
@@ -103,14 +103,23 @@ def first_complaint(error: ValidationError) -> str:
     return f"{where} is {got[:LONG_NAME]}{' ..' if len(got) > LONG_NAME else ''}: {complaint['msg']}"
 
 
+def nearest_path(path: Path) -> str:
+    """The words that follow "nothing there": the nearest name in the same folder, if there is one."""
+    if not path.parent.is_dir():
+        return ""
+    names = [one.name for one in path.parent.iterdir() if len(one.name) <= LONG_NAME]
+    close = difflib.get_close_matches(path.name[:LONG_NAME], names, n=1)
+    return f" Did you mean {str(path.parent / close[0])!r}?" if close else ""
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """The words that end an "unknown name" message: the nearest choice, then all of them."""
+    """The words that end an "unknown name" message: the nearest choice, then all or the first of them."""
     known = sorted(choices)
     short = [
         choice for choice in known if len(choice) <= LONG_NAME
     ]  # comparing takes the square of the length
     close = difflib.get_close_matches(name, short, n=1) if len(name) <= LONG_NAME else []
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    listed = ", ".join(choice[:LONG_NAME] for choice in known[:MANY_NAMES])
-    more = f" and {len(known) - MANY_NAMES:,} more" if len(known) > MANY_NAMES else ""
+    listed = ", ".join(choice[:LONG_NAME] for choice in known[:LISTED])
+    more = f" .. ({len(known)} in all)" if len(known) > LISTED else ""
     return f"{hint} Known: {listed}{more}."

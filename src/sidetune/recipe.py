@@ -7,7 +7,9 @@ part is; defaults that depend on the data are None here and filled by `TrainReci
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
@@ -32,7 +34,17 @@ class Part(BaseModel):
 
 
 class DataRecipe(Part):
-    """Which targets are read and how samples without a split are split. See `load_dataset`."""
+    """Which targets are read and how samples without a split are split. See `load_dataset`.
+
+    Args:
+        task: what the targets are; ``--task``.
+        labels: the label columns of a CSV; None: ``label``. ``--labels``.
+        split_seed: draws the splits that the data does not have.
+        val_fraction: share of the training samples that becomes validation where the data has none.
+        test_fraction: the same for test.
+        class_weights: ``balanced`` weighs a sample by the rarity of its class in training.
+        label_smoothing: share of the target spread over all classes in training.
+    """
 
     task: TaskKind = "classify"
     labels: tuple[str, ...] | None = None
@@ -44,7 +56,17 @@ class DataRecipe(Part):
 
 
 class BackboneRecipe(Part):
-    """Which backbone and how it is run. ``weights`` is a path or ``hub``. See `build_backbone`."""
+    """Which backbone and how it is run. See `build_backbone`.
+
+    Args:
+        name: ``demo``, ``toy`` or ``timm:MODEL``; ``--backbone``.
+        size: side of the image in pixels; None: the backbone's own. ``--size``.
+        taps: names of the taps to read; None: the embedding and every block.
+        weights: a file, a folder, ``hub`` or ``random``; no part of the recipe's hash. ``--weights``.
+        precision: ``bf16`` runs the backbone under autocast.
+        resize: ``squash`` keeps all of the image, ``crop`` its aspect ratio; None: squash.
+        seed: of a random start.
+    """
 
     name: str = "demo"
     size: int | None = Field(None, gt=0)
@@ -81,7 +103,12 @@ class FeaturesRecipe(Part):
 
 
 class HeadRecipe(Part):
-    """The common norm before the head. See `sidetune.model`."""
+    """The common norm before the head. See `sidetune.model`.
+
+    Args:
+        norm: layer norm with the affine of the backbone's final norm (``backbone``), with one that is
+            trained and starts there (``trained``), or no norm at all (``none``).
+    """
 
     norm: NormKind = "backbone"
 
@@ -144,9 +171,7 @@ class Recipe(Part):
             path, separator, text = setting.partition("=")
             part, dot, field = path.partition(".")
             if not separator or not dot:
-                raise RecipeError(
-                    f"--set got {setting!r}, expected part.field=value. Type: --set side.rank=16"
-                )
+                raise RecipeError(_not_a_setting(setting, path, text))
             fields.setdefault(part, {})[field] = _value(setting, text)
         name = fields.get("side", {}).setdefault("name", "losa") if "side" in fields else "losa"
         if not isinstance(name, str) or name not in SIDES:
@@ -168,6 +193,14 @@ class Recipe(Part):
         fields = self.model_dump(mode="json")
         fields["backbone"].pop("weights")  # the weights themselves are in the backbone's identity
         return hashlib.sha256(canonical_json(fields).encode()).hexdigest()
+
+
+def _not_a_setting(setting: str, name: str, text: str) -> str:
+    """What to type for a setting without its part, or without a value."""
+    fields = Recipe().model_dump()
+    parts = [part for part, inside in fields.items() if name in inside]
+    example = f"{parts[0]}.{name}={text or '..'}" if parts else "side.rank=16"
+    return f"--set got {setting!r}, expected part.field=value. Type: --set {example}"
 
 
 def _value(setting: str, text: str) -> Any:  # noqa: ANN401 - any YAML value
@@ -207,8 +240,23 @@ def _message(error: ValidationError, example: Recipe) -> str:
     key = ".".join(location)
     if complaint["type"] == "extra_forbidden":
         known = [f"{part}.{field}" for part, fields in example.model_dump().items() for field in fields]
-        return f"no setting {key!r}.{nearest(key, known)}"
+        inside = [name for name in known if name.startswith(f"{location[0]}.")]
+        return f"no setting {key!r}.{_nearest_setting(key, known, inside)}"
     got = _short(complaint["input"])
     if key == "side.taps":
         return f"{key} is {got}, expected all, last or a list. Type: --set side.taps=[block.12]"
-    return f"{key} is {got}: {complaint['msg'][:1].lower()}{complaint['msg'][1:]}"
+    hint = ""
+    if complaint["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", complaint["ctx"]["expected"])  # ``'a', 'b' or 'c'``
+        close = difflib.get_close_matches(str(complaint["input"])[:99], choices, n=1)
+        hint = f". Did you mean {close[0]!r}?" if close else ""
+    return f"{key} is {got}: {complaint['msg'][:1].lower()}{complaint['msg'][1:]}{hint}"
+
+
+def _nearest_setting(key: str, known: Sequence[str], inside: Sequence[str]) -> str:
+    """The nearest of all settings, then those of the same part, or the parts where there is no such part."""
+    close = difflib.get_close_matches(key[:99], known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    parts = sorted({name.partition(".")[0] for name in known})
+    listed = f"Known: {', '.join(sorted(inside))}" if inside else f"Parts: {', '.join(parts)}"
+    return f"{hint} {listed}."

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 from torch import Tensor
 
-from sidetune.artifact import AGAIN, Artifact
+from sidetune.artifact import AGAIN, Artifact, not_a_run
 from sidetune.backbones.base import Backbone
 from sidetune.checkpoint import Epoch
 from sidetune.data.dataset import Dataset
@@ -51,10 +51,7 @@ class Run:
             ArtifactError: it is not finished, or damaged.
         """
         if not (folder / "artifact.json").exists():
-            raise ArtifactError(
-                f"{folder} is not a finished run: it has no artifact.json. "
-                f"Type: sidetune fit DATA --out {folder}"
-            )
+            raise ArtifactError(not_a_run(folder))
         metrics, asked = _read_object(folder / "metrics.json"), _read_object(folder / "recipe.json")
         try:
             _Metrics.model_validate(metrics)

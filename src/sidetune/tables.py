@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sidetune.data.dataset import TaskKind
+from sidetune.doctor import Check, works
 from sidetune.evaluate import Evaluation
 from sidetune.figures import duration, label, number, size
 from sidetune.predict import Prediction
@@ -19,6 +21,8 @@ from sidetune.sides import SOLVED
 from sidetune.upkeep import Garbage
 
 LIKELIEST = 3  # classes that are shown of an image
+WIDTH = 80
+MARKS = {"ok": "ok", "note": "--", "bad": "!!"}  # that read without colour
 
 
 def choices(recipe: Recipe, device: str) -> str:
@@ -110,6 +114,24 @@ def garbage_lines(found: Sequence[Garbage], removed: bool) -> Iterator[str]:
             yield f"    {one.kept:,} samples that the data do not name stay: they share shards with others"
     if not removed and any(one.files for one in found):
         yield "Nothing was removed. Type: the same command with --yes"
+
+
+def doctor_lines(checks: Sequence[Check]) -> Iterator[str]:
+    """A line or two a check, and below it, uncut so that it can be copied, what to type."""
+    part = ""
+    for check in checks:
+        if check.part != part:
+            part = check.part
+            yield part.capitalize()
+        head = f"  {MARKS[check.state]} {check.name:<13} "
+        wrap = textwrap.TextWrapper(WIDTH, head, " " * len(head), break_long_words=False)
+        wrap.break_on_hyphens = False
+        yield from wrap.wrap(check.found)
+        if check.fix is not None:
+            yield f"     Type: {check.fix}"
+    yield ""
+    yield "ok: as it should be   --: works without   !!: mend this"
+    yield "A fit works here." if works(checks) else "A fit does not work here."
 
 
 def print_names(lines: Mapping[str, str]) -> None:

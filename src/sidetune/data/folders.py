@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from sidetune.data.dataset import SPLIT_WORDS, Dataset, Split
 from sidetune.data.splits import Carving, carve
-from sidetune.errors import DataError
+from sidetune.errors import DataError, nearest
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
@@ -121,6 +122,25 @@ def _check_names(parent: str, names: list[str]) -> None:
             ) from None
 
 
+def list_images(paths: Sequence[Path]) -> list[Path]:
+    """Files as they are, and of each folder its images, those of folders below too, by name.
+
+    Raises:
+        DataError: a folder holds no image.
+    """
+    files: list[Path] = []
+    for path in paths:
+        inside = sorted(path.rglob("[!.]*")) if path.is_dir() else []
+        images = [file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES]
+        if path.is_dir() and not images:
+            raise DataError(
+                f"{path} is a folder without an image ({' '.join(sorted(IMAGE_SUFFIXES))}). "
+                "Type: sidetune predict RUN IMAGE, or RUN and a folder of images"
+            )
+        files += images or [path]
+    return files
+
+
 def _is_new(folder: Path, seen: set[str]) -> bool:
     """Whether a folder is met for the first time: a link to one already met would loop."""
     real = os.path.realpath(folder)
@@ -142,7 +162,8 @@ def _classes(root: Path, listings: list[_Listing]) -> tuple[str, ...]:
     for one in listings:
         if one.label not in classes:
             raise DataError(
-                f"class {one.label!r} is in {one.split} but not in train, so nothing can learn it. Add "
-                f"images of it to train, or remove it from {one.split}"
+                f"class {one.label!r} is in {one.split} but not in train, so nothing can learn it."
+                f"{nearest(one.label, classes)} Rename it, add images of it to train, or remove it from "
+                f"{one.split}"
             )
     return tuple(classes)

@@ -21,11 +21,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as transforms
 
 from sidetune.data.dataset import is_regular
-from sidetune.errors import ImageError
+from sidetune.errors import ImageError, SidetuneError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -72,6 +70,10 @@ class Preprocess(BaseModel):
 
     def __call__(self, image: Image.Image) -> Tensor:
         """One RGB image -> (3, size, size) float32."""
+        check_torchvision()
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms.v2 import functional as transforms
+
         pixels = transforms.pil_to_tensor(image)
         resized = transforms.resize(
             pixels,
@@ -110,6 +112,21 @@ class Loaded:
 
     pixels: Tensor
     animated: bool
+
+
+def check_torchvision() -> None:
+    """Import torchvision, late: `sidetune doctor` must run where it cannot be imported.
+
+    Raises:
+        SidetuneError: it is of another build than torch, or not installed.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        raise SidetuneError(
+            f"torchvision cannot be imported beside torch {torch.__version__} ({error}); the two must come "
+            "from the same index. Type: sidetune doctor"
+        ) from error
 
 
 def load_image(path: Path, preprocess: Preprocess) -> Tensor:

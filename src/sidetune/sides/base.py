@@ -23,7 +23,13 @@ Pool = Literal["mean", "cls", "cls+mean", "all", "tokens"]
 
 
 class SideRecipe(BaseModel):
-    """What every side's own recipe shares. The fields are the side's keyword arguments."""
+    """What every side's own recipe shares. The fields are the side's keyword arguments.
+
+    Args:
+        name: the side network; ``--side``.
+        pool: of the final tokens: the ``mean`` of patch tokens, ``cls``, ``cls+mean`` concatenated, or the
+            mean of ``all`` tokens.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

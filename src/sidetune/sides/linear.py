@@ -33,7 +33,12 @@ LOSS_CURVATURE = 0.1  # of a softmax cross-entropy, about: p (1 - p) is 1/4 wher
 
 
 class LinearRecipe(SideRecipe):
-    """The linear probe's dials. Pool ``best`` tries cls, mean and both; validation chooses it and l2."""
+    """The linear probe's dials.
+
+    Args:
+        pool: ``best`` tries cls, mean and both; validation chooses.
+        l2: the penalty; None: validation chooses.
+    """
 
     name: Literal["linear"] = "linear"
     pool: Literal["best", "cls", "mean", "cls+mean"] = "best"

@@ -32,7 +32,12 @@ LAMBDAS = tuple(10.0 ** (exponent / 2) for exponent in range(-10, 5))  # 1e-5 ..
 
 
 class RidgeRecipe(SideRecipe):
-    """Ridge's dials. Taps: ``all``, ``last`` or names; lambda by leave-one-out unless given."""
+    """Ridge's dials.
+
+    Args:
+        taps: ``all``, ``last``, or a list of names.
+        l2: lambda; None: chosen by leave-one-out.
+    """
 
     name: Literal["ridge"] = "ridge"
     taps: Literal["all", "last"] | tuple[str, ...] = "all"
