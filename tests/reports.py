@@ -125,6 +125,9 @@ def write_run(
         }
         for epoch in range(epochs)
     ]
+    for row in rows:  # an older version wrote no calibration
+        for split in filter(None, (row["val"], row["test"])):
+            del split["calibration"], split["answered"]
     folder.mkdir(exist_ok=True)
     for name, value in {"metrics": metrics, "recipe": recipe, "artifact": {"format": 1, "spec": []}}.items():
         (folder / f"{name}.json").write_text(json.dumps(value))

@@ -16,7 +16,31 @@ import typer
 
 from sidetune.cli_store import store_app
 from sidetune.errors import RequestError, SidetuneError
-from sidetune.usage import BACKBONE, IMAGES, QUICK_START, RECIPE, Json, Labels, Task, columns, example
+from sidetune.usage import (
+    BACKBONE,
+    IMAGES,
+    QUICK_START,
+    RECIPE,
+    BackboneName,
+    Data,
+    Device,
+    Json,
+    Labels,
+    Out,
+    Quiet,
+    RunFolder,
+    ServePrecision,
+    Settings,
+    Size,
+    Strict,
+    Task,
+    Views,
+    Weights,
+    columns,
+    example,
+    first_line,
+    print_names,
+)
 from sidetune.usage import log as _log
 from sidetune.usage import print_json as _print_json
 
@@ -27,63 +51,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(store_app, name="store")
-
-Data = Annotated[
-    Path, typer.Argument(metavar="DATA", help="A folder of class folders, a VTAB folder, or a CSV file.")
-]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that `fit` finished.")]
-Out = Annotated[Path, typer.Option(metavar="FOLDER", file_okay=False, help="Where the result goes.")]
-BackboneName = Annotated[
-    str,
-    typer.Option("--backbone", metavar="NAME", rich_help_panel=BACKBONE, help="demo, toy, or timm:MODEL."),
-]
-Weights = Annotated[
-    str | None,
-    typer.Option(
-        metavar="PATH", rich_help_panel=BACKBONE, help="The backbone's weights: a file, a folder, or hub."
-    ),
-]
-Size = Annotated[
-    int | None,
-    typer.Option(
-        metavar="PX", rich_help_panel=BACKBONE, help="Image side in pixels; default: the backbone's own."
-    ),
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="PART.FIELD=VALUE",
-        rich_help_panel=RECIPE,
-        help="Any field of the recipe, as side.rank=16; may be repeated.",
-    ),
-]
-ServePrecision = Annotated[
-    str | None,
-    typer.Option(
-        "--precision",
-        metavar="NAME",
-        rich_help_panel=BACKBONE,
-        help="Of the backbone: fp32, bf16 or fp16; default: as it was trained.",
-    ),
-]
-Views = Annotated[
-    int | None,
-    typer.Option(
-        "--views",
-        metavar="K",
-        rich_help_panel=BACKBONE,
-        help="Average over K more views of each image; default: as the run was scored.",
-    ),
-]
-Device = Annotated[str, typer.Option(metavar="NAME", rich_help_panel=BACKBONE, help="auto, cpu or cuda.")]
-Strict = Annotated[
-    bool,
-    typer.Option(
-        "--strict", metavar="", rich_help_panel=IMAGES, help="An image that cannot be read is an error."
-    ),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", metavar="", help="No progress.")]
 
 INTERRUPTED = 130  # what a shell says of a command that Ctrl-C ended
 
@@ -319,8 +286,8 @@ def backbones(as_json: Json = False) -> None:
     """List the backbones."""
     from sidetune.backbones import BACKBONES
 
-    lines = {name: _first_line(builder) for name, builder in BACKBONES.items()}
-    _print_names(lines, as_json)
+    lines = {name: first_line(builder) for name, builder in BACKBONES.items()}
+    print_names(lines, as_json)
 
 
 @app.command()
@@ -328,7 +295,7 @@ def sides(as_json: Json = False) -> None:
     """List the side networks."""
     from sidetune.sides import SIDES
 
-    _print_names({name: _first_line(inspect.getmodule(side)) for name, side in SIDES.items()}, as_json)
+    print_names({name: first_line(inspect.getmodule(side)) for name, side in SIDES.items()}, as_json)
 
 
 @app.command()
@@ -396,19 +363,6 @@ def _print_store(store: Any, as_json: bool) -> None:  # noqa: ANN401 - Store, im
     _log_skipped(len(store.skipped), store.num_records)
     if store.animated:
         _log(first_frames([Path(key.rpartition("@")[0]) for key in sorted(store.animated)]))
-
-
-def _print_names(lines: dict[str, str], as_json: bool) -> None:
-    if as_json:
-        _print_json(lines)
-        return
-    from sidetune.tables import print_names
-
-    print_names(lines)
-
-
-def _first_line(documented: object) -> str:
-    return (inspect.getdoc(documented) or "").split("\n")[0]
 
 
 def _log_skipped(count: int, total: int, remark: str = "") -> None:

@@ -116,11 +116,7 @@ def fit(  # noqa: PLR0913 - what, where, how; each has its option on the command
     fingerprint = dataset.fingerprint(keys)
     asked = (recipe, fingerprint, backbone.identity.digest)
     if (finished := find_run(out, *asked)) is not None:
-        if strict:
-            require_readable(read_skipped(out), f"{out / 'skipped.csv'}")
-        if not (out / "report.html").exists():  # it was killed at its very end
-            (out / "checkpoint.safetensors").unlink(missing_ok=True)
-            write_report(out)
+        _finish(out, strict)
         return finished
     with locked(out):
         if begin_run(out, *asked) is None:  # else another process finished it while this one waited
@@ -132,6 +128,15 @@ def fit(  # noqa: PLR0913 - what, where, how; each has its option on the command
                 rows = [score(job, fitted) for fitted in fit_methods(job)]
             _write(job, rows, leaks, fingerprint, memory.peak)
     return Run.open(out)
+
+
+def _finish(out: Path, strict: bool) -> None:
+    """What a run that is found finished may still lack."""
+    if strict:
+        require_readable(read_skipped(out), f"{out / 'skipped.csv'}")
+    if not (out / "report.html").exists():  # it was killed at its very end
+        (out / "checkpoint.safetensors").unlink(missing_ok=True)
+        write_report(out)
 
 
 def _check_store(recipe: Recipe, store: Path, out: Path) -> None:

@@ -1,10 +1,12 @@
-"""What the commands share: where they print, `--json`, the quick start, and an example of each."""
+"""What the commands share: their options, where they print, the quick start, and an example of each."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -24,6 +26,63 @@ Labels = Annotated[
         metavar="A,B", rich_help_panel=IMAGES, help="The CSV's label columns, as a,b,c; default: label."
     ),
 ]
+
+Data = Annotated[
+    Path, typer.Argument(metavar="DATA", help="A folder of class folders, a VTAB folder, or a CSV file.")
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that `fit` finished.")]
+Out = Annotated[Path, typer.Option(metavar="FOLDER", file_okay=False, help="Where the result goes.")]
+BackboneName = Annotated[
+    str,
+    typer.Option("--backbone", metavar="NAME", rich_help_panel=BACKBONE, help="demo, toy, or timm:MODEL."),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH", rich_help_panel=BACKBONE, help="The backbone's weights: a file, a folder, or hub."
+    ),
+]
+Size = Annotated[
+    int | None,
+    typer.Option(
+        metavar="PX", rich_help_panel=BACKBONE, help="Image side in pixels; default: the backbone's own."
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="PART.FIELD=VALUE",
+        rich_help_panel=RECIPE,
+        help="Any field of the recipe, as side.rank=16; may be repeated.",
+    ),
+]
+ServePrecision = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        metavar="NAME",
+        rich_help_panel=BACKBONE,
+        help="Of the backbone: fp32, bf16 or fp16; default: as it was trained.",
+    ),
+]
+Views = Annotated[
+    int | None,
+    typer.Option(
+        "--views",
+        metavar="K",
+        rich_help_panel=BACKBONE,
+        help="Average over K more views of each image; default: as the run was scored.",
+    ),
+]
+Device = Annotated[str, typer.Option(metavar="NAME", rich_help_panel=BACKBONE, help="auto, cpu or cuda.")]
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict", metavar="", rich_help_panel=IMAGES, help="An image that cannot be read is an error."
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", metavar="", help="No progress.")]
 
 QUICK_START = """\
 sidetune doctor                          what is here, what is missing
@@ -55,6 +114,21 @@ def example(arguments: Sequence[str]) -> str | None:
 def columns(labels: str | None) -> list[str] | None:
     """The names in ``a,b,c``; None for none."""
     return None if labels is None else [name.strip() for name in labels.split(",")]
+
+
+def first_line(documented: object) -> str:
+    """Of its docstring."""
+    return (inspect.getdoc(documented) or "").split("\n")[0]
+
+
+def print_names(lines: dict[str, str], as_json: bool) -> None:
+    """Names and what they stand for."""
+    if as_json:
+        print_json(lines)
+        return
+    from sidetune.tables import print_names as print_table
+
+    print_table(lines)
 
 
 def print_json(value: dict[str, Any]) -> None:
