@@ -6,6 +6,7 @@ python scripts/reference.py
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
@@ -173,7 +174,63 @@ def folders() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"api": api, "cli": cli, "errors": error_tree, "folders": folders, "recipe": recipe}
+def reliability() -> str:
+    """What the large runs of the kill harness and of the mutated files did, from their figures."""
+    figures = FOLDER / "reliability"
+    mutated = [json.loads(line) for line in (figures / "fuzz.json").read_text(encoding="utf-8").splitlines()]
+    killed = json.loads((figures / "kill.json").read_text(encoding="utf-8"))
+    total = mutated[-1]
+    lines = [
+        "# Reliability",
+        "",
+        f"{GENERATED} The figures are in [reliability/](reliability/), as the commands wrote them.",
+        "",
+        "## kill -9",
+        "",
+        f"    {killed['command']}    # or: make kill",
+        "",
+        f"{killed['kills']} kills of `extract`, `fit` and `store gc` in {killed['jobs']} jobs, each then run to "
+        f"its end: **{len(killed['differing_files'])} files differ** from an uninterrupted run, "
+        f"**{len(killed['lost_shards'])} finished shards were lost**. {killed['kills_by_the_clock']} kills came "
+        "by the clock, the others at drawn events; the process writes each event down, so where it died is known.",
+        "",
+        "| the last thing that had happened | kills |",
+        "|---|---:|",
+        *(f"| {kind} | {count} |" for kind, count in killed["kills_by_kind"].items()),
+        "",
+        "## Mutated files",
+        "",
+        f"    {total['command']}    # or: make fuzz",
+        "",
+        f"{total['files']:,} files were read in processes of bounded memory and time: {total['refused']:,} "
+        f"were refused with a sidetune error, {total['valid']} were still valid; **{total['crashed']} crashed, "
+        f"{total['hung']} hung, {total['memory']} took more than {total['limit_growth_mib']:,} MiB, "
+        f"{total['written']} wrote outside their folder**. A hang is more than {total['limit_seconds']} s.",
+        "",
+        "| kind | files | refused | valid | crashed | hung | memory | slowest, s | largest growth, MiB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in mutated:
+        counts = [row[name] for name in ("files", "refused", "valid", "crashed", "hung", "memory")]
+        cells = [row["kind"], *counts, row["slowest_seconds"], row["largest_growth_mib"]]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    lines += [
+        "",
+        "What is mutated: images, tables, VTAB lists, recipes and settings, every file of a store (with and without "
+        "its seal made again) and of a run, and checkpoints. Bits are flipped, pieces cut out, doubled and put in, "
+        "numbers made huge, lines and JSON values exchanged.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {
+    "api": api,
+    "cli": cli,
+    "errors": error_tree,
+    "folders": folders,
+    "recipe": recipe,
+    "reliability": reliability,
+}
 
 
 def _commands(command, path):  # noqa: ANN001, ANN202 - click's own types

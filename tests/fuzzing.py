@@ -404,8 +404,9 @@ def _exchanged(value: object, rng: np.random.Generator) -> object:
     keys = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
     key = keys[rng.integers(len(keys))]
     what = rng.random()
-    if isinstance(holder[key], str) and holder[key].startswith("{"):  # a checkpoint's state is JSON in JSON
-        holder[key] = json.dumps(_exchanged(json.loads(holder[key]), rng))
+    inside = _inside(holder[key])
+    if inside is not None:
+        holder[key] = json.dumps(_exchanged(inside, rng))
     elif what < 0.6:
         holder[key] = odd
     elif what < 0.75:
@@ -415,6 +416,14 @@ def _exchanged(value: object, rng: np.random.Generator) -> object:
     else:
         holder.append(holder[key])
     return value
+
+
+def _inside(value: object) -> object:
+    """A checkpoint's state is JSON in JSON; an earlier mutation may have broken it."""
+    try:
+        return json.loads(value) if isinstance(value, str) and value.startswith("{") else None
+    except ValueError:
+        return None
 
 
 def _holders(value: object) -> list:

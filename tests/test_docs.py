@@ -16,10 +16,10 @@ PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rgl
 RUN = ["README.md", *(page for page in PAGES if re.match(r"docs/(tutorial|howto/)", page))]
 
 
-@pytest.mark.parametrize("name", ["api", "cli", "errors", "folders", "recipe"])
+@pytest.mark.parametrize("name", ["api", "cli", "errors", "folders", "recipe", "reliability"])
 def test_the_reference_is_what_the_code_says(name: str) -> None:
     pages = runpy.run_path(str(ROOT / "scripts" / "reference.py"))["PAGES"]
-    assert len(pages) == 5
+    assert len(pages) == 6
     assert text_of(f"docs/reference/{name}.md") == pages[name](), "type: python scripts/reference.py"
 
 
