@@ -9,6 +9,7 @@ import inspect
 import json
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -180,47 +181,46 @@ def reliability() -> str:
     mutated = [json.loads(line) for line in (figures / "fuzz.json").read_text(encoding="utf-8").splitlines()]
     killed = json.loads((figures / "kill.json").read_text(encoding="utf-8"))
     total = mutated[-1]
-    lines = [
-        "# Reliability",
-        "",
-        f"{GENERATED} The figures are in [reliability/](reliability/), as the commands wrote them.",
-        "",
-        "## kill -9",
-        "",
-        f"    {killed['command']}    # or: make kill",
-        "",
-        f"{killed['kills']} kills of `extract`, `fit` and `store gc` in {killed['jobs']} jobs, each then run to "
-        f"its end: **{len(killed['differing_files'])} files differ** from an uninterrupted run, "
-        f"**{len(killed['lost_shards'])} finished shards were lost**. {killed['kills_by_the_clock']} kills came "
-        "by the clock, the others at drawn events; the process writes each event down, so where it died is known.",
-        "",
-        "| the last thing that had happened | kills |",
-        "|---|---:|",
-        *(f"| {kind} | {count} |" for kind, count in killed["kills_by_kind"].items()),
-        "",
-        "## Mutated files",
-        "",
-        f"    {total['command']}    # or: make fuzz",
-        "",
-        f"{total['files']:,} files were read in processes of bounded memory and time: {total['refused']:,} "
-        f"were refused with a sidetune error, {total['valid']} were still valid; **{total['crashed']} crashed, "
-        f"{total['hung']} hung, {total['memory']} took more than {total['limit_growth_mib']:,} MiB, "
-        f"{total['written']} wrote outside their folder**. A hang is more than {total['limit_seconds']} s.",
-        "",
-        "| kind | files | refused | valid | crashed | hung | memory | slowest, s | largest growth, MiB |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    differing, lost = len(killed["differing_files"]), len(killed["lost_shards"])
+    kills = f"""
+        {killed["kills"]} kills of `extract`, `fit` and `store gc` in {killed["jobs"]} jobs, each then run to
+        its end: **{differing} files differ** from an uninterrupted run, **{lost} finished shards were
+        lost**. {killed["kills_by_the_clock"]} kills came by the clock, the others at drawn events. The
+        process writes each event down, so where it died is known.
+        """
+    reads = f"""
+        {total["files"]:,} files were read in processes of bounded memory and time: {total["refused"]:,} were
+        refused with a sidetune error, {total["valid"]} were still valid; **{total["crashed"]} crashed,
+        {total["hung"]} hung, {total["memory"]} took more than {total["limit_growth_mib"]:,} MiB,
+        {total["written"]} wrote outside their folder**. A hang is more than {total["limit_seconds"]} s.
+        """
+    what = """
+        What is mutated: images, tables, VTAB lists, recipes and settings, every file of a store (with and
+        without its seal made again) and of a run, and checkpoints. Bits are flipped, pieces cut out, doubled
+        and put in, numbers made huge, lines and JSON values exchanged.
+        """
+    by_kind = [f"| {kind} | {count} |" for kind, count in killed["kills_by_kind"].items()]
+    columns = ["files", "refused", "valid", "crashed", "hung", "memory"]
+    rows = [
+        [row["kind"], *(row[name] for name in columns), row["slowest_seconds"], row["largest_growth_mib"]]
+        for row in mutated
     ]
-    for row in mutated:
-        counts = [row[name] for name in ("files", "refused", "valid", "crashed", "hung", "memory")]
-        cells = [row["kind"], *counts, row["slowest_seconds"], row["largest_growth_mib"]]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    lines += [
-        "",
-        "What is mutated: images, tables, VTAB lists, recipes and settings, every file of a store (with and without "
-        "its seal made again) and of a run, and checkpoints. Bits are flipped, pieces cut out, doubled and put in, "
-        "numbers made huge, lines and JSON values exchanged.",
+    lines = [
+        *("# Reliability", ""),
+        f"{GENERATED} The figures are in [reliability/](reliability/), as the commands wrote them.",
+        *("", "## kill -9", "", f"    {killed['command']}    # or: make kill", "", *_wrapped(kills), ""),
+        *("| the last thing that had happened | kills |", "|---|---:|", *by_kind),
+        *("", "## Mutated files", "", f"    {total['command']}    # or: make fuzz", "", *_wrapped(reads), ""),
+        f"| kind | {' | '.join(columns)} | slowest, s | largest growth, MiB |",
+        "|---|" + "---:|" * (len(columns) + 2),
+        *(f"| {' | '.join(map(str, row))} |" for row in rows),
+        *("", *_wrapped(what)),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _wrapped(paragraph: str) -> list[str]:
+    return textwrap.wrap(" ".join(paragraph.split()), 118)
 
 
 PAGES = {
