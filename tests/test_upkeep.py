@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from extracting import FEW, bring, contents, toy
+from extracting import FEW, bring, contents, seal_again, toy
 from images import make_folder
 from sidetune.data import load_dataset
 from sidetune.errors import RequestError, StoreError
@@ -172,3 +173,18 @@ def test_a_manifest_of_before_is_brought_up_to_date(shared):
     assert ((store / "manifest.json").read_text(), verify(store)) == (new, [])
     write_manifest(store, Plan.read(store))
     assert (store / "manifest.json").read_text() == new
+
+
+def test_verify_sees_a_tensor_that_a_shard_lacks(shared):
+    store, _, _ = shared
+    path = store / "shards/00001.safetensors"
+    tensors = load_file(path)
+    del tensors["block.2"]
+    save_file(tensors, path)
+    entry = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps({**entry, "bytes": path.stat().st_size}))
+    seal_again(store)
+    [defect] = verify(store)
+    assert f"shard {path} " in defect
+    assert "'block.2'" in defect or "its header" in defect
+    assert "Type the same extract or fit command again" in defect

@@ -266,12 +266,10 @@ def read_json_object(path: Path, what: str, todo: str) -> dict[str, Any]:
         todo: ends the message where it is not.
 
     Raises:
-        StoreError: it is missing, or not a JSON object.
+        StoreError: it cannot be read, or is not a JSON object.
     """
     try:
         value = read_json(path)
-    except FileNotFoundError:
-        raise StoreError(f"{path} is missing: expected {what}. {todo}") from None
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} is damaged: expected {what}, got {error}. {todo}") from error
     if not isinstance(value, dict):

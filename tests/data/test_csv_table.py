@@ -380,3 +380,16 @@ def test_ten_thousand_classes(tmp_path: Path) -> None:
         load_dataset(file)
     assert "Did you mean 'class 7'?" in str(caught.value)
     assert str(caught.value).endswith(" .. (10000 in all).")
+
+
+def test_a_table_that_the_system_does_not_hand_out(tmp_path, monkeypatch):
+    file = tmp_path / "table.csv"
+    file.write_text("path,label\n")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    with pytest.raises(DataError) as error:
+        load_dataset(file)
+    assert str(error.value) == (f"{file} cannot be read: Permission denied. Give the path of a .csv file")

@@ -138,3 +138,18 @@ def test_order_follows_the_lists(tmp_path: Path) -> None:
     (tmp_path / "test.txt").write_text("\n".join(lines[::-1]))
     dataset = load_dataset(tmp_path)
     assert np.array_equal(dataset.targets[dataset.rows("test")], [2, 1, 0, 2, 1, 0])
+
+
+def test_a_list_that_the_system_does_not_hand_out(tmp_path, monkeypatch):
+    (tmp_path / "train800val200.txt").write_text("images/a.png 0\n")
+    (tmp_path / "train800.txt").write_text("images/a.png 0\n")
+
+    def refuse(path, encoding=None):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.read_text", refuse)
+    with pytest.raises(DataError) as error:
+        load_dataset(tmp_path)
+    assert str(error.value) == (
+        f"{tmp_path / 'train800.txt'} cannot be read: Permission denied. Mend that, or its rights"
+    )

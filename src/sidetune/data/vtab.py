@@ -91,7 +91,7 @@ def _text(file: Path) -> str:
             "Write it again as UTF-8"
         ) from error
     except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}") from error
+        raise DataError(f"{file} cannot be read: {error.strerror}. Mend that, or its rights") from error
 
 
 def _parse(line: str, where: str) -> _Line:
