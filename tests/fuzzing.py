@@ -435,6 +435,7 @@ def _header(content: bytes, rng: np.random.Generator) -> bytes:
     """A safetensors header whose JSON is exchanged, its length right or claiming the sky."""
     length = int.from_bytes(content[:8], "little")
     header = _json(content[8 : 8 + length], rng) if length <= len(content) else content[8:]
+    header += b" " * (-len(header) % 8)  # as safetensors aligns it
     claimed = len(header) if rng.random() < 0.8 else NUMBERS[rng.integers(len(NUMBERS))]
     return struct.pack("<Q", claimed) + header + content[8 + length :]
 

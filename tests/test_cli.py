@@ -13,6 +13,7 @@ from fitted_runs import read_csv
 from images import make_csv
 from sidetune import cli
 from sidetune.backbones import demo as demo_backbone
+from sidetune.store import Store
 from sidetune.usage import EXAMPLES, QUICK_START
 
 COMMANDS = [
@@ -581,3 +582,18 @@ def test_strict_exits_2_and_fit_says_the_count_last(run_cli, image_folder, tmp_p
     code, _, err = run_cli("fit", images, "--backbone", "toy", "--side", "ridge", "--out", "fit", "--quiet")
     assert code == 0
     assert err == "1 of 60 images could not be read: fit/skipped.csv\n"
+
+
+def test_extract_stores_views_and_counts_images(run_cli, image_folder, tmp_path):
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    (images / "class0" / "0000.png").write_bytes(b"")
+    words = ("extract", images, "--backbone", "toy", "--out", tmp_path / "s", "--quiet", "--views", "2")
+    code, out, err = run_cli(*words)
+    assert code == 0
+    assert out.startswith(f"{tmp_path / 's'}: 60 samples, ")
+    assert err == "class0/0000.png: the file is empty\n1 of 60 images could not be read\n"
+    assert Store.open(tmp_path / "s").num_records == 180
+    code, out, _ = run_cli("store", "ls", tmp_path / "s")
+    assert "60 samples" in out
+    code, out, _ = run_cli(*words, "--json")
+    assert only_object(out)["skipped"] == {"class0/0000.png": "the file is empty"}

@@ -4,6 +4,8 @@ import errno
 import os
 import resource
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 
 import sidetune.files
 from extracting import FEW, bring, contents, toy
+from images import make_folder
 from sidetune.data import Dataset, load_dataset
 from sidetune.errors import RequestError, SidetuneError, StoreError
 from sidetune.extract import extract, sample_keys
@@ -385,3 +388,29 @@ def test_an_image_that_changes_while_it_is_extracted_is_never_stored_under_its_o
     _, store = bring(own, tmp_path / "s")
     assert contents(tmp_path / "s", "shards/00000.*") == first
     assert (store.num_records, store.skipped) == (FEW if change == "edited" else FEW - 1, {})
+
+
+FEW_DESCRIPTORS = """
+import importlib, resource, sys
+from pathlib import Path
+from sidetune.backbones import build_backbone
+from sidetune.data import load_dataset
+
+extract = importlib.import_module("sidetune.extract")
+extract.SHARD_RECORDS = 1
+dataset, backbone, folder = load_dataset(Path(sys.argv[1])), build_backbone("toy"), Path(sys.argv[2])
+extract.extract(dataset, backbone, folder, quiet=True)  # all modules are imported
+before = {path: path.stat().st_mtime_ns for path in (folder / "shards").iterdir()}
+resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30))
+store = extract.extract(dataset, backbone, folder)
+store.features(list(store._slots))
+assert {path: path.stat().st_mtime_ns for path in (folder / "shards").iterdir()} == before
+print(store.num_records)
+"""
+
+
+def test_a_store_of_more_shards_than_file_descriptors_is_read(tmp_path):
+    images = make_folder(tmp_path / "images", 3, 60)
+    command = [sys.executable, "-c", FEW_DESCRIPTORS, str(images), str(tmp_path / "s")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("60\n", 0), done.stderr

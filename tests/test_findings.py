@@ -126,3 +126,19 @@ def test_labels_and_numbers_are_told_in_words(tmp_path, task):
     assert all(row["label"].split(": ")[1] != row["predicted"].split(": ")[1] for row in rows)
     confidences = [row["confidence"] for row in rows]
     assert confidences == sorted(confidences, reverse=True) and min(confidences) >= 0.5
+
+
+def test_errors_are_measured_by_the_spread_of_training(tmp_path):
+    """A column that is constant in test would otherwise hold all the largest errors."""
+    table = make_csv(tmp_path / "data", "regress", 60)
+    rows = read_csv(table)
+    with table.open("w") as stream:
+        stream.write("path,split,x,y\n")
+        for number, row in enumerate(rows):
+            split = ("train", "train", "val", "test")[number % 4]
+            y = "0.5" if split == "test" else row["y"]
+            stream.write(f"{row['path']},{split},{row['x']},{y}\n")
+    recipe = toy_recipe("ridge", "data.task=regress", "data.labels=[x,y]")
+    run = sidetune.fit(table, out=tmp_path / "run", recipe=recipe, store=tmp_path / "s", quiet=True)
+    names = {row["label"].partition(" ")[0] for row in findings_of(run)["mistakes"]["rows"]}
+    assert "x" in names

@@ -105,7 +105,7 @@ def test_what_all_pictures_share_makes_no_two_of_them_copies(tmp_path):
 def test_of_too_many_images_a_drawn_share_is_compared_and_said(folder, monkeypatch):
     monkeypatch.setattr(module, "MAX_PAIRS", 5 * NUM)
     found, _ = found_in(folder)
-    assert found.num_others == 5
+    assert found.num_others == 6, "one that is the same, and five that were drawn"
     again, _ = found_in(folder)
     assert again.pairs == found.pairs
 
@@ -116,3 +116,10 @@ def test_nothing_to_compare_is_no_leak(folder):
     none = np.zeros(0, np.int64)
     found = find_leaks([], sample_keys(dataset), source.summary(), dataset.rows("train"), none)
     assert found.pairs == () and found.num_others == 0
+
+
+def test_the_same_bytes_are_found_among_any_number(folder, monkeypatch):
+    monkeypatch.setattr(module, "MAX_PAIRS", NUM)
+    found, names = found_in(folder)
+    assert names["test/class0/same.png"][1].identical
+    assert found.num_others == 2, "one that is the same, and one that was drawn"

@@ -9,8 +9,8 @@ from fitted_runs import toy_recipe
 from sidetune import load_dataset
 from sidetune.backbones import build_backbone
 from sidetune.data.preprocess import open_image
-from sidetune.data.views import views
-from sidetune.errors import RequestError
+from sidetune.data.views import View, views
+from sidetune.errors import RequestError, SidetuneError
 from sidetune.extract import extract, sample_keys
 from sidetune.keyed import Draws
 from sidetune.predict import evaluate_run
@@ -133,3 +133,42 @@ def test_unreadable_files_among_views_are_named(run, image_folder, tmp_path):
 def test_fewer_than_no_views_are_refused(run):
     with pytest.raises(RequestError, match=r"^got --views -1, expected 0 or more\. Type: --views 4$"):
         sidetune.load(run.folder, num_views=-1)
+
+
+def test_a_shard_with_views_is_mended_by_those_who_ask_for_none(pictures, tmp_path, small_shards):
+    dataset, backbone = load_dataset(pictures), build_backbone("toy")
+    extract(dataset, backbone, tmp_path / "s", views=views(2), quiet=True)
+    shards = {path: path.read_bytes() for path in sorted((tmp_path / "s/shards").glob("*.safetensors"))}
+    spoilt = next(iter(shards))
+    spoilt.write_bytes(shards[spoilt][:-1] + bytes([shards[spoilt][-1] ^ 1]))
+    extract(dataset, backbone, tmp_path / "s", quiet=True)
+    assert {path: path.read_bytes() for path in shards} == shards
+
+
+def test_names_of_views_are_read_back_and_others_are_none():
+    for view in views(6) + views(3, flip=False):
+        assert View.parse(view.name) == view
+    for name in ("crop0", "crop01", "mirror+crop1", "crop1mirror", "zoom", "+mirror"):
+        assert View.parse(name) is None
+
+
+def test_a_row_is_valid_only_if_all_its_views_are(pictures, tmp_path):
+    dataset = load_dataset(pictures)
+    store = extract(dataset, build_backbone("toy"), tmp_path / "s", views=views(1), quiet=True)
+    keys = sample_keys(dataset)
+    store.skipped[f"{keys[3]}#mirror"] = "needs more memory than there is"
+    source = StoredSource(store, keys, views=views(1))
+    assert source.skipped == {3: "needs more memory than there is"}
+    assert np.flatnonzero(~source.valid).tolist() == [3]
+
+
+def test_a_live_image_that_goes_away_is_an_error_and_no_black_image(own):
+    dataset = load_dataset(own)
+    source = LiveSource(dataset, build_backbone("toy"), quiet=True)
+    dataset.file(5).unlink()
+    with pytest.raises(SidetuneError) as error:
+        source.features([4, 5])
+    assert str(error.value) == (
+        f"{dataset.file(5)}: No such file or directory; it could be read when the run began. Put it back, "
+        "then type the same command: it resumes"
+    )

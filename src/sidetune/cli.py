@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -26,6 +27,7 @@ from sidetune.usage import (
     Device,
     Json,
     Labels,
+    MoreViews,
     Out,
     Quiet,
     RunFolder,
@@ -104,14 +106,7 @@ def fit(
             help="Run the backbone at every epoch; store nothing.",
         ),
     ] = False,
-    views: Annotated[
-        int,
-        typer.Option(
-            metavar="K",
-            rich_help_panel=BACKBONE,
-            help="More views of each image to train on: mirrored, then seeded crops.",
-        ),
-    ] = 0,
+    more_views: MoreViews = 0,
     average_views: Annotated[
         bool,
         typer.Option(
@@ -151,7 +146,7 @@ def fit(
 
     features = {
         "mode": "live" if live else "stored",
-        "views": views,
+        "views": more_views,
         "average_views": average_views,
     }
     recipe = _recipe(
@@ -188,6 +183,7 @@ def extract(
     task: Task = "classify",
     labels: Labels = None,
     weights: Weights = None,
+    more_views: MoreViews = 0,
     settings: Settings = None,
     device: Device = "auto",
     strict: Strict = False,
@@ -197,15 +193,23 @@ def extract(
     """Run the backbone over images into a feature store. Resumable."""
     import sidetune
     from sidetune.artifact import find_device
+    from sidetune.data.views import views
+    from sidetune.extract import sample_keys
 
-    recipe = _recipe(backbone, size, weights, settings, task=task, labels=labels)
+    recipe = _recipe(
+        backbone, size, weights, settings, task=task, labels=labels, features={"views": more_views}
+    )
     dataset = sidetune.load_dataset(  # nothing is drawn: splits are no part of a store
         data, task=recipe.data.task, labels=recipe.data.labels, val_fraction=0.0, test_fraction=0.0
     )
     frozen = sidetune.build_backbone(recipe.backbone.name, **recipe.backbone.arguments())
     frozen.to(find_device(device))
-    store = sidetune.extract(dataset, frozen, out, dtype=recipe.features.dtype, strict=strict, quiet=quiet)
-    _print_store(store, as_json)
+    keys, chosen = sample_keys(dataset), views(recipe.features.views, flip=recipe.features.flip)
+    dtype = recipe.features.dtype
+    store = sidetune.extract(
+        dataset, frozen, out, dtype=dtype, keys=keys, views=chosen, strict=strict, quiet=quiet
+    )
+    _print_store(store, keys, as_json)
 
 
 @app.command("eval")
@@ -349,20 +353,24 @@ def _recipe(
     return Recipe.build(fields, settings or ())
 
 
-def _print_store(store: Any, as_json: bool) -> None:  # noqa: ANN401 - Store, imported late
+def _print_store(store: Any, keys: Sequence[str], as_json: bool) -> None:  # noqa: ANN401 - Store
+    """What the store holds of one dataset: views of a sample, and other datasets, do not count here."""
+    paths = {key: key.rpartition("@")[0] for key in keys}
+    skipped = {path: store.skipped[key] for key, path in paths.items() if key in store.skipped}
+    animated = [path for key, path in paths.items() if key in store.animated]
     if as_json:
-        fields = {"store": str(store.folder), "samples": store.num_records, "bytes": store.num_bytes}
-        _print_json({**fields, "skipped": store.skipped, "animated": sorted(store.animated)})
+        fields = {"store": str(store.folder), "samples": len(keys), "bytes": store.num_bytes}
+        _print_json({**fields, "skipped": skipped, "animated": animated})
         return
     from sidetune.extract import first_frames
     from sidetune.figures import size
 
-    print(f"{store.folder}: {store.num_records:,} samples, {size(store.num_bytes)}")
-    for key, reason in store.skipped.items():
-        _log(f"{key.rpartition('@')[0]}: {reason}")
-    _log_skipped(len(store.skipped), store.num_records)
-    if store.animated:
-        _log(first_frames([Path(key.rpartition("@")[0]) for key in sorted(store.animated)]))
+    print(f"{store.folder}: {len(keys):,} samples, {size(store.num_bytes)}")
+    for path, reason in skipped.items():
+        _log(f"{path}: {reason}")
+    _log_skipped(len(skipped), len(keys))
+    if animated:
+        _log(first_frames([Path(path) for path in animated]))
 
 
 def _log_skipped(count: int, total: int, remark: str = "") -> None:

@@ -19,6 +19,8 @@ from sidetune.errors import RequestError, SidetuneError, nearest
 from sidetune.tasks import Task
 from sidetune.weighted import WEIGHTED, Array, Targets, log_losses
 
+MOST_SORTED = 2_000_000  # classes times samples that are sorted anew for intervals: half a minute
+
 Scores = dict[str, float | None]
 Interval = tuple[float, float] | None
 Row = dict[str, Any]
@@ -33,7 +35,8 @@ def evaluate(
         task: what the outputs mean.
         predictions: (n, K) as `Task.predictions` gives them.
         targets: classify (n,) class indices, else (n, K) with NaN where unlabelled.
-        intervals: also bootstrap 95 % intervals, of every score but the calibration error.
+        intervals: also bootstrap 95 % intervals, of every score but the calibration error, and but AUROC
+            and average precision where K n is past 2 million: they sort n samples for each of K classes.
 
     Raises:
         SidetuneError: shapes do not fit, values are NaN, or there are no samples.
@@ -43,13 +46,21 @@ def evaluate(
     pair = _confidences(task, predictions, targets)
     return Evaluation(
         scores=_scores(task, predictions, targets, rows),
-        intervals=bootstrap(task, predictions, targets) if intervals else {},
+        intervals=bootstrap(task, predictions, targets, metrics=_resampled(task, len(targets)))
+        if intervals
+        else {},
         confusion=confusion(task, predictions, targets),
         per_class=tuple(rows),
         num_samples=len(targets),
         calibration=tuple(calibration_curve(*pair)) if pair else (),
         answered=tuple(answered(*pair)) if pair and task.kind == "classify" else (),
     )
+
+
+def _resampled(task: Task, num_samples: int) -> list[str]:
+    """The scores that get an interval."""
+    slow = ("auroc", "mean_average_precision") if task.num_outputs * num_samples > MOST_SORTED else ()
+    return [name for name in WEIGHTED[task.kind] if name not in ("calibration_error", *slow)]
 
 
 @dataclass(frozen=True)

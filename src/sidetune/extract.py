@@ -42,6 +42,7 @@ from sidetune.store_checks import (
     check_plan,
     give_up,
     norm_is_off,
+    other_views,
     possible_shards,
     without_remedy,
 )
@@ -143,17 +144,18 @@ def _mended(
     """The store with every shard that was missing or damaged written anew."""
     keys = tuple(pictures)
     with locked(folder):
+        pictures = {**pictures, **other_views(folder, pictures)}
         for path in leftovers(folder / "shards"):
             path.unlink()
         store, new = _complete(folder, backbone, dtype, pictures, labels, quiet=quiet)
         damaged = store.damaged(keys, reads, quiet=quiet)
         if not damaged:
             return store
-        give_up(store, damaged, new, backbone, set(keys))
+        give_up(store, damaged, new, backbone, set(pictures))
         store, new = _complete(folder, backbone, dtype, pictures, labels, quiet=quiet)
         damaged = store.damaged(keys, reads, quiet=quiet)
         if damaged:
-            give_up(store, damaged, new, backbone, set(keys))
+            give_up(store, damaged, new, backbone, set(pictures))
         return store
 
 

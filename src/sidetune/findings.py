@@ -29,6 +29,7 @@ from sidetune.evidence import patch_evidence
 from sidetune.leaks import Leaks
 from sidetune.methods import Job, Row
 from sidetune.suspects import Suspect, find_suspects
+from sidetune.tasks import Regress
 
 Json = dict[str, Any]
 
@@ -123,7 +124,8 @@ def _answers(job: Job, own: Row, split: str) -> Json:
         doubt = np.abs(predictions - 0.5) + 0.5
     else:
         wrong = labelled
-        doubt = np.abs(predictions - targets) / np.nanstd(targets, 0).clip(min=1e-12)
+        assert isinstance(job.task, Regress)
+        doubt = np.abs(predictions - targets) / np.asarray(job.task.std)
     cells = np.argwhere(wrong)
     cells = cells[np.argsort(-doubt[wrong], kind="stable")][:MISTAKES]
     shown = []

@@ -94,14 +94,7 @@ def fit(  # noqa: PLR0913 - what, where, how; each has its option on the command
     place = find_device(device)
     if store is not None:
         _check_store(recipe, Path(store), out)
-    dataset = load_dataset(
-        Path(data),
-        task=recipe.data.task,
-        labels=recipe.data.labels,
-        split_seed=recipe.data.split_seed,
-        val_fraction=recipe.data.val_fraction,
-        test_fraction=recipe.data.test_fraction,
-    )
+    dataset = load_dataset(Path(data), **recipe.data.arguments())
     if backbone is None:
         backbone = build_backbone(recipe.backbone.name, **recipe.backbone.arguments())
     elif recipe.backbone == BackboneRecipe():  # no choice was made: the default names what was not used
@@ -115,11 +108,14 @@ def fit(  # noqa: PLR0913 - what, where, how; each has its option on the command
     keys = sample_keys(dataset)
     fingerprint = dataset.fingerprint(keys)
     asked = (recipe, fingerprint, backbone.identity.digest)
-    if (finished := find_run(out, *asked)) is not None:
-        _finish(out, strict)
+    if (finished := find_run(out, *asked)) is not None and (out / "report.html").exists():
+        if strict:
+            require_readable(read_skipped(out), f"{out / 'skipped.csv'}")
         return finished
     with locked(out):
-        if begin_run(out, *asked) is None:  # else another process finished it while this one waited
+        if (
+            begin_run(out, *asked) is None
+        ):  # else it was killed at its very end, or finished while this one waited
             with PeakMemory() as memory:
                 job = _open_job(recipe, dataset, backbone, keys, out=out, store=Path(store), quiet=quiet)
                 if strict:
@@ -127,6 +123,8 @@ def fit(  # noqa: PLR0913 - what, where, how; each has its option on the command
                 leaks = _look_for_leaks(job, keys) if leak_check else None
                 rows = [score(job, fitted) for fitted in fit_methods(job)]
             _write(job, rows, leaks, fingerprint, memory.peak)
+        else:
+            _finish(out, strict)
     return Run.open(out)
 
 

@@ -93,16 +93,17 @@ def find_leaks(
         train: rows that can be read.
         others: rows of validation and test that can be read.
     """
-    most = max(1, MAX_PAIRS // max(len(train), 1))
-    if len(others) > most:
-        drawn = torch.randperm(len(others), generator=generator(0, "leaks"))[:most]
-        others = np.sort(others[drawn.numpy()])
     found = {pair.row: pair for pair in _identical(keys, train, others)}
+    num_identical = len(found)
     left = others[~np.isin(others, list(found))]
+    most = max(1, MAX_PAIRS // max(len(train), 1))
+    if len(left) > most:
+        drawn = torch.randperm(len(left), generator=generator(0, "leaks"))[:most]
+        left = np.sort(left[drawn.numpy()])
     candidates = _candidates(summary, train, left)
     found |= {pair.row: pair for pair in _same_pictures(files, candidates)}
     pairs = sorted(found.values(), key=lambda pair: (-pair.similarity, pair.row))
-    return Leaks(tuple(pairs), len(train), len(others))
+    return Leaks(tuple(pairs), len(train), num_identical + len(left))
 
 
 def _identical(keys: Sequence[str], train: NDArray[np.int64], others: NDArray[np.int64]) -> list[Pair]:
@@ -152,10 +153,13 @@ def _same_pictures(files: Sequence[Path], candidates: Sequence[tuple[int, int]])
     if not candidates:
         return []
     rows = sorted({row for pair in candidates for row in pair})
+    own = np.empty((len(rows), SIDE * SIDE), np.float32)
     with ThreadPoolExecutor(DECODERS) as pool:
-        pictures = np.stack(list(pool.map(_picture, [files[row] for row in rows])))
-    training = np.isin(rows, [twin for _, twin in candidates])
-    at, own = {row: i for i, row in enumerate(rows)}, _without_common(pictures, training)
+        for place, picture in enumerate(pool.map(_picture, (files[row] for row in rows))):
+            own[place] = picture
+    training = np.flatnonzero(np.isin(rows, [twin for _, twin in candidates]))
+    _take_out_common(own, training)
+    at = {row: i for i, row in enumerate(rows)}
     best: dict[int, Pair] = {}
     for row, twin in candidates:
         similarity = float(own[at[row]] @ own[at[twin]])
@@ -176,20 +180,20 @@ def _picture(file: Path) -> Floats:
     return picture
 
 
-def _without_common(pictures: Floats, training: NDArray[np.bool_]) -> Floats:
-    """Each picture without what many training pictures share: their mean and first principal pictures.
+def _take_out_common(pictures: Floats, training: NDArray[np.int64]) -> None:
+    """Take from each picture, in place, what many training pictures share: mean and first principal ones.
 
     A principal picture that a few alone are made of is no common one: it is what copies share.
     """
-    fitted = pictures[training]
-    fitted = fitted[:: math.ceil(len(fitted) / FITTED)]
+    fitted = pictures[training[:: math.ceil(len(training) / FITTED)]]
     mean = fitted.mean(0)
     members, _, axes = np.linalg.svd(fitted - mean, full_matrices=False)
     num = min(COMMON, len(fitted) // 10)
     spread = 1.0 / np.square(np.square(members[:, :num])).sum(0)  # how many pictures share each
     axes = axes[:num][spread >= len(fitted) / 10]
-    centred = pictures - mean
-    return _unit(centred - (centred @ axes.T) @ axes)
+    for first in range(0, len(pictures), FITTED):  # a block at a time: all of them are gigabytes
+        centred = pictures[first : first + FITTED] - mean
+        pictures[first : first + FITTED] = _unit(centred - (centred @ axes.T) @ axes)
 
 
 def _unit(rows: Floats) -> Floats:

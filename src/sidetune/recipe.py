@@ -54,6 +54,10 @@ class DataRecipe(Part):
     class_weights: Literal["none", "balanced"] = "none"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
 
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `load_dataset`; the others are the task's."""
+        return self.model_dump(exclude={"class_weights", "label_smoothing"})
+
 
 class BackboneRecipe(Part):
     """Which backbone and how it is run. See `build_backbone`.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import mmap
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -211,18 +210,22 @@ def shard_defect(folder: Path, number: int, claim: str) -> str | None:
 
 
 def map_shard(path: Path) -> MappedShard:
-    """Map a safetensors file.
+    """Map a safetensors file. The map holds no file descriptor: a store may have thousands of shards.
 
     Raises:
         StoreError: the file's header does not describe its bytes.
+        OSError: the file cannot be opened, which says nothing of its bytes.
     """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        start = stream.read(8)
     try:
-        with path.open("rb") as stream:  # a private map: the file stays as it is
-            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-        (header_bytes,) = struct.unpack("<Q", mapped[:8])
-        if header_bytes > len(mapped) - 8:
-            raise ValueError(f"a header of {header_bytes} bytes in a file of {len(mapped)}")
-        text = mapped[: 8 + header_bytes]
+        (header_bytes,) = struct.unpack("<Q", start)
+        if header_bytes > size - 8:
+            raise ValueError(f"a header of {header_bytes} bytes in a file of {size}")
+        # a private map: the file stays as it is
+        mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        text = mapped[: 8 + header_bytes].numpy().tobytes()
         header = parse_json(text[8:].decode("utf-8"))
         if not isinstance(header, dict):
             raise ValueError(f"its header is a {type(header).__name__}, expected an object")
@@ -231,8 +234,8 @@ def map_shard(path: Path) -> MappedShard:
             name: _mapped_tensor(mapped, len(text), _Described.model_validate(entry))
             for name, entry in header.items()
         }
-    except (OSError, ValueError, RuntimeError, OverflowError, struct.error) as error:
-        reason = first_complaint(error) if isinstance(error, ValidationError) else error
+    except (ValueError, RuntimeError, OverflowError, struct.error) as error:
+        reason = first_complaint(error) if isinstance(error, ValidationError) else str(error)
         raise StoreError(f"shard {path} is damaged: {reason}. {AGAIN}") from error
     return MappedShard(path, hashlib.sha256(text).hexdigest(), tensors)
 
@@ -245,7 +248,7 @@ class _Described(BaseModel):
     data_offsets: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
 
 
-def _mapped_tensor(mapped: mmap.mmap, start: int, described: _Described) -> Tensor:
+def _mapped_tensor(mapped: Tensor, start: int, described: _Described) -> Tensor:
     """A tensor of a mapped file whose data begin at `start`."""
     dtype, (first, end) = KINDS[described.dtype], described.data_offsets
     count = math.prod(described.shape)
@@ -253,8 +256,9 @@ def _mapped_tensor(mapped: mmap.mmap, start: int, described: _Described) -> Tens
         raise ValueError(f"a tensor of shape {described.shape} has {end - first} bytes")
     if not count:
         return torch.empty(described.shape, dtype=dtype)
-    flat: Tensor = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start + first)
-    return flat.view(described.shape)
+    if start + end > len(mapped):
+        raise ValueError(f"a tensor that ends at byte {start + end} of {len(mapped)}")
+    return mapped[start + first : start + end].view(dtype).view(described.shape)
 
 
 def read_json_object(path: Path, what: str, todo: str) -> dict[str, Any]:

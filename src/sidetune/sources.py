@@ -19,6 +19,7 @@ from torch import Tensor
 from sidetune.backbones.base import Backbone
 from sidetune.data.dataset import Dataset
 from sidetune.data.views import PLAIN, Picture, View
+from sidetune.errors import SidetuneError
 from sidetune.extract import DECODERS, MICRO_BATCH, decoded
 from sidetune.features import Features, FinalNorm, Spec
 from sidetune.progress import Progress
@@ -94,8 +95,13 @@ class StoredSource(Source):
             store.require(view_keys)
         self.spec = store.plan.spec if spec is None else store.plan.spec.select(spec.names)
         self.final_norm = store.final_norm
-        self.valid = store.valid(keys)
-        self.skipped = {row: store.skipped[key] for row, key in enumerate(keys) if key in store.skipped}
+        self.skipped = {
+            row: store.skipped[key]
+            for view_keys in reversed(self.keys)  # what is said of the image itself comes last, and stays
+            for row, key in enumerate(view_keys)
+            if key in store.skipped
+        }
+        self.valid = np.array([row not in self.skipped for row in range(len(keys))], dtype=bool)
         self.animated = tuple(row for row, key in enumerate(keys) if key in store.animated)
 
     def features(
@@ -149,8 +155,16 @@ class LiveSource(Source):
         """See `Source.features`."""
         chosen = [views] * len(rows) if isinstance(views, int) else views
         pictures = [self._picture(row, view) for row, view in zip(rows, chosen, strict=True)]
-        micro_batches = decoded(pictures, self.backbone.preprocess, self._pool)
-        parts = [self._run(images) for _, images, _ in micro_batches]
+        parts = []
+        for first, images, bad in decoded(pictures, self.backbone.preprocess, self._pool):
+            for slot, reason in bad.items():
+                if rows[first + slot] in self.skipped:
+                    continue
+                raise SidetuneError(
+                    f"{pictures[first + slot].file}: {reason}; it could be read when the run began. Put it "
+                    "back, then type the same command: it resumes"
+                )
+            parts.append(self._run(images))
         layers = tuple(torch.cat(layer) for layer in zip(*(part.layers for part in parts), strict=True))
         return Features(layers, self.spec).select((self.spec if spec is None else spec).names)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sidetune.backbones.base import Backbone
+from sidetune.data.views import Picture, View
 from sidetune.errors import RequestError, StoreError
 from sidetune.shards import entry_path, is_written, shard_path
 from sidetune.store import DTypeName, Plan, Store, read_norm
@@ -121,6 +122,20 @@ def give_up(
             )
     for number in damaged:
         entry_path(store.folder, number).unlink()
+
+
+def other_views(folder: Path, pictures: Mapping[str, Picture]) -> dict[str, Picture]:
+    """Views of these images that were not asked for and stand in the store: a shard is written as a whole."""
+    if not (folder / "plan.json").exists():
+        return {}
+    found = {}
+    for keys in Plan.read(folder).shards:
+        for key in keys:
+            head, at, rest = key.rpartition("@")
+            sample, view = head + at + rest.partition("#")[0], View.parse(rest.partition("#")[2])
+            if key not in pictures and sample in pictures and view is not None:
+                found[key] = Picture(pictures[sample].file, view, sample)
+    return found
 
 
 def without_remedy(defect: object) -> str:

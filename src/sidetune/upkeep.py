@@ -15,7 +15,7 @@ from sidetune.data.dataset import TaskKind
 from sidetune.errors import RequestError, StoreError
 from sidetune.extract import sample_keys
 from sidetune.files import leftovers, locked, write_json
-from sidetune.shards import is_written, read_json_object, shard_defect
+from sidetune.shards import file_size, is_written, read_json_object, shard_defect
 from sidetune.store import HASHERS, Plan, manifest_fields, read_norm, shard_bytes, stores_root
 
 
@@ -41,8 +41,8 @@ def describe(folder: Path) -> dict[str, Any]:
         "store": str(folder),
         "architecture": plan.identity.architecture,
         "identity": plan.identity.digest,
-        "samples": sum(len(plan.shards[number]) for number in written),
-        "planned": sum(map(len, plan.shards)),
+        "samples": len({_sample(key) for number in written for key in plan.shards[number]}),
+        "planned": len({_sample(key) for keys in plan.shards for key in keys}),
         "taps": len(plan.spec),
         "dtype": plan.dtype,
         "bytes": shard_bytes(folder, plan.numbers),
@@ -179,7 +179,8 @@ def _find_garbage(folder: Path, wanted: Collection[str] | None, unfinished: bool
 
 
 def _garbage(folder: Path, files: list[Path], samples: int, kept: int, plan: Plan | None) -> Garbage:
-    return Garbage(folder, tuple(files), sum(path.stat().st_size for path in files), samples, kept, plan)
+    sizes = [file_size(path) or 0 for path in files]  # a temporary file may be renamed meanwhile
+    return Garbage(folder, tuple(files), sum(sizes), samples, kept, plan)
 
 
 def _write_plan(folder: Path, plan: Plan) -> None:

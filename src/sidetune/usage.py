@@ -66,6 +66,15 @@ ServePrecision = Annotated[
         help="Of the backbone: fp32, bf16 or fp16; default: as it was trained.",
     ),
 ]
+MoreViews = Annotated[
+    int,
+    typer.Option(
+        "--views",
+        metavar="K",
+        rich_help_panel=BACKBONE,
+        help="More views of each image in the store: mirrored, then seeded crops.",
+    ),
+]
 Views = Annotated[
     int | None,
     typer.Option(

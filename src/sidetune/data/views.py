@@ -7,6 +7,7 @@ every run that asks for it gets the same one.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +42,13 @@ class View:
         """``mirror``, ``crop1``, ``crop2+mirror``; empty for the image itself."""
         parts = [f"crop{self.crop}"] * bool(self.crop) + ["mirror"] * self.mirror
         return "+".join(parts)
+
+    @classmethod
+    def parse(cls, name: str) -> View | None:
+        """The view of a name; None where it is none that this version knows."""
+        found = re.fullmatch(r"(?:crop([1-9]\d{0,5}))?(?:\+?(mirror))?", name)
+        view = None if found is None else cls(int(found[1] or 0), bool(found[2]))
+        return view if view is not None and view.name == name else None
 
     def key(self, sample_key: str) -> str:
         """The key of this view of a sample: ``path@sha256``, and ``#name`` behind it."""
