@@ -6,6 +6,7 @@ import shutil
 from collections import namedtuple
 from dataclasses import replace
 from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from extracting import EXTRACT, FEW, bring, contents, seal_again, toy
 from sidetune.data import load_dataset, load_image
 from sidetune.errors import DataError, StoreError
-from sidetune.extract import extract, sample_keys
+from sidetune.extract import extract, first_frames, other_files, sample_keys
 from sidetune.features import Features
 from sidetune.files import sha256_file
 from sidetune.store import DTYPES, Store
@@ -333,3 +334,12 @@ def test_a_pipe_among_the_images_is_skipped(own, tmp_path):
     os.mkfifo(own / "class0" / "pipe.png")
     _, store = bring(own, tmp_path / "s")
     assert store.skipped == {"class0/pipe.png@unreadable": "a pipe, a socket or a device, not a file"}
+
+
+def test_one_file_and_several_are_said_in_words():
+    one = "1 image is an animation or has several pages; its first is used: a.gif"
+    assert first_frames([Path("a.gif")]) == one
+    assert other_files(3) == (
+        "3 other files beside the images have no image's ending and are left out; "
+        "photographs in HEIC have to be made JPEG first"
+    )

@@ -67,11 +67,22 @@ def test_leaks_are_named_with_both_pictures_and_the_score_without_them(messy):
 
 def test_a_wrong_label_is_a_suspect(messy):
     suspects = findings_of(messy[0])["suspects"]
-    assert suspects["checked"] == 37 and suspects["count"] >= 1
+    assert suspects["checked"] == 37 and suspects["count"] == len(suspects["rows"]) >= 1
     [found] = [row for row in suspects["rows"] if row["path"].endswith("wrong.png")]
     assert (found["label"], found["suggested"]) == ("class1", "class0")
     assert found["p_label"] < found["p_suggested"]
     assert picture(found["thumbnail"]).format == "JPEG"
+
+
+def test_suspects_past_the_pictured_ones_are_listed_too(image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("sidetune.findings.SUSPECTS", 0)
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    for k in (0, 3, 6, 9, 12):
+        (images / "class0" / f"{k:04d}.png").rename(images / "class1" / f"wrong{k}.png")
+    run = sidetune.fit(images, out=tmp_path / "run", recipe=toy_recipe("ridge"), store=tmp_path / "store")
+    suspects = findings_of(run)["suspects"]
+    assert suspects["count"] == len(suspects["rows"]) >= 1
+    assert {row["thumbnail"] for row in suspects["rows"]} == {None}
 
 
 def test_mistakes_are_the_most_confident_and_show_where_the_side_looked(messy):

@@ -531,7 +531,8 @@ def test_animations_and_files_that_are_left_out_are_said(image_folder, tmp_path,
         run = fit(images, out=tmp_path / out, recipe=recipe, store=stored_in(tmp_path, mode))
         err = capsys.readouterr().err
         assert said in err
-        assert "1 other files beside the images have no image's ending and are left out\n" in err
+        left_out = "1 other file beside the images has no image's ending and is left out; photographs in HEIC"
+        assert f"{left_out} have to be made JPEG first\n" in err
         assert run.metrics["data"]["num_animated"] == 2
         assert run.metrics["data"]["num_skipped"] == 0
 

@@ -44,6 +44,18 @@ def test_findings_are_shown_with_their_pictures(tmp_path, kind):
     assert path.stat().st_size < 2e6
 
 
+def test_of_many_suspects_the_first_are_pictured_and_all_are_counted(tmp_path):
+    write_full_run(tmp_path / "run", findings=lambda metrics: make_findings(metrics, suspects=30))
+    path = tmp_path / "run" / "findings.json"
+    found = json.loads(path.read_text())
+    for k, row in enumerate(found["suspects"]["rows"]):
+        row["path"] = f"suspect-{k}.png"
+    path.write_text(json.dumps(found))
+    page = Page(write_report(tmp_path / "run").read_text(encoding="utf-8"))
+    assert "suspect-23.png" in page.text and "suspect-24.png" not in page.text
+    assert "60 of " in page.text
+
+
 def test_near_duplicates_are_named_beside_the_verdict(tmp_path):
     metrics, _ = write_full_run(tmp_path / "run")
     page = Page(write_report(tmp_path / "run").read_text(encoding="utf-8"))

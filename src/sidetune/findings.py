@@ -33,7 +33,8 @@ from sidetune.tasks import Regress
 
 Json = dict[str, Any]
 
-PAIRS, SUSPECTS, MISTAKES, RIGHT = 24, 24, 12, 6  # shown of each
+SUSPECTS, MISTAKES, RIGHT = 24, 12, 6  # with a picture; all suspects are listed, the others as they are
+PAIRS = 24  # shown
 THUMBNAIL = 128  # pixels of the longer side
 DARKEST = 0.8  # opacity over a patch that does not speak for the answer
 
@@ -97,18 +98,20 @@ def _suspects(job: Job, rows: Sequence[Row]) -> Json | None:
     training = job.split["train"]
     left_out = job.task.predictions(ridge.left_out).double().numpy()
     found = find_suspects(job.task, left_out, job.dataset.targets[training])
-    shown = [_suspect(job, one, int(training[one.sample])) for one in found[:SUSPECTS]]
-    return {"checked": len(training), "count": len(found), "rows": shown}
+    listed = [
+        _suspect(job, one, int(training[one.sample]), picture=at < SUSPECTS) for at, one in enumerate(found)
+    ]
+    return {"checked": len(training), "count": len(found), "rows": listed}
 
 
-def _suspect(job: Job, one: Suspect, row: int) -> Json:
+def _suspect(job: Job, one: Suspect, row: int, *, picture: bool) -> Json:
     return {
         "path": _name(job, row),
         "label": _value(job, one.output, one.label),
         "suggested": _value(job, one.output, one.suggested),
         "p_label": one.p_label,
         "p_suggested": one.p_suggested,
-        "thumbnail": thumbnail(job.dataset.file(row)),
+        "thumbnail": thumbnail(job.dataset.file(row)) if picture else None,
     }
 
 

@@ -31,7 +31,7 @@ from sidetune.data import SPLITS, load_dataset
 from sidetune.data.dataset import Dataset
 from sidetune.data.views import views
 from sidetune.errors import DataError, RequestError
-from sidetune.extract import extract, first_frames, require_readable, sample_keys
+from sidetune.extract import extract, first_frames, other_files, require_readable, sample_keys
 from sidetune.files import locked, write_json
 from sidetune.findings import collect
 from sidetune.leaks import Leaks, find_leaks
@@ -183,10 +183,7 @@ def _open_job(
     if source.animated:
         say(first_frames([dataset.paths[row] for row in source.animated]), quiet=quiet)
     if dataset.ignored:
-        say(
-            f"{dataset.ignored} other files beside the images have no image's ending and are left out",
-            quiet=quiet,
-        )
+        say(other_files(dataset.ignored), quiet=quiet)
     split = _readable(dataset, source, out)
     task = build_task(
         recipe.data.task,
@@ -244,7 +241,8 @@ def _look_for_leaks(job: Job, keys: Sequence[str]) -> Leaks:
         job.say(
             f"{len(leaks.pairs)} of {leaks.num_others} validation and test images have a near-duplicate in "
             f"training ({names[0]} and {names[1]}): what they score is not what new images would. "
-            "The report shows them; give copies one group in a CSV"
+            "The report shows them; give copies one group in a CSV, fit into a new folder, and look again: "
+            "other groups make other splits"
         )
     return leaks
 

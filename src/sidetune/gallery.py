@@ -15,6 +15,7 @@ from sidetune.figures import label, number, phrase
 
 Json = dict[str, Any]
 
+PICTURES = 24  # suspects on the page at all; findings.json lists every one
 SHOWN = 8  # cards of a group in sight; the rest unfolds
 LONGEST = 60  # characters of a label under a picture; the table of classes has all of it
 SPLITS = {"test": "test", "val": "validation"}
@@ -83,7 +84,7 @@ def _suspects(suspects: Json) -> Json:
             "paths": [row["path"]],
             "badges": [],
         }
-        for row in suspects["rows"]
+        for row in suspects["rows"][:PICTURES]
     ]
     return {"checked": suspects["checked"], "count": suspects["count"], "cards": _folded(cards)}
 
