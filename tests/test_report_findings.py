@@ -83,7 +83,7 @@ def test_findings_that_found_nothing_say_so(tmp_path):
     write_full_run(tmp_path / "run", findings=empty_findings)
     page = Page(write_report(tmp_path / "run").read_text(encoding="utf-8"))
     assert "losa makes no mistake on the test images" in page.text
-    assert "contradicts none of the 1,000 training labels" in page.text
+    assert "contradicts a label of none of the 1,000 training images" in page.text
     assert "160 validation and test images were compared with 1,000 training images, and no two" in page.text
     assert "Mind:" not in page.text and "img" not in page.tags
 

@@ -208,7 +208,10 @@ def not_a_run(folder: Path) -> str:
     """What to say of a folder without artifact.json: a fit was interrupted there, or there is no run."""
     said = f"{folder} is not a finished run: it has no artifact.json."
     if (folder / "recipe.json").exists():
-        return f"{said} A fit was begun there and not ended. Type: the same fit command again: it resumes"
+        return (
+            f"{said} A fit was begun there and not ended. Type: the same fit command again: it resumes. "
+            "If the folder was copied, copy all of it"
+        )
     hint = "" if folder.exists() else nearest_path(folder)
     return f"{said}{hint} Type: sidetune fit DATA --out {folder}, or the path of a finished run"
 

@@ -25,6 +25,7 @@ from sidetune.usage import (
     BackboneName,
     Data,
     Device,
+    EvalLabels,
     Json,
     Labels,
     MoreViews,
@@ -219,7 +220,7 @@ def evaluate(
     split: Annotated[
         str, typer.Option(metavar="NAME", rich_help_panel=IMAGES, help="auto, all, train, val or test.")
     ] = "auto",
-    labels: Labels = None,
+    labels: EvalLabels = None,
     views: Views = None,
     weights: Weights = None,
     precision: ServePrecision = None,

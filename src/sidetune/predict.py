@@ -138,7 +138,8 @@ def _choose_split(
 ) -> tuple[Dataset, Split | Literal["all"]]:
     """The data with the splits they name, or with the run's own drawing where those are asked for."""
     recipe = artifact.recipe.data
-    read = partial(load_dataset, data, task=recipe.task, labels=recipe.labels if labels is None else labels)
+    labels = recipe.labels if labels is None else labels
+    read = partial(load_dataset, data, task=recipe.task, labels=labels, to_train=False)
     whole = read(val_fraction=0.0, test_fraction=0.0)
     if split == "all" or (split == "auto" and len(whole.rows("test"))):
         return whole, "all" if split == "all" else "test"

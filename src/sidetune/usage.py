@@ -26,6 +26,14 @@ Labels = Annotated[
         metavar="A,B", rich_help_panel=IMAGES, help="The CSV's label columns, as a,b,c; default: label."
     ),
 ]
+EvalLabels = Annotated[
+    str | None,
+    typer.Option(
+        metavar="A,B",
+        rich_help_panel=IMAGES,
+        help="The CSV's label columns, as a,b,c; default: those of the run.",
+    ),
+]
 
 Data = Annotated[
     Path, typer.Argument(metavar="DATA", help="A folder of class folders, a VTAB folder, or a CSV file.")

@@ -186,12 +186,22 @@ def test_errors_say_where(tmp_path: Path, text: str, message: str) -> None:
         (
             "multilabel",
             "path,n,split\n0.png,1,train\n1.png,,train\n2.png,0,val\n",
-            "column 'n' is 1 in every labelled row of train; or leave it out of --labels",
+            "column 'n' is 1 in every labelled row of train; leave it out of --labels",
         ),
         (
             "multilabel",
             "path,n\n0.png,1\n1.png,1\n2.png,1\n3.png,1\n",
-            "column 'n' is 1 in every labelled row of train as it was drawn; give a split column",
+            "column 'n' is 1 in every labelled row of the file; leave it out of --labels",
+        ),
+        (
+            "multilabel",
+            "path,n,split\n0.png,1,train\n1.png,1,train\n2.png,1,train\n3.png,1,train\n4.png,0,test\n",
+            "row of train as it was drawn; give a split column, or another seed, or leave",
+        ),
+        (
+            "classify",
+            "path,n\n0.png,1\n1.png,\n",
+            "line 3: n is empty; .* column is 0/1 or yes/no, type: --task multilabel --labels n, where",
         ),
     ],
 )
@@ -393,3 +403,20 @@ def test_a_table_that_the_system_does_not_hand_out(tmp_path, monkeypatch):
     with pytest.raises(DataError) as error:
         load_dataset(file)
     assert str(error.value) == (f"{file} cannot be read: Permission denied. Give the path of a .csv file")
+
+
+def test_a_table_that_is_only_scored_may_have_a_column_of_one_value(tmp_path: Path) -> None:
+    file = table(tmp_path, "path,n\n0.png,0\n1.png,\n2.png,0\n")
+    with pytest.raises(DataError, match="is 0 in every labelled row of the file"):
+        load_dataset(file, task="multilabel", labels=["n"], val_fraction=0.0, test_fraction=0.0)
+    dataset = load_dataset(
+        file, task="multilabel", labels=["n"], val_fraction=0.0, test_fraction=0.0, to_train=False
+    )
+    assert np.isnan(dataset.targets[:, 0]).tolist() == [False, True, False]
+
+
+def test_a_file_that_is_no_csv_is_not_its_own_suggestion(tmp_path: Path) -> None:
+    (tmp_path / "table.txt").write_text("path,label\n")
+    with pytest.raises(DataError, match=r"table\.txt: a file that is no \.csv") as caught:
+        load_dataset(tmp_path / "table.txt")
+    assert "Did you mean" not in str(caught.value)

@@ -39,6 +39,7 @@ def load_dataset(
     split_seed: int = 0,
     val_fraction: float = 0.2,
     test_fraction: float = 0.2,
+    to_train: bool = True,
 ) -> Dataset:
     """Read a dataset: a folder in VTAB's layout, another folder of class folders, or a CSV file.
 
@@ -59,6 +60,8 @@ def load_dataset(
         split_seed: draws the carved splits.
         val_fraction: share of the training samples, before anything is carved, that becomes val.
         test_fraction: the same for test.
+        to_train: refuse a label column that teaches nothing, as one that is 0 in every row of train; False
+            where the data are only scored.
 
     Raises:
         DataError: the data is not there, or is not what the task needs.
@@ -67,13 +70,14 @@ def load_dataset(
         raise DataError(f"no task named {task!r}.{nearest(task, get_args(TaskKind))}")
     carving = Carving(val=val_fraction, test=test_fraction, seed=split_seed)
     if path.suffix.lower() == ".csv" and path.is_file():
-        table = read_csv_table(path, task=task, labels=labels, carving=carving)
+        table = read_csv_table(path, task=task, labels=labels, carving=carving, to_train=to_train)
         return replace(table, name=path.stem)
     if not path.is_dir():
         found = "a file that is no .csv" if path.exists() else "nothing there"
+        near = "" if path.exists() else nearest_path(path)
         raise DataError(
             f"{path}: {found}, expected a folder of class folders, a folder with VTAB lists, or a .csv "
-            f"file.{nearest_path(path)} Type: sidetune fit FOLDER, or sidetune fit TABLE.csv"
+            f"file.{near} Type: sidetune fit FOLDER, or sidetune fit TABLE.csv"
         )
     if task != "classify" or labels is not None:
         asked = f"--task {task}" if task != "classify" else f"--labels {','.join(labels or ())}"

@@ -21,7 +21,12 @@ TRUTH = {"1": 1.0, "true": 1.0, "yes": 1.0, "0": 0.0, "false": 0.0, "no": 0.0, "
 
 
 def read_csv_table(
-    file: Path, *, task: TaskKind, labels: Sequence[str] | None = None, carving: Carving
+    file: Path,
+    *,
+    task: TaskKind,
+    labels: Sequence[str] | None = None,
+    carving: Carving,
+    to_train: bool = True,
 ) -> Dataset:
     """Read a CSV file, as `read_table` takes it.
 
@@ -29,7 +34,8 @@ def read_csv_table(
     `labels`; optionally ``split`` (train, val, test), ``group`` (never straddles splits) and ``fold``
     (integers). Spaces around a cell do not count. classify takes the text of one column, and declares
     the classes of the training rows, sorted by name; multilabel takes 0/1, true/false, yes/no; regress
-    takes numbers; an empty cell of these two is unlabelled. `load_dataset` says which splits are carved.
+    takes numbers; an empty cell of these two is unlabelled. `load_dataset` says which splits are carved,
+    and what `to_train` is.
 
     Raises:
         DataError: with the line number where there is one.
@@ -53,7 +59,8 @@ def read_csv_table(
     # Whoever names val and not test has chosen to have no test split.
     missing: list[Split] = [] if "val" in given else ["val"] if "test" in given else ["val", "test"]
     dataset = carve(dataset, missing=missing, carving=carving)
-    _check_training(table, dataset)
+    if to_train:
+        _check_training(table, dataset)
     return dataset
 
 
@@ -123,7 +130,12 @@ def _classes(table: Table, column: str, split: NDArray[np.str_]) -> tuple[NDArra
     labels = table.columns[column]
     for row, label in enumerate(labels):
         if not label:
-            raise table.error(row, f"{column} is empty; expected a class name in every row")
+            raise table.error(
+                row,
+                f"{column} is empty; expected a class name in every row. Remove the rows without one; or, if "
+                f"the column is 0/1 or yes/no, type: --task multilabel --labels {column}, where an empty "
+                "cell is unlabelled",
+            )
     known = sorted({label for label, part in zip(labels, split, strict=True) if part == "train"})
     if len(known) < 2:
         raise DataError(
@@ -204,13 +216,15 @@ def _check_training(table: Table, dataset: Dataset) -> None:
     if dataset.task == "classify":
         return  # the classes are those of train, and carving keeps each there
     train = dataset.targets[dataset.rows("train")]
-    for name, values in zip(dataset.outputs, train.T, strict=True):
+    for name, values, every in zip(dataset.outputs, train.T, dataset.targets.T, strict=True):
         known = np.unique(values[~np.isnan(values)])
         if not len(known):
             raise DataError(f"{table.file}: column {name!r} has no value in train; leave it out of --labels")
         if dataset.task == "multilabel" and len(known) == 1:
-            drawn = " as it was drawn; give a split column, or another seed," if dataset.carved else ";"
+            everywhere = len(np.unique(every[~np.isnan(every)])) == 1
+            drawn = " as it was drawn; give a split column, or another seed, or" if dataset.carved else ";"
+            where, advice = ("the file", ";") if everywhere else ("train", drawn)
             raise DataError(
-                f"{table.file}: column {name!r} is {known[0]:.0f} in every labelled row of train{drawn} "
-                "or leave it out of --labels"
+                f"{table.file}: column {name!r} is {known[0]:.0f} in every labelled row of {where}{advice} "
+                "leave it out of --labels"
             )
