@@ -68,6 +68,12 @@ def print_evaluation(evaluation: Evaluation, split: str) -> None:
         interval = _interval(name, evaluation.intervals.get(name))
         table.add_row(_title(name), number(name, value), interval)
     Console().print(table)
+    labels = [row for row in evaluation.per_class if "average_precision" in row]
+    without = [str(row["name"]) for row in labels if row["auroc"] is None]
+    if without:  # means over labels are over fewer than the run has
+        counted = f"{len(labels) - len(without)} of {len(labels)}"
+        said = f"AUROC is over {counted} labels; these have not both yes and no here: {', '.join(without)}"
+        Console().print(printable(said), markup=False, highlight=False, soft_wrap=True)
 
 
 def prediction_lines(predictions: Sequence[Prediction], task: TaskKind) -> Iterator[str]:

@@ -1,0 +1,18 @@
+import numpy as np
+import pytest
+
+from sidetune.evaluate import evaluate
+from sidetune.tables import print_evaluation
+from sidetune.tasks import MultiLabel
+
+
+def test_labels_that_do_not_count_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    predictions = np.array([[0.9, 0.2, 0.3], [0.1, 0.3, 0.4], [0.8, 0.1, 0.2]], np.float32)
+    mixed = np.array([[1, 0, 1], [0, 1, 0], [1, 0, 0]], np.float32)
+    task = MultiLabel(("dent", "rust", "burn"), (0.4, 0.4, 0.4))
+    print_evaluation(evaluate(task, predictions, mixed, intervals=False), "all")
+    assert "AUROC is over" not in capsys.readouterr().out
+    flat = np.array([[1, 0, np.nan], [0, 0, np.nan], [1, 0, np.nan]], np.float32)
+    print_evaluation(evaluate(task, predictions, flat, intervals=False), "all")
+    out = capsys.readouterr().out
+    assert "AUROC is over 1 of 3 labels; these have not both yes and no here: rust, burn" in out
