@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from extracting import EXTRACT, FEW, bring, contents, seal_again, toy
 from sidetune.data import load_dataset, load_image
+from sidetune.data.notes import first_frames, other_files
 from sidetune.errors import DataError, StoreError
-from sidetune.extract import extract, first_frames, other_files, sample_keys
+from sidetune.extract import extract, sample_keys
 from sidetune.features import Features
 from sidetune.files import sha256_file
 from sidetune.store import DTYPES, Store

@@ -363,7 +363,7 @@ def _print_store(store: Any, keys: Sequence[str], as_json: bool) -> None:  # noq
         fields = {"store": str(store.folder), "samples": len(keys), "bytes": store.num_bytes}
         _print_json({**fields, "skipped": skipped, "animated": animated})
         return
-    from sidetune.extract import first_frames
+    from sidetune.data.notes import first_frames
     from sidetune.figures import size
 
     print(f"{store.folder}: {len(keys):,} samples, {size(store.num_bytes)}")

@@ -29,9 +29,10 @@ from sidetune.backbones import build_backbone
 from sidetune.backbones.base import Backbone
 from sidetune.data import SPLITS, load_dataset
 from sidetune.data.dataset import Dataset
+from sidetune.data.notes import first_frames, other_files
 from sidetune.data.views import views
 from sidetune.errors import DataError, RequestError
-from sidetune.extract import extract, first_frames, other_files, require_readable, sample_keys
+from sidetune.extract import extract, require_readable, sample_keys
 from sidetune.files import locked, write_json
 from sidetune.findings import collect
 from sidetune.leaks import Leaks, find_leaks
