@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from sidetune.evaluate import evaluate
-from sidetune.tables import print_evaluation
+from sidetune.recipe import Recipe
+from sidetune.tables import choices, print_evaluation
 from sidetune.tasks import MultiLabel
 
 
@@ -16,3 +17,11 @@ def test_labels_that_do_not_count_are_named(capsys: pytest.CaptureFixture[str]) 
     print_evaluation(evaluate(task, predictions, flat, intervals=False), "all")
     out = capsys.readouterr().out
     assert "AUROC is over 1 of 3 labels; these have not both yes and no here: rust, burn" in out
+
+
+def test_views_are_among_the_choices_that_are_printed() -> None:
+    plain, some = (Recipe.build({"features": {"views": views}}) for views in (0, 3))
+    averaged = Recipe.build({"features": {"views": 3, "average_views": True}})
+    assert "features stored, fp16 · device cpu" in choices(plain, "cpu")
+    assert "features stored, fp16, 3 more views · device cpu" in choices(some, "cpu")
+    assert "features stored, fp16, 3 more views, averaged · device cpu" in choices(averaged, "cpu")
