@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sidetune.backbones.base import Backbone
-from sidetune.data.views import Picture, View
+from sidetune.data.views import Picture, View, split_key
 from sidetune.errors import RequestError, StoreError
 from sidetune.shards import entry_path, is_written, shard_path
 from sidetune.store import DTypeName, Plan, Store, read_norm
@@ -131,8 +131,8 @@ def other_views(folder: Path, pictures: Mapping[str, Picture]) -> dict[str, Pict
     found = {}
     for keys in Plan.read(folder).shards:
         for key in keys:
-            head, at, rest = key.rpartition("@")
-            sample, view = head + at + rest.partition("#")[0], View.parse(rest.partition("#")[2])
+            sample, name = split_key(key)
+            view = View.parse(name)
             if key not in pictures and sample in pictures and view is not None:
                 found[key] = Picture(pictures[sample].file, view, sample)
     return found

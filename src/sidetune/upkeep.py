@@ -12,6 +12,7 @@ from typing import Any
 
 from sidetune.data import load_dataset
 from sidetune.data.dataset import TaskKind
+from sidetune.data.views import split_key
 from sidetune.errors import RequestError, StoreError
 from sidetune.extract import sample_keys
 from sidetune.files import leftovers, locked, write_json
@@ -41,8 +42,8 @@ def describe(folder: Path) -> dict[str, Any]:
         "store": str(folder),
         "architecture": plan.identity.architecture,
         "identity": plan.identity.digest,
-        "samples": len({_sample(key) for number in written for key in plan.shards[number]}),
-        "planned": len({_sample(key) for keys in plan.shards for key in keys}),
+        "samples": len({split_key(key)[0] for number in written for key in plan.shards[number]}),
+        "planned": len({split_key(key)[0] for keys in plan.shards for key in keys}),
         "taps": len(plan.spec),
         "dtype": plan.dtype,
         "bytes": shard_bytes(folder, plan.numbers),
@@ -164,7 +165,7 @@ def _find_garbage(folder: Path, wanted: Collection[str] | None, unfinished: bool
     keep, kept = set(plan.numbers), 0
     if wanted is not None:
         wanted = set(wanted)
-        counts = {n: sum(_sample(key) in wanted for key in plan.shards[n]) for n in plan.numbers}
+        counts = {n: sum(split_key(key)[0] in wanted for key in plan.shards[n]) for n in plan.numbers}
         keep = {number for number, count in counts.items() if count}
         kept = sum(len(plan.shards[number]) - counts[number] for number in keep)
         if not keep:
@@ -202,9 +203,3 @@ def _shard_files(folder: Path) -> Iterator[Path]:
 def _number(path: Path) -> int | None:
     found = re.fullmatch(r"(\d{5,})\.(json|safetensors)", path.name)
     return int(found[1]) if found else None
-
-
-def _sample(key: str) -> str:
-    """The sample that a key is of: ``#`` after the last ``@`` begins the name of a view of it."""
-    path, at, rest = key.rpartition("@")
-    return path + at + rest.partition("#")[0]

@@ -64,6 +64,13 @@ class View:
 PLAIN = View()
 
 
+def split_key(key: str) -> tuple[str, str]:
+    """The key of the sample, and the name of its view: ``#`` after the last ``@`` begins it."""
+    path, at, rest = key.rpartition("@")
+    content, _, name = rest.partition("#")
+    return path + at + content, name
+
+
 def views(num_more: int, *, flip: bool = True) -> tuple[View, ...]:
     """The image itself and `num_more` other views.
 
