@@ -81,7 +81,10 @@ def test_weights_cut_short_are_seen(runs, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("side.safetensors", "side.safetensors is missing, expected the side's weights"),
+        (
+            "side.safetensors",
+            "side.safetensors is missing, expected the side's weights. Copy the whole run folder again, or type",
+        ),
         (
             "artifact.json",
             "is not a finished run: it has no artifact.json. A fit was begun there and not ended. ",

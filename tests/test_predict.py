@@ -9,7 +9,7 @@ from fitted_runs import read_csv, toy_recipe
 from images import make_csv, make_folder
 from sidetune import Artifact, build_backbone, fit, load
 from sidetune.backbones import BACKBONES
-from sidetune.errors import ArtifactError, DataError, RequestError
+from sidetune.errors import ArtifactError, BackboneError, DataError, RequestError
 from sidetune.predict import Prediction, evaluate_run
 from sidetune.tasks import Classify
 
@@ -149,6 +149,8 @@ def test_weights_that_have_moved_are_asked_for(runs, tmp_path, monkeypatch):
 
     def stand_in(model, /, *, weights="hub", precision="fp32"):
         asked.append((model, weights))
+        if weights.endswith("other.pth"):
+            raise BackboneError("the weights are of vit_tiny. Type: --backbone timm:vit_tiny")
         return build_backbone("toy")
 
     monkeypatch.setitem(BACKBONES, "timm", stand_in)
@@ -170,6 +172,12 @@ def test_weights_that_have_moved_are_asked_for(runs, tmp_path, monkeypatch):
     (tmp_path / "old.pth").touch()
     load(tmp_path / "run")
     assert asked == [("vit", str(tmp_path / "new.pth")), ("vit", str(tmp_path / "old.pth"))]
+    with pytest.raises(ArtifactError) as error:
+        load(tmp_path / "run", weights=tmp_path / "other.pth")
+    assert str(error.value) == (
+        "the weights are of vit_tiny; the run was trained on timm:vit. Type: --weights with the weights that "
+        "it was trained on"
+    )
 
 
 def test_a_device_that_is_not_there_is_refused_first(tmp_path):

@@ -40,6 +40,7 @@ from sidetune.tasks import Task
 
 FORMAT = 2
 AGAIN = "Type: the fit command with a new --out"
+COPY = "Copy the whole run folder again, or type: the fit command with a new --out"
 
 
 @dataclass(frozen=True)
@@ -234,17 +235,17 @@ def _read_fields(folder: Path) -> dict[str, Any]:
 
 def _read_weights(path: Path, expected: str) -> dict[str, Tensor]:
     if not path.exists():
-        raise ArtifactError(f"{path} is missing, expected the side's weights. {AGAIN}")
+        raise ArtifactError(f"{path} is missing, expected the side's weights. {COPY}")
     found = sha256_file(path)
     if found != expected:
         raise ArtifactError(
             f"{path} is damaged or was exchanged: its sha256 starts with {found[:12]}, expected "
-            f"{expected[:12]}. {AGAIN}"
+            f"{expected[:12]}. {COPY}"
         )
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ArtifactError(f"{path} is damaged: {error}. {AGAIN}") from error
+        raise ArtifactError(f"{path} is damaged: {error}. {COPY}") from error
 
 
 def _check_shapes(

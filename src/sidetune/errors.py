@@ -103,6 +103,11 @@ def first_complaint(error: ValidationError) -> str:
     return f"{where} is {got[:LONG_NAME]}{' ..' if len(got) > LONG_NAME else ''}: {complaint['msg']}"
 
 
+def without_remedy(defect: object) -> str:
+    """What is wrong, for a place where the remedy is under way or another."""
+    return str(defect).partition(". Type")[0]
+
+
 def nearest_path(path: Path) -> str:
     """The words that follow "nothing there": the nearest name in the same folder, if there is one."""
     if not path.parent.is_dir():

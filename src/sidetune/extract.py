@@ -20,7 +20,7 @@ from sidetune.backbones.base import Backbone
 from sidetune.data.dataset import Dataset, sample_key
 from sidetune.data.preprocess import Preprocess
 from sidetune.data.views import PLAIN, Picture, View
-from sidetune.errors import DataError, ImageError, StoreError
+from sidetune.errors import DataError, ImageError, StoreError, without_remedy
 from sidetune.features import Features
 from sidetune.files import leftovers, locked
 from sidetune.progress import Progress, say
@@ -44,7 +44,6 @@ from sidetune.store_checks import (
     norm_is_off,
     other_views,
     possible_shards,
-    without_remedy,
 )
 from sidetune.summary import summarise
 

@@ -24,7 +24,7 @@ from sidetune.backbones import BACKBONES, build_backbone
 from sidetune.backbones.base import Backbone
 from sidetune.data import SPLITS, Dataset, Split, load_dataset, sample_key
 from sidetune.data.views import Picture, pictures, views
-from sidetune.errors import ArtifactError, DataError, RequestError, nearest
+from sidetune.errors import ArtifactError, BackboneError, DataError, RequestError, nearest, without_remedy
 from sidetune.evaluate import Evaluation, evaluate
 from sidetune.extract import DECODERS, decoded, sample_keys
 from sidetune.recipe import BackboneRecipe
@@ -80,7 +80,15 @@ def _build(recipe: BackboneRecipe, weights: str | Path | None, precision: str | 
             f"the run was trained with the weights {recipe.weights}, and they are not there (any more, or "
             "seen from this folder). Type: --weights with their path"
         )
-    return build_backbone(recipe.name, **recipe.arguments())
+    try:
+        return build_backbone(recipe.name, **recipe.arguments())
+    except BackboneError as error:
+        if weights is None:
+            raise
+        raise ArtifactError(
+            f"{without_remedy(error)}; the run was trained on {recipe.name}. Type: --weights with the "
+            "weights that it was trained on"
+        ) from error
 
 
 def evaluate_run(  # noqa: PLR0913 - what is scored, and with what

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sidetune.backbones.base import Backbone
 from sidetune.data.views import Picture, View, split_key
-from sidetune.errors import RequestError, StoreError
+from sidetune.errors import RequestError, StoreError, without_remedy
 from sidetune.shards import entry_path, is_written, shard_path
 from sidetune.store import DTypeName, Plan, Store, read_norm
 
@@ -136,11 +136,6 @@ def other_views(folder: Path, pictures: Mapping[str, Picture]) -> dict[str, Pict
             if key not in pictures and sample in pictures and view is not None:
                 found[key] = Picture(pictures[sample].file, view, sample)
     return found
-
-
-def without_remedy(defect: object) -> str:
-    """What is wrong, for a place where the remedy is under way or another."""
-    return str(defect).partition(". Type")[0]
 
 
 def _unmendable(path: Path) -> str:
