@@ -83,7 +83,7 @@ def test_weights_cut_short_are_seen(runs, tmp_path):
     [
         (
             "side.safetensors",
-            "side.safetensors is missing, expected the side's weights. Copy the whole run folder again, or type",
+            "side.safetensors is missing, expected the side's weights. Copy the whole run folder",
         ),
         (
             "artifact.json",

@@ -40,7 +40,7 @@ from sidetune.tasks import Task
 
 FORMAT = 2
 AGAIN = "Type: the fit command with a new --out"
-COPY = "Copy the whole run folder again, or type: the fit command with a new --out"
+COPY = f"Copy the whole run folder again, or fit anew. {AGAIN}"
 
 
 @dataclass(frozen=True)
