@@ -68,7 +68,9 @@ def test_a_changed_byte_of_the_weights_is_seen(runs, tmp_path, position):
     message = error_of(folder)
     assert f"{folder / 'side.safetensors'} is damaged or was exchanged: its sha256 starts with " in message
     expected = json.loads((folder / "artifact.json").read_text())["weights"]
-    assert f", expected {expected[:12]}. Type: the fit command with a new --out" in message
+    assert (
+        f", expected {expected[:12]}. Copy the whole run folder again, or fit anew. Type: the fit" in message
+    )
 
 
 def test_weights_cut_short_are_seen(runs, tmp_path):
