@@ -17,6 +17,7 @@ import typer
 
 from sidetune.cli_store import store_app
 from sidetune.errors import RequestError, SidetuneError
+from sidetune.progress import say
 from sidetune.usage import (
     BACKBONE,
     IMAGES,
@@ -44,7 +45,6 @@ from sidetune.usage import (
     first_line,
     print_names,
 )
-from sidetune.usage import log as _log
 from sidetune.usage import print_json as _print_json
 
 app = typer.Typer(
@@ -73,14 +73,14 @@ def main() -> None:
             _fail("interrupted. The same command resumes", INTERRUPTED)
         if end.code == RequestError.exit_code:
             if (line := example(sys.argv[1:])) is not None:
-                _log(f"Example: {line}")
+                say(f"Example: {line}")
             if "--json" in sys.argv:
                 _print_json({"error": "the command line is wrong: stderr says where", "exit": end.code})
         raise
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    _log(f"error: {message}")
+    say(f"error: {message}")
     if "--json" in sys.argv:
         _print_json({"error": message, "exit": code})
     sys.exit(code)
@@ -154,7 +154,7 @@ def fit(
         backbone, size, weights, settings, task=task, labels=labels, side=side, features=features
     )
     if not quiet:
-        _log(choices(recipe, device))
+        say(choices(recipe, device))
     run = sidetune.fit(
         data,
         out=out,
@@ -248,7 +248,7 @@ def evaluate(
         return
     print_evaluation(found.evaluation, found.split)
     for path, reason in found.skipped.items():
-        _log(f"{path}: {reason}")
+        say(f"{path}: {reason}")
     _log_skipped(len(found.skipped), found.evaluation.num_samples + len(found.skipped))
 
 
@@ -280,7 +280,7 @@ def predict(
             print(line)
     unreadable = [item for item in predictions if item.error is not None]
     for item in unreadable:
-        _log(f"error: {item.path}: {item.error}")
+        say(f"error: {item.path}: {item.error}")
     if unreadable:
         _log_skipped(len(unreadable), len(predictions))
         raise typer.Exit(SidetuneError.exit_code)
@@ -368,12 +368,12 @@ def _print_store(store: Any, keys: Sequence[str], as_json: bool) -> None:  # noq
 
     print(f"{store.folder}: {len(keys):,} samples, {size(store.num_bytes)}")
     for path, reason in skipped.items():
-        _log(f"{path}: {reason}")
+        say(f"{path}: {reason}")
     _log_skipped(len(skipped), len(keys))
     if animated:
-        _log(first_frames([Path(path) for path in animated]))
+        say(first_frames([Path(path) for path in animated]))
 
 
 def _log_skipped(count: int, total: int, remark: str = "") -> None:
     if count:
-        _log(f"{count} of {total} images could not be read{remark}")
+        say(f"{count} of {total} images could not be read{remark}")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from sidetune.errors import RequestError
-from sidetune.usage import IMAGES, Json, Labels, Task, columns, log, print_json
+from sidetune.progress import say
+from sidetune.usage import IMAGES, Json, Labels, Task, columns, print_json
 
 if TYPE_CHECKING:
     from sidetune.data.dataset import TaskKind
@@ -36,7 +37,7 @@ def store_ls(
     for line in store_lines(rows):
         print(line)
     if not rows:
-        log(f"no store in {stores_root()}. Type: sidetune extract DATA --out FOLDER")
+        say(f"no store in {stores_root()}. Type: sidetune extract DATA --out FOLDER")
 
 
 @store_app.command("verify")

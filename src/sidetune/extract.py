@@ -140,16 +140,12 @@ def _mended(
         pictures = {**pictures, **other_views(folder, pictures)}
         for path in leftovers(folder / "shards"):
             path.unlink()
-        store, new = _complete(folder, backbone, dtype, pictures, labels, quiet=quiet)
-        damaged = store.damaged(keys, reads, quiet=quiet)
-        if not damaged:
-            return store
-        give_up(store, damaged, new, backbone, set(pictures))
-        store, new = _complete(folder, backbone, dtype, pictures, labels, quiet=quiet)
-        damaged = store.damaged(keys, reads, quiet=quiet)
-        if damaged:
+        while True:  # twice at most, unless other shards go bad meanwhile
+            store, new = _complete(folder, backbone, dtype, pictures, labels, quiet=quiet)
+            damaged = store.damaged(keys, reads, quiet=quiet)
+            if not damaged:
+                return store
             give_up(store, damaged, new, backbone, set(pictures))
-        return store
 
 
 def _served(
@@ -204,13 +200,15 @@ def _complete(
 
 def sample_keys(dataset: Dataset) -> tuple[str, ...]:
     """The key of every sample. A file that cannot be read has ``unreadable`` for its sha256."""
-    keys = []
-    for row, path in enumerate(dataset.paths):
-        try:
-            keys.append(sample_key(path, dataset.file(row)))
-        except OSError:
-            keys.append(f"{path.as_posix()}@{UNREADABLE}")
-    return tuple(keys)
+    return tuple(key_of(path, dataset.file(row)) for row, path in enumerate(dataset.paths))
+
+
+def key_of(path: Path, file: Path) -> str:
+    """As `sample_key`, with ``unreadable`` for the sha256 of a file that cannot be read."""
+    try:
+        return sample_key(path, file)
+    except OSError:
+        return f"{path.as_posix()}@{UNREADABLE}"
 
 
 def _plan(folder: Path, backbone: Backbone, dtype: DTypeName, keys: Sequence[str]) -> Plan:
@@ -305,10 +303,7 @@ def _check_unchanged(folder: Path, shown: Sequence[Picture], pool: ThreadPoolExe
 
 
 def _digest(file: Path) -> str:
-    try:
-        return sample_key(file, file).rpartition("@")[2]
-    except OSError:
-        return UNREADABLE
+    return key_of(file, file).rpartition("@")[2]
 
 
 def decoded(

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -67,18 +68,14 @@ def parse_json(text: str, *, nan: bool = False) -> Any:  # noqa: ANN401 - any JS
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=float if nan else _no_constant)
     except RecursionError:
         raise ValueError(TOO_DEEP) from None
-    level = [value]
+    level = [value] if isinstance(value, dict | list) else []
     for _ in range(DEEPEST):
-        level = (
-            [
-                below
-                for one in level
-                for below in (one.values() if isinstance(one, dict) else one)
-                if isinstance(below, dict | list)
-            ]
-            if isinstance(value, dict | list)
-            else []
-        )
+        level = [
+            below
+            for one in level
+            for below in (one.values() if isinstance(one, dict) else one)
+            if isinstance(below, dict | list)
+        ]
     if level:
         raise ValueError(TOO_DEEP)
     if HALF.search(text):  # an escape of half a character, or of both halves of one
@@ -92,7 +89,7 @@ def parse_json(text: str, *, nan: bool = False) -> Any:  # noqa: ANN401 - any JS
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        twice = next(key for at, (key, _) in enumerate(pairs) if key in dict(pairs[:at]))
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"the key {twice[:60]!r} stands there twice")
     return found
 

@@ -110,32 +110,33 @@ def fit(  # noqa: PLR0913 - what, where, how; each has its option on the command
     fingerprint = dataset.fingerprint(keys)
     asked = (recipe, fingerprint, backbone.identity.digest)
     if (finished := find_run(out, *asked)) is not None and (out / "report.html").exists():
-        if strict:
-            require_readable(read_skipped(out), f"{out / 'skipped.csv'}")
+        _check_strict(out, strict)
         return finished
     with locked(out):
-        if (
-            begin_run(out, *asked) is None
-        ):  # else it was killed at its very end, or finished while this one waited
+        found = begin_run(out, *asked)
+        if found is None:
             with PeakMemory() as memory:
                 job = _open_job(recipe, dataset, backbone, keys, out=out, store=Path(store), quiet=quiet)
-                if strict:
-                    require_readable(read_skipped(out), f"{out / 'skipped.csv'}")
+                _check_strict(out, strict)
                 leaks = _look_for_leaks(job, keys) if leak_check else None
                 rows = [score(job, fitted) for fitted in fit_methods(job)]
             _write(job, rows, leaks, fingerprint, memory.peak)
-        else:
-            _finish(out, strict)
+        else:  # another process finished it while this one waited, or it was killed at its very end
+            _check_strict(out, strict)
+            if not (out / "report.html").exists():
+                _write_end(out)
     return Run.open(out)
 
 
-def _finish(out: Path, strict: bool) -> None:
-    """What a run that is found finished may still lack."""
+def _check_strict(out: Path, strict: bool) -> None:
     if strict:
         require_readable(read_skipped(out), f"{out / 'skipped.csv'}")
-    if not (out / "report.html").exists():  # it was killed at its very end
-        (out / "checkpoint.safetensors").unlink(missing_ok=True)
-        write_report(out)
+
+
+def _write_end(out: Path) -> None:
+    """What comes after artifact.json."""
+    (out / "checkpoint.safetensors").unlink(missing_ok=True)
+    write_report(out)
 
 
 def _check_store(recipe: Recipe, store: Path, out: Path) -> None:
@@ -270,8 +271,7 @@ def _write(job: Job, rows: Sequence[Row], leaks: Leaks | None, fingerprint: str,
         {"val": own.val.scores, "test": None if own.test is None else own.test.scores},
     )
     artifact.save(job.out)
-    (job.out / "checkpoint.safetensors").unlink(missing_ok=True)
-    write_report(job.out)
+    _write_end(job.out)
 
 
 def _metrics(job: Job, rows: Sequence[Row], peak_memory: int, findings: float) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from sidetune.backbones.base import Backbone
 from sidetune.calibration import fit_temperature
 from sidetune.checkpoint import Epoch, Scores
 from sidetune.data.dataset import Dataset
-from sidetune.evaluate import Evaluation, evaluate, scores
+from sidetune.evaluate import Evaluation, evaluate, headline_score, scores
 from sidetune.features import Features, Spec
 from sidetune.figures import duration, label, number
 from sidetune.keyed import Draws
@@ -40,7 +40,6 @@ from sidetune.sources import Source
 from sidetune.summary import Summary
 from sidetune.tasks import Task
 from sidetune.train import TrainingSet, train
-from sidetune.weighted import WEIGHTED
 
 MANY_OUTPUTS = 200
 
@@ -213,11 +212,12 @@ def _validate(job: Job, model: nn.Module) -> list[Scores]:
     targets = job.dataset.targets[job.split["val"]]
     members = job.task.predictions(_member_outputs(job, model, "val")).double().numpy()
     if job.task.num_outputs > MANY_OUTPUTS:  # all scores after every epoch would take longer than the epoch
-        name, known = job.task.headline, WEIGHTED[job.task.kind]
-        ones = np.ones((len(targets), 1))
-        values = [known[name](one, targets, ones)[0] if np.isfinite(one).all() else np.nan for one in members]
-        return [{} if np.isnan(value) else {name: float(value)} for value in values]
+        return [_headline(job.task, one, targets) if np.isfinite(one).all() else {} for one in members]
     return [scores(job.task, one, targets) if np.isfinite(one).all() else {} for one in members]
+
+
+def _headline(task: Task, predictions: NDArray[Any], targets: NDArray[Any]) -> Scores:
+    return {task.headline: headline_score(task, predictions, targets)}
 
 
 def _side_outputs(job: Job, model: SideModel, split: str) -> Tensor:

@@ -22,11 +22,11 @@ from torch import Tensor
 from sidetune.artifact import Artifact, find_device
 from sidetune.backbones import BACKBONES, build_backbone
 from sidetune.backbones.base import Backbone
-from sidetune.data import SPLITS, Dataset, Split, load_dataset, sample_key
+from sidetune.data import SPLITS, Dataset, Split, load_dataset
 from sidetune.data.views import Picture, pictures, views
 from sidetune.errors import ArtifactError, BackboneError, DataError, RequestError, nearest, without_remedy
 from sidetune.evaluate import Evaluation, evaluate
-from sidetune.extract import DECODERS, decoded, sample_keys
+from sidetune.extract import DECODERS, decoded, key_of, sample_keys
 from sidetune.recipe import BackboneRecipe
 
 # largest difference of a tap's mean and std on the built-in image, in units of its std
@@ -289,13 +289,7 @@ class Predictor:
     def _pictures(self, files: Sequence[Path]) -> list[Picture]:
         if len(self.views) == 1:
             return [Picture(file) for file in files]
-        keys = []
-        for file in files:
-            try:
-                keys.append(sample_key(file, file))
-            except OSError:
-                keys.append("")  # the decoder says what is wrong with it
-        return pictures(files, keys, self.views)
+        return pictures(files, [key_of(file, file) for file in files], self.views)
 
     def evaluate(self, dataset: Dataset, rows: NDArray[np.int64]) -> tuple[Evaluation, dict[int, str]]:
         """Scores on labelled images, with intervals.

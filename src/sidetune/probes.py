@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sidetune.calibration import fit_temperature
 from sidetune.errors import DivergedError
+from sidetune.evaluate import headline_score
 from sidetune.features import FinalNorm
 from sidetune.model import NormKind, SideModel
 from sidetune.sides.base import Pool
@@ -23,7 +24,6 @@ from sidetune.sides.linear import PENALTIES, Coordinates, Linear, LinearRecipe, 
 from sidetune.sides.ridge import LAMBDAS, Ridge, RidgeRecipe, solve_ridge
 from sidetune.summary import Summary
 from sidetune.tasks import Task
-from sidetune.weighted import WEIGHTED
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,8 @@ def fit_linear(
 def headline(task: Task, output: Tensor, target: Tensor) -> float:
     """The task's headline score of outputs (n, K); -inf where it is not defined."""
     predictions = task.predictions(output).double().numpy()
-    # that one score alone: with 10,000 classes the table behind all of them takes minutes
-    value = WEIGHTED[task.kind][task.headline](predictions, target.numpy(), np.ones((len(target), 1)))[0]
-    return float("-inf") if np.isnan(value) else float(value)
+    value = headline_score(task, predictions, target.numpy())
+    return float("-inf") if value is None else value
 
 
 def set_head(model: SideModel, weight: Tensor, bias: Tensor) -> None:

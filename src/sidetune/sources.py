@@ -158,12 +158,11 @@ class LiveSource(Source):
         parts = []
         for first, images, bad in decoded(pictures, self.backbone.preprocess, self._pool):
             for slot, reason in bad.items():
-                if rows[first + slot] in self.skipped:
-                    continue
-                raise SidetuneError(
-                    f"{pictures[first + slot].file}: {reason}; it could be read when the run began. Put it "
-                    "back, then type the same command: it resumes"
-                )
+                if self.valid[rows[first + slot]]:
+                    raise SidetuneError(
+                        f"{pictures[first + slot].file}: {reason}; it could be read when the run began. "
+                        "Put it back, then type the same command: it resumes"
+                    )
             parts.append(self._run(images))
         layers = tuple(torch.cat(layer) for layer in zip(*(part.layers for part in parts), strict=True))
         return Features(layers, self.spec).select((self.spec if spec is None else spec).names)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-from sidetune.progress import printable
 
 # Groups of options in --help; an option without one is about the result.
 IMAGES, BACKBONE, RECIPE = "Images and labels", "Backbone and features", "Side network and recipe"
@@ -151,8 +148,3 @@ def print_names(lines: dict[str, str], as_json: bool) -> None:
 def print_json(value: dict[str, Any]) -> None:
     """One object on one line of stdout."""
     print(json.dumps(value, default=str))  # noqa: T201
-
-
-def log(text: str) -> None:
-    """A line on stderr, at once."""
-    print(printable(text), file=sys.stderr, flush=True)  # noqa: T201
