@@ -153,6 +153,7 @@ OTHERS = {
         "a": 2.0,
         "every": 2,
         "drop_path": 0.1,
+        "form": "textbook",
     },
     "head": {"norm": "none"},
     "train": {
@@ -173,12 +174,12 @@ FIELDS = [
 
 
 @pytest.mark.parametrize(("part", "field"), FIELDS, ids=".".join)
-def test_every_field_but_the_path_of_the_weights_changes_the_hash(part, field):
+def test_every_field_but_the_path_of_the_weights_and_the_form_changes_the_hash(part, field):
     given = {"views": 2} if field == "average_views" else {}  # one view has no average
     plain = Recipe.build({part: given})
     changed = Recipe.build({part: {**given, field: OTHERS[part][field]}})
     assert changed != plain
-    assert (changed.hash == plain.hash) == ((part, field) == ("backbone", "weights"))
+    assert (changed.hash == plain.hash) == ((part, field) in {("backbone", "weights"), ("side", "form")})
 
 
 def test_an_average_over_one_view_is_refused():

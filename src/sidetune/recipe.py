@@ -193,9 +193,10 @@ class Recipe(Part):
 
     @property
     def hash(self) -> str:
-        """sha256 of the canonical JSON without paths: 64 hex digits. Equal recipes, equal runs."""
+        """sha256 of the canonical JSON without paths and forms: 64 hex digits. Equal recipes, equal runs."""
         fields = self.model_dump(mode="json")
         fields["backbone"].pop("weights")  # the weights themselves are in the backbone's identity
+        fields["side"].pop("form", None)  # all forms of a side compute the same
         return hashlib.sha256(canonical_json(fields).encode()).hexdigest()
 
 

@@ -20,6 +20,7 @@ from sidetune.features import Features, Spec, Tap
 from sidetune.keyed import Draws, generator
 
 Pool = Literal["mean", "cls", "cls+mean", "all", "tokens"]
+Form = Literal["fast", "textbook"]
 
 
 class SideRecipe(BaseModel):
@@ -103,9 +104,10 @@ class Side(nn.Module, ABC):
         return token_shares(self.tokens(features), self.spec.last, self.pool, features.mask)
 
     def scaled(self, features: Features, name: str) -> Tensor:
-        """A tap times its scale: (B, N, D)."""
-        position = self.spec.index(name)
-        return features.layers[position] * self.tap_scale[position].to(features.layers[position].dtype)
+        """A tap times its scale: (B, N, D), at least in the precision of the side."""
+        tap, scale = features[name], self.tap_scale[self.spec.index(name)]
+        dtype = torch.promote_types(tap.dtype, scale.dtype)
+        return tap.to(dtype) * scale.to(dtype)
 
     def start(self, seeds: Sequence[int]) -> None:
         """Draw every member's starting parameters from its own seed.
@@ -131,6 +133,27 @@ class MemberModule(nn.Module):
     def start_member(self, member: int, keyed: torch.Generator) -> None:
         """Draw the starting parameters of one member, in a fixed order."""
         raise NotImplementedError
+
+
+def frozen_taps(side: Side, features: Features, names: Sequence[str]) -> list[tuple[Tensor, float]]:
+    """Taps, as they travel, each with its scale.
+
+    Raises:
+        SideError: one wants a gradient, which a fast form does not give.
+    """
+    for name in names:
+        if features[name].requires_grad:
+            raise SideError(
+                f"tap {name!r} wants a gradient, and the fast form gives none: the backbone is frozen. "
+                "Type: --set side.form=textbook, or compute the features under torch.no_grad()"
+            )
+    scales = side.tap_scale.tolist()
+    return [(features[name], scales[side.spec.index(name)]) for name in names]
+
+
+def every(modules: nn.ModuleList, name: str) -> list[Tensor]:
+    """The parameter of this name of each module."""
+    return [getattr(module, name) for module in modules]
 
 
 def normal_start(parameter: Tensor, member: int, fan_in: int, keyed: torch.Generator) -> None:
@@ -164,18 +187,33 @@ def token_shares(tokens: Tensor, tap: Tap, pool: Pool, mask: Tensor | None = Non
     """`pool_tokens` before its sum: (.., B, N, width); None for ``tokens``. Args as there."""
     if pool == "tokens":
         return None
-    counts = torch.ones_like(tokens[..., :1]) if mask is None else mask.to(tokens.dtype)[..., None]
-    is_cls, is_patch = torch.zeros_like(counts), torch.zeros_like(counts)
-    positions = torch.arange(tokens.shape[-2])
-    is_patch[..., tap.patch_tokens(positions[:, None])[:, 0], :] = 1
+    weights_QPN = pool_weights(tap, pool, mask, like=tokens)
+    return torch.cat([tokens * weight_QN[..., None] for weight_QN in weights_QPN.unbind(1)], -1)
+
+
+def pool_weights(tap: Tap, pool: Pool, mask: Tensor | None, *, like: Tensor) -> Tensor:
+    """What `pool_tokens` multiplies tokens by before it sums: (Q, P, N), Q = 1, or B with a mask.
+
+    P vectors of width D come out: two with ``cls+mean``, all N with ``tokens``.
+
+    Args:
+        tap: as for `pool_tokens`, like `pool` and `mask`.
+        pool: see `Side`.
+        mask: (B, N) bool.
+        like: has the type and the device of what is asked for.
+    """
+    if pool == "tokens":
+        return torch.eye(tap.num_tokens, dtype=like.dtype, device=like.device)[None]
+    units = torch.arange(tap.num_tokens, device=like.device).view(tap.num_units, -1)
+    is_cls_N, is_patch_N = like.new_zeros(tap.num_tokens), like.new_ones(tap.num_tokens)
+    is_patch_N[units[:, : tap.num_prefix]] = 0
     if tap.cls_index is not None:
-        units = positions.view(tap.num_units, -1)
-        is_cls[..., units[:, tap.cls_index], :] = 1 / tap.num_units
-    if pool == "cls":
-        return tokens * is_cls
-    chosen = counts if pool == "all" else is_patch * counts
-    shares = tokens * chosen / chosen.sum(-2, keepdim=True).clamp(min=1)
-    return torch.cat([tokens * is_cls, shares], -1) if pool == "cls+mean" else shares
+        is_cls_N[units[:, tap.cls_index]] = 1 / tap.num_units
+    counts_QN = like.new_ones(1, tap.num_tokens) if mask is None else mask.to(like)
+    chosen_QN = counts_QN if pool == "all" else counts_QN * is_patch_N
+    mean_QN = chosen_QN / chosen_QN.sum(-1, keepdim=True).clamp(min=1)
+    cls_QN = is_cls_N.expand_as(mean_QN)
+    return torch.stack({"cls": [cls_QN], "cls+mean": [cls_QN, mean_QN]}.get(pool, [mean_QN]), 1)
 
 
 def _mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
@@ -183,6 +221,17 @@ def _mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
         return tokens.mean(-2)
     weight = mask.to(tokens.dtype)[..., None]
     return (tokens * weight).sum(-2) / weight.sum(-2).clamp(min=1)
+
+
+def known_form(form: Form) -> Form:
+    """The form itself.
+
+    Raises:
+        SideError: there is no such form.
+    """
+    if form not in get_args(Form):
+        raise SideError(f"form is {form!r}.{nearest(form, get_args(Form))} Type: --set side.form=fast")
+    return form
 
 
 def kept_blocks(spec: Spec, every: int, side: str) -> tuple[Tap, ...]:

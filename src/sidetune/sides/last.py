@@ -11,7 +11,8 @@ sums and the correction are stated; one module on the embedding and R = 16 are i
 published 0.66 M parameters; heads are unknown. W_out starts at zero, so the side starts as the
 linear probe.
 
-This is the textbook form, one line an equation.
+Here stands the textbook form, one line an equation. `forward` computes the same in the fast form of
+`sidetune.sides.last_fast`, exactly, unless ``form`` is ``textbook``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,17 @@ from torch import Tensor, nn
 from sidetune.errors import SideError
 from sidetune.features import Features, Spec
 from sidetune.keyed import Draws
-from sidetune.sides.base import MemberModule, Pool, Side, SideRecipe, kept_blocks, normal_start
+from sidetune.sides.base import (
+    Form,
+    MemberModule,
+    Pool,
+    Side,
+    SideRecipe,
+    kept_blocks,
+    known_form,
+    normal_start,
+)
+from sidetune.sides.last_fast import pooled_last
 
 LAYER_NORM_EPS = 1e-6
 
@@ -41,6 +52,7 @@ class LastRecipe(SideRecipe):
     keep_last: bool = True
     every: int = Field(1, ge=1)
     drop_path: float = Field(0.0, ge=0, lt=1)
+    form: Form = "fast"
 
 
 class Last(Side):
@@ -57,6 +69,7 @@ class Last(Side):
         keep_last: whether z_L is part of the final tokens.
         every: read every k-th block, counted back from L; blocks left out enter no sum.
         drop_path: probability that a sample skips an LSA branch in training.
+        form: ``fast`` or ``textbook``: the same outputs and gradients.
 
     Raises:
         SideError: no embedding or block taps, unequal shapes, or heads do not divide R.
@@ -73,10 +86,12 @@ class Last(Side):
         keep_last: bool = True,
         every: int = 1,
         drop_path: float = 0.0,
+        form: Form = "fast",
     ) -> None:
         super().__init__(spec, members=members, pool=pool)
         self.blocks = kept_blocks(spec, every, "last")
-        self.keep_last, self.drop_path = keep_last, drop_path
+        self.keep_last, self.drop_path, self.heads = keep_last, drop_path, heads
+        self.form = known_form(form)
         if "embedding" not in spec.names:
             raise SideError(
                 f"last reads the tap 'embedding' and got {', '.join(spec.names)}. "
@@ -88,8 +103,15 @@ class Last(Side):
             LowRankSelfAttention(members, spec.last.width, rank, heads) for _ in range(len(self.blocks) + 1)
         )
 
+    def forward(self, features: Features, draws: Draws | None = None) -> Tensor:
+        """See `Side.forward`."""
+        if self.form == "textbook":
+            return super().forward(features, draws)
+        keeps = [self._keep(i, features, draws) for i in range(len(self.attention))]
+        return pooled_last(self, features, keeps, LAYER_NORM_EPS)
+
     def tokens(self, features: Features, draws: Draws | None = None) -> Tensor:
-        """z_L + sum_i LSA_i(v_i): (M, B, N, D)."""
+        """z_L + sum_i LSA_i(v_i): (M, B, N, D), in the textbook form."""
         z_BND = self.scaled(features, "embedding")
         z_sum_BND = z_BND
         lsa_sum_MBND = self._branch(0, z_BND.expand(self.members, *z_BND.shape), features, draws)
@@ -102,11 +124,16 @@ class Last(Side):
 
     def _branch(self, i: int, v_MBND: Tensor, features: Features, draws: Draws | None) -> Tensor:
         out_MBND: Tensor = self.attention[i](v_MBND, features.mask)
-        if self.training and self.drop_path:
-            assert draws is not None, "drop-path needs the step's draws"
-            keep = draws.keep(f"drop-path/{i}", self.drop_path, len(features), out_MBND.device)
-            out_MBND = out_MBND * keep[:, :, None, None].to(out_MBND.dtype)
-        return out_MBND
+        keep_MB = self._keep(i, features, draws)
+        return out_MBND if keep_MB is None else out_MBND * keep_MB[:, :, None, None]
+
+    def _keep(self, i: int, features: Features, draws: Draws | None) -> Tensor | None:
+        """What drop-path multiplies LSA_i by: (M, B); None outside training."""
+        if not (self.training and self.drop_path):
+            return None
+        assert draws is not None, "drop-path needs the step's draws"
+        keep_MB = draws.keep(f"drop-path/{i}", self.drop_path, len(features), self.tap_scale.device)
+        return keep_MB.to(self.tap_scale.dtype)
 
 
 class LowRankSelfAttention(MemberModule):

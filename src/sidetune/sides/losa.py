@@ -12,7 +12,8 @@ reconstruction, and each uncertain choice is a switch (docs/explanation/design.m
 The recursion is read in a third party's code; that both mixers alternate is stated; their order and
 composition are inferred. Up-projections start at zero, so the side starts as the linear probe.
 
-This is the textbook form, one line an equation.
+Here stands the textbook form, one line an equation. `forward` computes the same in the fast form of
+`sidetune.sides.losa_fast`, exactly, unless ``form`` is ``textbook``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,17 @@ from torch import Tensor, nn
 from sidetune.errors import SideError
 from sidetune.features import Features, Spec
 from sidetune.keyed import Draws
-from sidetune.sides.base import MemberModule, Pool, Side, SideRecipe, kept_blocks, normal_start
+from sidetune.sides.base import (
+    Form,
+    MemberModule,
+    Pool,
+    Side,
+    SideRecipe,
+    kept_blocks,
+    known_form,
+    normal_start,
+)
+from sidetune.sides.losa_fast import pooled_losa
 
 Order = Literal["channel->token", "token->channel", "parallel"]
 FirstState = Literal["b_L", "zero", "z_0"]
@@ -45,6 +56,7 @@ class LosaRecipe(SideRecipe):
     a: float = 1.0
     every: int = Field(1, ge=1)
     drop_path: float = Field(0.0, ge=0, lt=1)
+    form: Form = "fast"
 
 
 class Losa(Side):
@@ -63,6 +75,7 @@ class Losa(Side):
         a: scale of both mixers.
         every: read every k-th block, counted back from L.
         drop_path: probability that a sample skips a layer's g_l in training.
+        form: ``fast`` or ``textbook``: the same outputs and gradients.
 
     Raises:
         SideError: no block taps, unequal shapes, or y_0 = z_0 without an embedding tap.
@@ -81,10 +94,12 @@ class Losa(Side):
         a: float = 1.0,
         every: int = 1,
         drop_path: float = 0.0,
+        form: Form = "fast",
     ) -> None:
         super().__init__(spec, members=members, pool=pool)
         self.blocks = kept_blocks(spec, every, "losa")
-        self.order, self.first_state, self.drop_path = order, first_state, drop_path
+        self.order, self.first_state, self.drop_path, self.a = order, first_state, drop_path, a
+        self.form = known_form(form)
         if first_state == "z_0" and "embedding" not in spec.names:
             raise SideError(
                 "first_state z_0 needs the tap 'embedding', which is not read. "
@@ -96,18 +111,31 @@ class Losa(Side):
             TokenMixer(members, num_tokens, rank, a) for _ in self.blocks if mix_tokens
         )
 
+    def forward(self, features: Features, draws: Draws | None = None) -> Tensor:
+        """See `Side.forward`."""
+        if self.form == "textbook":
+            return super().forward(features, draws)
+        keeps = [self._keep(layer, features, draws) for layer in range(len(self.blocks))]
+        return pooled_losa(self, features, keeps)
+
     def tokens(self, features: Features, draws: Draws | None = None) -> Tensor:
-        """y_L: (M, B, N, D)."""
+        """y_L: (M, B, N, D), in the textbook form."""
         y_MBND = self._first_state(features)
         for layer, tap in enumerate(self.blocks):
             h_MBND = self.scaled(features, tap.name) + y_MBND
             g_MBND = self._mix(layer, h_MBND, features.mask)
-            if self.training and self.drop_path:
-                assert draws is not None, "drop-path needs the step's draws"
-                keep = draws.keep(f"drop-path/{layer}", self.drop_path, len(features), g_MBND.device)
-                g_MBND = g_MBND * keep[:, :, None, None].to(g_MBND.dtype)
+            if (keep_MB := self._keep(layer, features, draws)) is not None:
+                g_MBND = g_MBND * keep_MB[:, :, None, None]
             y_MBND = y_MBND + g_MBND
         return y_MBND
+
+    def _keep(self, layer: int, features: Features, draws: Draws | None) -> Tensor | None:
+        """What drop-path multiplies g_l by: (M, B); None outside training."""
+        if not (self.training and self.drop_path):
+            return None
+        assert draws is not None, "drop-path needs the step's draws"
+        keep_MB = draws.keep(f"drop-path/{layer}", self.drop_path, len(features), self.tap_scale.device)
+        return keep_MB.to(self.tap_scale.dtype)
 
     def _first_state(self, features: Features) -> Tensor:
         last = self.scaled(features, self.blocks[-1].name)

@@ -1,0 +1,287 @@
+"""LAST with v in cache alone: outputs and gradients of `sidetune.sides.last`, nothing of v's size kept.
+
+v_i = P_i + sum_{j<i} o_j W_j, with P_i = z_0 + .. + z_i and o_j what attention j puts out, is one running sum
+a chunk of a few samples. A layer norm does not see a constant that is added to all channels of a token, so
+z and W are centred over D, and with them v:
+
+    LN(v) W_qkv  =  r (v W') + b      r = 1/sqrt(|v|^2 / D + eps),  W' = diag(gamma) W_qkv,  b = beta W_qkv
+    pool(tokens) =  pool(z_L) + pool(O) W_all
+
+Kept for backward: q, k, v of the attention, its output and r, 4R + 1 numbers a token. v itself is computed
+again from the taps. The gradients are these lines differentiated by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sidetune.features import Features
+from sidetune.sides.base import every, frozen_taps, pool_weights
+from sidetune.sides.chunks import over_chunks
+
+if TYPE_CHECKING:
+    from sidetune.sides.last import Last
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What a call reads and does not train. I modules, one a tap.
+
+    Args:
+        taps: z_0 .. z_L (B, N, D), each with its scale, in any floating type.
+        pool_QPN: weights of pooling over tokens, Q = 1 or B.
+        mask_BN: True where a token counts; None where all do.
+        keep_IMB: what drop-path multiplies a module's output by; None without.
+        heads: of the attention.
+        eps: of the layer norms.
+        keep_last: whether z_L is part of the final tokens.
+    """
+
+    taps: Sequence[tuple[Tensor, float]]
+    pool_QPN: Tensor
+    mask_BN: Tensor | None
+    keep_IMB: Tensor | None
+    heads: int
+    eps: float
+    keep_last: bool
+
+
+class Matrices(NamedTuple):
+    """What is trained, or its gradients, as the products need it.
+
+    Args:
+        qkv_MIDS: W', S = 3R columns; those of q with the scale of the attention.
+        bias_MIS: b, likewise.
+        centred_MIRD: W_out less its mean over D: what v sees.
+        out_MIRD: W_out: what the final tokens see.
+    """
+
+    qkv_MIDS: Tensor
+    bias_MIS: Tensor
+    centred_MIRD: Tensor
+    out_MIRD: Tensor
+
+
+class Kept(NamedTuple):
+    """What is kept for backward.
+
+    Args:
+        qkv_MIBNS: queries, keys and values.
+        mixed_MIBNR: what attention puts out.
+        rstd_MIBN: r.
+    """
+
+    qkv_MIBNS: Tensor
+    mixed_MIBNR: Tensor
+    rstd_MIBN: Tensor
+
+    def of(self, rows: slice, member: int) -> Kept:
+        """One member's, of some samples: (I, C, N, ..)."""
+        return Kept(*(tensor[member, :, rows] for tensor in self))
+
+
+def pooled_last(side: Last, features: Features, keeps: Sequence[Tensor | None], eps: float) -> Tensor:
+    """What `Side.forward` returns.
+
+    Args:
+        side: its parameters and switches.
+        features: of its spec.
+        keeps: what drop-path multiplies each module's output by, (M, B); None without.
+        eps: of the layer norms.
+    """
+    frozen = Frozen(
+        taps=frozen_taps(side, features, ["embedding", *(tap.name for tap in side.blocks)]),
+        pool_QPN=pool_weights(side.spec.last, side.pool, features.mask, like=side.tap_scale),
+        mask_BN=features.mask,
+        keep_IMB=torch.stack([keep for keep in keeps if keep is not None]) if keeps[0] is not None else None,
+        heads=side.heads,
+        eps=eps,
+        keep_last=side.keep_last,
+    )
+    with torch.autocast(side.tap_scale.device.type, enabled=False):
+        pooled_MBPD: Tensor = CachedLast.apply(frozen, *_matrices(side))
+    return pooled_MBPD if side.pool == "tokens" else pooled_MBPD.flatten(2)
+
+
+def _matrices(side: Last) -> Matrices:
+    qkv_MIDS = torch.stack(every(side.attention, "qkv_MDR"), 1)
+    gamma_MID = torch.stack(every(side.attention, "norm_weight_MD"), 1)
+    beta_MID = torch.stack(every(side.attention, "norm_bias_MD"), 1)
+    out_MIRD = torch.stack(every(side.attention, "out_MRD"), 1)
+    rank = out_MIRD.shape[2]
+    scale_S = out_MIRD.new_ones(3 * rank)
+    scale_S[:rank] = (rank // side.heads) ** -0.5
+    qkv_MIDS = qkv_MIDS * scale_S
+    bias_MIS = (beta_MID[:, :, None] @ qkv_MIDS)[:, :, 0]
+    centred_MIRD = out_MIRD - out_MIRD.mean(-1, keepdim=True)
+    return Matrices(gamma_MID[..., None] * qkv_MIDS, bias_MIS, centred_MIRD, out_MIRD)
+
+
+class CachedLast(torch.autograd.Function):
+    """pool(tokens), (M, B, P, D), from frozen taps and `Matrices`."""
+
+    @staticmethod
+    def forward(ctx: Any, frozen: Frozen, *tensors: Tensor) -> Tensor:  # noqa: ANN401 - PyTorch's own
+        """`tensors` are the fields of `Matrices`."""
+        matrices = Matrices(*tensors)
+        (members, modules, rank, width) = matrices.out_MIRD.shape
+        batch, num_tokens, _ = frozen.taps[0][0].shape
+        new, tokens = matrices.out_MIRD.new_empty, (members, modules, batch, num_tokens)
+        kept = Kept(new(*tokens, 3 * rank), new(*tokens, rank), new(*tokens))
+        out_MBPD = new(members, batch, frozen.pool_QPN.shape[1], width)
+
+        def work(rows: slice) -> None:
+            for m in range(members):
+                out_MBPD[m, rows] = _Chunk(frozen, matrices, kept, rows, m).forward()
+
+        over_chunks(work, batch, _scratch(out_MBPD, num_tokens, 3), out_MBPD.device)
+        ctx.frozen = frozen
+        ctx.save_for_backward(*matrices, *kept)
+        return out_MBPD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out_MBPD: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - PyTorch's own
+        """Gradients of `Matrices`."""
+        matrices, kept = Matrices(*ctx.saved_tensors[:4]), Kept(*ctx.saved_tensors[4:])
+        members, modules, batch, num_tokens = kept.rstd_MIBN.shape
+
+        def work(rows: slice) -> list[list[Tensor]]:
+            return [
+                _Chunk(ctx.frozen, matrices, kept, rows, m).backward(d_out_MBPD[m, rows])
+                for m in range(members)
+            ]
+
+        parts = over_chunks(work, batch, _scratch(d_out_MBPD, num_tokens, modules + 4), d_out_MBPD.device)
+        by_member = [
+            [torch.stack(same).sum(0) for same in zip(*of_chunks, strict=True)]
+            for of_chunks in zip(*parts, strict=True)
+        ]
+        return (None, *(torch.stack(same) for same in zip(*by_member, strict=True)))
+
+
+def _scratch(out_MBPD: Tensor, num_tokens: int, count: int) -> int:
+    """Bytes that a sample of a chunk takes: so many tensors of a tap's size."""
+    return count * num_tokens * out_MBPD.shape[-1] * out_MBPD.element_size()
+
+
+class _Chunk:
+    """C samples of a batch on their way through all modules of one member and back."""
+
+    def __init__(self, frozen: Frozen, matrices: Matrices, kept: Kept, rows: slice, member: int) -> None:
+        self.frozen, self.rows, self.member = frozen, rows, member
+        self.qkv_IDS, self.bias_IS, self.centred_IRD, self.out_IRD = (one[member] for one in matrices)
+        self.qkv_ICNS, self.mixed_ICNR, self.rstd_ICN = kept.of(rows, member)
+        self.size, (_, num_tokens, self.width) = rows.stop - rows.start, frozen.taps[0][0].shape
+        pool, mask = frozen.pool_QPN, frozen.mask_BN
+        self.pool_CPN = (pool if len(pool) == 1 else pool[rows]).expand(self.size, -1, -1)
+        self.keys_C11N = None if mask is None else mask[rows, None, None]
+        self.z_CND = matrices.out_MIRD.new_empty(self.size, num_tokens, self.width)
+
+    def forward(self) -> Tensor:
+        """pool(tokens): (C, P, D). Writes what is kept."""
+        v_CND = torch.zeros_like(self.z_CND)
+        for i in range(len(self.frozen.taps)):
+            self._advance(v_CND, i)
+            rstd_CN = self.rstd_ICN[i]
+            squares_CN = torch.linalg.vector_norm(v_CND, dim=-1).square_()
+            torch.rsqrt(squares_CN.div_(self.width).add_(self.frozen.eps), out=rstd_CN)
+            product_CNS = (v_CND.flatten(0, 1) @ self.qkv_IDS[i]).unflatten(0, rstd_CN.shape)
+            torch.addcmul(self.bias_IS[i], product_CNS, rstd_CN[..., None], out=self.qkv_ICNS[i])
+            self._attend(i)
+        mixed_ICNR = torch.stack([self._dropped(i) for i in range(len(self.frozen.taps))])
+        pooled_ICPR = self.pool_CPN @ mixed_ICNR
+        out_CPD = (pooled_ICPR.movedim(0, 2).flatten(2)) @ self.out_IRD.flatten(0, 1)
+        if self.frozen.keep_last:
+            tap, scale = self.frozen.taps[-1]
+            out_CPD += torch.bmm(self.pool_CPN, self.z_CND.copy_(tap[self.rows])).mul_(scale)
+        return out_CPD
+
+    def backward(self, d_out_CPD: Tensor) -> list[Tensor]:
+        """Gradients of this member's `Matrices` from these samples."""
+        v_ICND = self._all_v()
+        d_v_CND = torch.zeros_like(self.z_CND)
+        d_qkv_IDS, d_bias_IS = torch.empty_like(self.qkv_IDS), torch.empty_like(self.bias_IS)
+        d_centred_IRD, d_out_IRD = torch.empty_like(self.centred_IRD), torch.empty_like(self.out_IRD)
+        d_v_XD = d_v_CND.flatten(0, 1)
+        for i in reversed(range(len(self.frozen.taps))):
+            mixed_CNR, v_XD = self._dropped(i), v_ICND[i].flatten(0, 1)
+            pooled_CPR = torch.bmm(self.pool_CPN, mixed_CNR)
+            torch.mm(pooled_CPR.flatten(0, 1).T, d_out_CPD.flatten(0, 1), out=d_out_IRD[i])
+            torch.mm(mixed_CNR.flatten(0, 1).T, d_v_XD, out=d_centred_IRD[i])
+            d_mixed_CNR = torch.bmm(self.pool_CPN.mT, d_out_CPD @ self.out_IRD[i].T)
+            d_mixed_CNR += (d_v_XD @ self.centred_IRD[i].T).view_as(d_mixed_CNR)
+            d_qkv_CNS = self._attend_backward(i, self._keep(i, d_mixed_CNR))
+            d_product_XS = self._norm_backward(i, d_qkv_CNS, d_bias_IS[i], v_ICND[i], d_v_CND)
+            torch.mm(v_XD.T, d_product_XS, out=d_qkv_IDS[i])
+            d_v_XD.addmm_(d_product_XS, self.qkv_IDS[i].T)
+        return [d_qkv_IDS, d_bias_IS, d_centred_IRD, d_out_IRD]
+
+    def _advance(self, v_CND: Tensor, i: int) -> None:
+        """v_{i-1} becomes v_i: what module i-1 adds, and the next tap, both centred over D."""
+        if i:
+            v_CND.flatten(0, 1).addmm_(self._dropped(i - 1).flatten(0, 1), self.centred_IRD[i - 1])
+        tap, scale = self.frozen.taps[i]
+        self.z_CND.copy_(tap[self.rows])
+        v_CND.add_(self.z_CND.sub_(self.z_CND.mean(-1, keepdim=True)), alpha=scale)
+
+    def _all_v(self) -> Tensor:
+        """v_0 .. v_L again: (I, C, N, D)."""
+        v_ICND = self.z_CND.new_empty(len(self.frozen.taps), *self.z_CND.shape)
+        v_CND = torch.zeros_like(self.z_CND)
+        for i in range(len(v_ICND)):
+            self._advance(v_CND, i)
+            v_ICND[i] = v_CND
+        return v_ICND
+
+    def _keep(self, i: int, mixed_CNR: Tensor) -> Tensor:
+        keep = self.frozen.keep_IMB
+        return mixed_CNR if keep is None else mixed_CNR * keep[i, self.member, self.rows, None, None]
+
+    def _dropped(self, i: int) -> Tensor:
+        """What attention i puts out, as drop-path leaves it: (C, N, R)."""
+        return self._keep(i, self.mixed_ICNR[i])
+
+    def _heads(self, tensor_CNR: Tensor) -> Tensor:
+        """(C, heads, N, R / heads)."""
+        heads: Tensor = tensor_CNR.unflatten(-1, (self.frozen.heads, -1)).transpose(1, 2)
+        return heads
+
+    def _attend(self, i: int) -> None:
+        q, k, v = (self._heads(part) for part in self.qkv_ICNS[i].chunk(3, -1))
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=self.keys_C11N, scale=1.0)
+        self.mixed_ICNR[i] = mixed.transpose(1, 2).flatten(2)
+
+    def _attend_backward(self, i: int, d_mixed_CNR: Tensor) -> Tensor:
+        """Gradient of queries, keys and values, (C, N, S); the attention is computed again."""
+        q, k, v = (self._heads(part).flatten(0, 1) for part in self.qkv_ICNS[i].chunk(3, -1))
+        scores = torch.bmm(q, k.mT)  # (C * heads, N, N)
+        if self.keys_C11N is not None:
+            keys = self.keys_C11N.expand(-1, self.frozen.heads, -1, -1).flatten(0, 1)
+            scores.masked_fill_(~keys, float("-inf"))
+        weights = torch.softmax(scores, -1)
+        d_mixed = self._heads(d_mixed_CNR).flatten(0, 1)
+        mixed = self._heads(self.mixed_ICNR[i]).flatten(0, 1)
+        inner = (d_mixed * mixed).sum(-1, keepdim=True)
+        d_scores = torch.bmm(d_mixed, v.mT, out=scores).sub_(inner).mul_(weights)
+        parts = torch.bmm(d_scores, k), torch.bmm(d_scores.mT, q), torch.bmm(weights.mT, d_mixed)
+        return torch.cat(
+            [part.unflatten(0, (self.size, -1)).transpose(1, 2).flatten(2) for part in parts], -1
+        )
+
+    def _norm_backward(
+        self, i: int, d_qkv_CNS: Tensor, d_bias_S: Tensor, v_CND: Tensor, d_v_CND: Tensor
+    ) -> Tensor:
+        """Gradient of v W', (C*N, S); adds to v's what comes by r, and writes that of b."""
+        torch.sum(d_qkv_CNS.flatten(0, 1), 0, out=d_bias_S)
+        rstd_CN1 = self.rstd_ICN[i][..., None]
+        along_CN1 = ((self.qkv_ICNS[i] - self.bias_IS[i]) * d_qkv_CNS).sum(-1, keepdim=True)
+        d_v_CND.addcmul_(v_CND, along_CN1.mul_(rstd_CN1.square()).div_(-self.width))
+        return (d_qkv_CNS * rstd_CN1).flatten(0, 1)
