@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from sidetune.features import Features
 from sidetune.sides.base import every, frozen_taps, pool_weights
 from sidetune.sides.chunks import over_chunks
+from sidetune.sides.products import product
 
 if TYPE_CHECKING:
     from sidetune.sides.last import Last
@@ -189,11 +190,11 @@ class _Chunk:
         """pool(tokens): (C, P, D). Writes what is kept."""
         v_CND = torch.zeros_like(self.z_CND)
         for i in range(len(self.frozen.taps)):
-            self._advance(v_CND, i)
+            self._advance(v_CND, i, v_CND)
             rstd_CN = self.rstd_ICN[i]
             squares_CN = torch.linalg.vector_norm(v_CND, dim=-1).square_()
             torch.rsqrt(squares_CN.div_(self.width).add_(self.frozen.eps), out=rstd_CN)
-            product_CNS = (v_CND.flatten(0, 1) @ self.qkv_IDS[i]).unflatten(0, rstd_CN.shape)
+            product_CNS = product(v_CND.flatten(0, 1), self.qkv_IDS[i]).unflatten(0, rstd_CN.shape)
             torch.addcmul(self.bias_IS[i], product_CNS, rstd_CN[..., None], out=self.qkv_ICNS[i])
             self._attend(i)
         mixed_ICNR = torch.stack([self._dropped(i) for i in range(len(self.frozen.taps))])
@@ -214,31 +215,32 @@ class _Chunk:
         for i in reversed(range(len(self.frozen.taps))):
             mixed_CNR, v_XD = self._dropped(i), v_ICND[i].flatten(0, 1)
             pooled_CPR = torch.bmm(self.pool_CPN, mixed_CNR)
-            torch.mm(pooled_CPR.flatten(0, 1).T, d_out_CPD.flatten(0, 1), out=d_out_IRD[i])
-            torch.mm(mixed_CNR.flatten(0, 1).T, d_v_XD, out=d_centred_IRD[i])
+            d_out_IRD[i] = pooled_CPR.flatten(0, 1).T @ d_out_CPD.flatten(0, 1)
             d_mixed_CNR = torch.bmm(self.pool_CPN.mT, d_out_CPD @ self.out_IRD[i].T)
-            d_mixed_CNR += (d_v_XD @ self.centred_IRD[i].T).view_as(d_mixed_CNR)
+            d_mixed_CNR += product(d_v_XD, self.centred_IRD[i].T).view_as(d_mixed_CNR)
+            d_centred_IRD[i] = product(mixed_CNR.flatten(0, 1).T, d_v_XD)
             d_qkv_CNS = self._attend_backward(i, self._keep(i, d_mixed_CNR))
             d_product_XS = self._norm_backward(i, d_qkv_CNS, d_bias_IS[i], v_ICND[i], d_v_CND)
-            torch.mm(v_XD.T, d_product_XS, out=d_qkv_IDS[i])
-            d_v_XD.addmm_(d_product_XS, self.qkv_IDS[i].T)
+            d_qkv_IDS[i] = product(d_product_XS.T, v_XD).T
+            d_v_XD += product(d_product_XS, self.qkv_IDS[i].T)
         return [d_qkv_IDS, d_bias_IS, d_centred_IRD, d_out_IRD]
 
-    def _advance(self, v_CND: Tensor, i: int) -> None:
-        """v_{i-1} becomes v_i: what module i-1 adds, and the next tap, both centred over D."""
-        if i:
-            v_CND.flatten(0, 1).addmm_(self._dropped(i - 1).flatten(0, 1), self.centred_IRD[i - 1])
+    def _advance(self, v_CND: Tensor, i: int, into_CND: Tensor) -> None:
+        """v_i from v_{i-1}: adds what module i-1 puts out, and the next tap, both centred over D."""
         tap, scale = self.frozen.taps[i]
         self.z_CND.copy_(tap[self.rows])
-        v_CND.add_(self.z_CND.sub_(self.z_CND.mean(-1, keepdim=True)), alpha=scale)
+        self.z_CND.sub_(self.z_CND.mean(-1, keepdim=True))
+        torch.add(v_CND, self.z_CND, alpha=scale, out=into_CND)
+        if i:
+            into_CND.flatten(0, 1).add_(product(self._dropped(i - 1).flatten(0, 1), self.centred_IRD[i - 1]))
 
     def _all_v(self) -> Tensor:
         """v_0 .. v_L again: (I, C, N, D)."""
         v_ICND = self.z_CND.new_empty(len(self.frozen.taps), *self.z_CND.shape)
-        v_CND = torch.zeros_like(self.z_CND)
-        for i in range(len(v_ICND)):
-            self._advance(v_CND, i)
-            v_ICND[i] = v_CND
+        before = torch.zeros_like(self.z_CND)
+        for i, v_CND in enumerate(v_ICND):
+            self._advance(before, i, v_CND)
+            before = v_CND
         return v_ICND
 
     def _keep(self, i: int, mixed_CNR: Tensor) -> Tensor:
