@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from sidetune.cli_bench import bench_app
 from sidetune.cli_store import store_app
 from sidetune.errors import RequestError, SidetuneError
 from sidetune.progress import say
@@ -54,6 +55,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(store_app, name="store")
+app.add_typer(bench_app, name="bench")
 
 INTERRUPTED = 130  # what a shell says of a command that Ctrl-C ended
 

@@ -109,6 +109,7 @@ EXAMPLES = {
     "extract": "sidetune extract photos/ --out features/photos",
     "eval": "sidetune eval runs/first photos/",
     "predict": "sidetune predict runs/first new.jpg",
+    "bench": "sidetune bench side",
     "store": "sidetune store ls",
     "store gc": "sidetune store gc features/photos",
     "store verify": "sidetune store verify features/photos",

@@ -1,0 +1,5 @@
+"""What the fast paths cost, against what they replace, measured side by side in one run.
+
+A bench returns a `sidetune.bench.rows.Bench`: rows and the machine they were measured on. The command
+line prints it as a table, or as one JSON object.
+"""

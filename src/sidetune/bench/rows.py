@@ -1,0 +1,184 @@
+"""What every bench returns: rows, each with the case that its ratio is to, and the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from sidetune.runs import environment
+
+MORE_IS_BETTER = ("gb_per_s",)  # metrics whose goal is a least ratio; of all others it is a largest
+MEANINGS = {
+    "ms_per_image": "Time, ms an image",
+    "kept_bytes": "Kept for backward, beside the stored taps",
+    "losa_bytes": "The stored taps that LoSA reads, a batch",
+    "last_bytes": "The stored taps that LAST reads, a batch",
+    "times_floor": "Time, in multiples of the floor",
+    "peak_bytes": "Peak memory of one step above model and taps",
+    "gb_per_s": "Reading, GB/s of stored bytes",
+    "gflop_per_s": "The machine: one large product, GFLOP/s",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured number.
+
+    Args:
+        case: what was measured.
+        metric: of it.
+        value: in `unit`; of several rounds the median.
+        unit: as ``ms``, ``B``, ``GB/s``.
+        against: the case, measured in the same run, that the ratio is to; None where there is none.
+        ratio: value over that case's value.
+        goal: the ratio that is aimed at (for a metric without a ratio: the value); None: no goal.
+        spread: least and largest of the rounds; None where nothing was repeated.
+    """
+
+    case: str
+    metric: str
+    value: float
+    unit: str
+    against: str | None = None
+    ratio: float | None = None
+    goal: float | None = None
+    spread: tuple[float, float] | None = None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the goal is met; None where there is none."""
+        if self.goal is None:
+            return None
+        reached = self.value if self.ratio is None else self.ratio
+        return reached >= self.goal if self.metric in MORE_IS_BETTER else reached <= self.goal
+
+    def to(self, other: Row, name: str | None = None, *, goal: float | None = None) -> Row:
+        """This row with its ratio to another.
+
+        Args:
+            other: the row in the denominator.
+            name: to write for it; None: its case.
+            goal: that the ratio is aimed at.
+        """
+        return replace(self, against=name or other.case, ratio=self.value / other.value, goal=goal)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Rows, and the machine and setting that they were measured on.
+
+    Args:
+        rows: in the order in which they are printed.
+        environment: plain JSON values.
+    """
+
+    rows: tuple[Row, ...]
+    environment: Mapping[str, Any]
+
+    def row(self, case: str, metric: str) -> Row:
+        """The row of a case and a metric; there must be one."""
+        (found,) = (row for row in self.rows if (row.case, row.metric) == (case, metric))
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """``{"rows": [..], "environment": {..}}``."""
+        return {"rows": [asdict(row) for row in self.rows], "environment": dict(self.environment)}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`."""
+        rows = [
+            Row(**{**row, "spread": tuple(row["spread"]) if row["spread"] else None})
+            for row in fields["rows"]
+        ]
+        return cls(tuple(rows), fields["environment"])
+
+    def lines(self) -> Iterator[str]:
+        """The text table: a block a metric, at most 80 columns. Growth rows have a table of their own."""
+        rows = [row for row in self.rows if not row.case.startswith("growth/")]
+        for metric in dict.fromkeys(row.metric for row in rows):
+            yield MEANINGS.get(metric, metric)
+            yield from (f"  {_line(row)}".rstrip() for row in rows if row.metric == metric)
+            yield ""
+        if growth := [row for row in self.rows if row.case.startswith("growth/")]:
+            yield "How the time grows, ms an image"
+            yield from _growth_lines(growth)
+            yield ""
+        about = self.environment
+        yield f"{about['cpu']} · {about['threads']} threads of {about['cores']} cores"
+        gpu = "" if about["gpu"] is None else f" · {about['gpu']}"
+        yield f"torch {about['torch']}{gpu} · commit {(about['commit'] or 'unknown')[:12]}"
+
+
+def describe_machine(device: torch.device, setting: Mapping[str, Any]) -> dict[str, Any]:
+    """What the numbers were measured on.
+
+    Args:
+        device: that ran the cases.
+        setting: sizes of what was measured, plain JSON values.
+    """
+    return {
+        **environment(device),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu": _cpu_name(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "commit": _commit(),
+        "setting": dict(setting),
+    }
+
+
+def _line(row: Row) -> str:
+    """Case, value and spread, ratio, goal."""
+    scale, unit = (1e6, "MB") if row.unit == "B" else (1.0, row.unit)
+    spread = "" if row.spread is None else "..".join(_short(one / scale) for one in row.spread)
+    ratio = "" if row.ratio is None else f"{row.ratio:.3f} of {row.against}"
+    ratio = ratio if row.unit != "x" else f"of {row.against}"
+    goal = ""
+    if row.goal is not None:
+        sign = ">=" if row.metric in MORE_IS_BETTER else "<="
+        goal = f"{sign} {row.goal:g} {'met' if row.met else 'MISSED'}"
+    value = f"{_short(row.value / scale)} {unit if unit != 'ms' else ''}".strip()
+    return f"{row.case:<14} {value:>13} {spread:>14} {ratio:<23} {goal}"
+
+
+def _short(value: float) -> str:
+    """Three digits."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _growth_lines(rows: Sequence[Row]) -> Iterator[str]:
+    """A line a point, a column a case."""
+    value = {tuple(row.case.split("/")[1:]): _short(row.value) for row in rows}
+    points, cases = (list(dict.fromkeys(key[i] for key in value)) for i in (0, 1))
+    yield f"  {'':<8}" + "".join(f"{case:>15}" for case in cases)
+    for point in points:
+        yield f"  {point:<8}" + "".join(f"{value[point, case]:>15}" for case in cases)
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text(encoding="utf-8").splitlines() if info.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """Of the git checkout that this package runs from; None where it is installed, or git is missing."""
+    here = Path(__file__).resolve().parents[3]
+    if not (here / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

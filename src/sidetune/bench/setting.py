@@ -1,0 +1,127 @@
+"""The sizes of a bench, and random taps of those sizes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from sidetune.errors import RequestError, nearest
+from sidetune.features import Features, Spec, Tap
+from sidetune.keyed import generator
+from sidetune.store import DTYPES, DTypeName
+
+LOSA_RANK, LAST_RANK = 8, 16  # the sides' own defaults
+UNKNOWN_CACHE = 64 * 2**20  # bytes, where the system does not say
+TIMES_CACHE = 4  # the batches of a case are so many times the last-level cache
+MOST_BATCHES = 64  # tiny sizes are for trying out: they stay in the cache
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Sizes of a bench. The defaults are a ViT-S of patch 14 at 224 px, as its store holds it.
+
+    Args:
+        layers: L, block taps; one embedding tap comes on top.
+        tokens: N, one of them a class token.
+        width: D.
+        rank: R of both sides; None: 8 for LoSA, 16 for LAST.
+        batch: B, images a step.
+        dtype: of the stored taps.
+        threads: of torch; None: as they are.
+        rounds: in which every case is timed once.
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        RequestError: a size that cannot be.
+    """
+
+    layers: int = 12
+    tokens: int = 257
+    width: int = 384
+    rank: int | None = None
+    batch: int = 50
+    dtype: DTypeName = "fp16"
+    threads: int | None = None
+    rounds: int = 5
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        least = {"layers": 1, "tokens": 2, "width": 1, "rank": 1, "batch": 1, "threads": 1, "rounds": 1}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                usual = Setting.__dataclass_fields__[name].default or 2
+                raise RequestError(f"{name} is {value}, expected {smallest} or more. Type: --{name} {usual}")
+        if self.dtype not in get_args(DTypeName):
+            raise RequestError(
+                f"dtype is {self.dtype!r}.{nearest(self.dtype, get_args(DTypeName))} Type: --dtype fp16"
+            )
+        if self.device not in ("cpu", "cuda"):
+            raise RequestError(
+                f"device is {self.device!r}.{nearest(self.device, ('cpu', 'cuda'))} Type: --device cpu"
+            )
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise RequestError("device is 'cuda' and torch finds no GPU here. Type: --device cpu")
+
+    @property
+    def spec(self) -> Spec:
+        """One embedding tap and the block taps."""
+        grid = (1, 1, self.tokens - 1)
+        names = ["embedding", *(f"block.{layer}" for layer in range(1, self.layers + 1))]
+        return Spec(
+            tuple(
+                Tap(name, "embedding" if i == 0 else "block", self.width, grid, num_prefix=1, cls_index=0)
+                for i, name in enumerate(names)
+            )
+        )
+
+    @property
+    def is_the_goals(self) -> bool:
+        """Whether the goals are about these sizes: they were set on a CPU, for the defaults."""
+        mine, theirs = self.to_json(), Setting().to_json()
+        return all(mine[name] == theirs[name] for name in mine.keys() - {"rounds", "threads"})
+
+    def ranks(self) -> dict[str, int]:
+        """R of each side."""
+        return {"losa": self.rank or LOSA_RANK, "last": self.rank or LAST_RANK}
+
+    def record_bytes(self) -> int:
+        """Bytes of one image's stored taps."""
+        return self.spec.record_numel() * DTYPES[self.dtype].itemsize
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values by name."""
+        return asdict(self)
+
+
+def batches(setting: Setting) -> list[Features]:
+    """Random normal taps in the stored dtype: as many batches as leave the last-level cache behind.
+
+    In training every step's taps come from memory; batches that are read in turn must, too.
+    """
+    cache, size = cache_bytes(torch.device(setting.device)), setting.batch * setting.record_bytes()
+    count = min(MOST_BATCHES, max(2, -(-TIMES_CACHE * cache // size)))
+    return [random_taps(setting, number) for number in range(count)]
+
+
+def random_taps(setting: Setting, number: int = 0) -> Features:
+    """One batch of random normal taps in the stored dtype, on the setting's device."""
+    keyed = generator(number, "bench/taps")
+    shape, dtype = (setting.batch, setting.tokens, setting.width), DTYPES[setting.dtype]
+    layers = [torch.randn(shape, generator=keyed).to(dtype) for _ in setting.spec.taps]
+    return Features(tuple(layers), setting.spec).to(setting.device)
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Bytes of the last-level cache; a guess where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = []
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text(encoding="utf-8").strip()
+        if text.endswith("K") and text[:-1].isdecimal():
+            sizes.append(int(text[:-1]) * 2**10)
+    return max(sizes, default=UNKNOWN_CACHE)

@@ -1,0 +1,119 @@
+"""``sidetune bench``: what the fast paths cost, measured here. Parse, call one function, print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from sidetune.progress import say
+from sidetune.usage import Json, Quiet, print_json
+
+if TYPE_CHECKING:
+    from sidetune.bench.rows import Bench
+    from sidetune.store import DTypeName
+
+bench_app = typer.Typer(help="Measure what the fast paths cost on this machine.", no_args_is_help=True)
+
+SIZES = "Sizes"
+Layers = Annotated[int, typer.Option(metavar="L", rich_help_panel=SIZES, help="Block taps.")]
+Tokens = Annotated[
+    int, typer.Option(metavar="N", rich_help_panel=SIZES, help="Tokens an image, one of them a class token.")
+]
+Width = Annotated[int, typer.Option(metavar="D", rich_help_panel=SIZES, help="Channels a token.")]
+Batch = Annotated[int, typer.Option(metavar="B", rich_help_panel=SIZES, help="Images a batch.")]
+DType = Annotated[
+    str, typer.Option(metavar="NAME", rich_help_panel=SIZES, help="Of the stored taps: fp16, bf16 or fp32.")
+]
+Threads = Annotated[
+    int | None, typer.Option(metavar="COUNT", help="Threads of PyTorch; default: its own choice.")
+]
+Rounds = Annotated[int, typer.Option(metavar="COUNT", help="Rounds; a row has the median of them.")]
+
+
+@bench_app.command("side")
+def bench_side(
+    layers: Layers = 12,
+    tokens: Tokens = 257,
+    width: Width = 384,
+    rank: Annotated[
+        int | None,
+        typer.Option(metavar="R", rich_help_panel=SIZES, help="Of both sides; default: LoSA 8, LAST 16."),
+    ] = None,
+    batch: Batch = 50,
+    dtype: DType = "fp16",
+    threads: Threads = None,
+    rounds: Rounds = 5,
+    device: Annotated[str, typer.Option(metavar="NAME", help="cpu or cuda.")] = "cpu",
+    growth: Annotated[
+        bool,
+        typer.Option("--growth", metavar="", help="Also how the time grows with N, D, L, R, B: minutes."),
+    ] = False,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", dir_okay=False, help="Draw that growth as .svg or .png; measures it, too."
+        ),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time and memory of a training step: textbook forms, fast forms and the floor, in one run."""
+    from sidetune.bench.picture import check_picture, draw_growth
+    from sidetune.bench.setting import Setting
+    from sidetune.bench.side import bench_side as run
+
+    setting = Setting(
+        layers=layers,
+        tokens=tokens,
+        width=width,
+        rank=rank,
+        batch=batch,
+        dtype=cast("DTypeName", dtype),
+        threads=threads,
+        rounds=rounds,
+        device=device,
+    )
+    if picture is not None:
+        check_picture(picture)
+    bench = run(setting, growth=growth or picture is not None, quiet=quiet)
+    if picture is not None:
+        draw_growth(bench, picture)
+        say(f"{picture} is drawn", quiet=quiet)
+    _print(bench, as_json)
+
+
+@bench_app.command("read")
+def bench_read(
+    layers: Layers = 12,
+    tokens: Tokens = 257,
+    width: Width = 384,
+    batch: Batch = 50,
+    dtype: DType = "fp16",
+    threads: Threads = None,
+    rounds: Rounds = 5,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Rate of reading a real feature store, warm, against a plain copy of the same bytes."""
+    from sidetune.bench.read import bench_read as run
+    from sidetune.bench.setting import Setting
+
+    setting = Setting(
+        layers=layers,
+        tokens=tokens,
+        width=width,
+        batch=batch,
+        dtype=cast("DTypeName", dtype),
+        threads=threads,
+        rounds=rounds,
+    )
+    _print(run(setting, quiet=quiet), as_json)
+
+
+def _print(bench: Bench, as_json: bool) -> None:
+    if as_json:
+        print_json(bench.to_json())
+        return
+    print("\n".join(bench.lines()))
