@@ -28,6 +28,8 @@ COMMANDS = [
     "store ls",
     "store verify",
     "store gc",
+    "bench side",
+    "bench read",
 ]
 EPOCHS = ("--set", "train.epochs=2")
 
@@ -64,8 +66,9 @@ def plain(text):
 
 def test_the_list_of_commands_is_complete():
     group = typer.main.get_command(cli.app)
-    found = [name for name in group.commands if name != "store"]
-    found += [f"store {name}" for name in group.commands["store"].commands]
+    groups = ("store", "bench")
+    found = [name for name in group.commands if name not in groups]
+    found += [f"{name} {inner}" for name in groups for inner in group.commands[name].commands]
     assert found == COMMANDS
 
 
@@ -437,7 +440,7 @@ def test_examples_parse():
         while hasattr(command, "commands"):
             command = command.commands[arguments.pop(0)]
         command.make_context(line, arguments, resilient_parsing=False)
-    assert set(EXAMPLES) <= {*COMMANDS, "store"}
+    assert set(EXAMPLES) <= {*COMMANDS, "store", "bench"}
 
 
 def test_eval_prints_every_score(run_cli, image_folder, runs):
@@ -597,3 +600,54 @@ def test_extract_stores_views_and_counts_images(run_cli, image_folder, tmp_path)
     assert "60 samples" in out
     code, out, _ = run_cli(*words, "--json")
     assert only_object(out)["skipped"] == {"class0/0000.png": "the file is empty"}
+
+
+SMALL = ("--layers", 2, "--tokens", 5, "--width", 8, "--batch", 3, "--rounds", 1, "--threads", 1)
+
+
+def test_bench_side_prints_a_table_a_picture_and_json(run_cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("sidetune.bench.side.peak_bytes", lambda name, setting: 1000)
+    code, out, err = run_cli("bench", "side", *SMALL, "--rank", 2, "--picture", "growth.svg")
+    assert code == 0
+    assert err.splitlines()[-1] == "growth.svg is drawn"
+    assert (tmp_path / "growth.svg").exists()
+    assert out.splitlines()[0] == "Time, ms an image"
+    assert "How the time grows" in out
+    assert max(map(len, out.splitlines())) <= 80
+    code, out, _ = run_cli("bench", "side", *SMALL, "--dtype", "bf16", "--json", "--quiet")
+    found = only_object(out)
+    assert code == 0
+    assert set(found) == {"rows", "environment"}
+    assert {row["case"] for row in found["rows"]} >= {"losa-fast", "last-fast", "floor", "taps"}
+    assert {row["metric"] for row in found["rows"]} >= {"ms_per_image", "kept_bytes", "peak_bytes"}
+    assert (found["environment"]["setting"]["dtype"], found["environment"]["threads"]) == ("bf16", 1)
+
+
+def test_bench_read_prints_a_table_and_json(run_cli, monkeypatch):
+    monkeypatch.setattr("sidetune.bench.read.MOST_RECORDS", 9)
+    code, out, _ = run_cli("bench", "read", *SMALL)
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[:4]] == [
+        "Reading,",
+        "read-shuffled",
+        "read-in-order",
+        "copy",
+    ]
+    code, out, _ = run_cli("bench", "read", *SMALL, "--json", "--quiet")
+    assert [row["case"] for row in only_object(out)["rows"]] == ["read-shuffled", "read-in-order", "copy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("side", "--layers", 0), "error: layers is 0, expected 1 or more. Type: --layers 12"),
+        (("read", "--dtype", "f16"), "error: dtype is 'f16'. Did you mean 'fp16'?"),
+        (("side", "--picture", "g.pdf"), "expected a name that ends in .svg or .png. Type: --picture g.svg"),
+        (("side", "--layers", "many"), "Example: sidetune bench side"),
+        (("raed",), "Did you mean 'read'?"),
+    ],
+)
+def test_bench_says_what_is_wrong_before_it_measures(run_cli, arguments, said):
+    code, out, err = run_cli("bench", *arguments)
+    assert (code, out) == (2, "")
+    assert said in plain(err)

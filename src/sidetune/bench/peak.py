@@ -14,7 +14,7 @@ import sys
 import torch
 
 from sidetune.bench.cases import Case, readable
-from sidetune.bench.setting import Setting, random_taps
+from sidetune.bench.setting import Setting, batches, noise
 from sidetune.bench.timing import threads
 from sidetune.errors import SidetuneError
 from sidetune.memory import PeakMemory, anonymous_bytes
@@ -35,7 +35,7 @@ def peak_bytes(name: str, setting: Setting) -> int:
     Raises:
         SidetuneError: the process failed.
     """
-    command = [sys.executable, "-m", "sidetune.bench.peak", name, json.dumps(setting.to_json())]
+    command = [sys.executable, "-P", "-m", "sidetune.bench.peak", name, json.dumps(setting.to_json())]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | GLIBC)
     found = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     if done.returncode or not found:
@@ -49,7 +49,7 @@ def peak_bytes(name: str, setting: Setting) -> int:
 
 def measure(name: str, setting: Setting) -> int:
     """Forward and backward of a case, once: bytes above the model, the taps and the reader's conversion."""
-    case = Case(name, setting, [random_taps(setting)])
+    case = Case(name, setting, batches(setting, noise([setting]))[:1])
     features = readable(case.form, case.side, case.taps[0])
     case.loss(features.rows(slice(0, 1))).sum().backward()  # what libraries take once
     case.model.zero_grad()

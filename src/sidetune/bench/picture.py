@@ -27,9 +27,9 @@ STYLES: dict[str, dict[str, Any]] = {
     "textbook": {"linestyle": (0, (4, 2)), "markerfacecolor": "white", "linewidth": 1.2},
     "fast": {"linestyle": "-", "linewidth": 2.0},
 }
-INCHES = (9.0, 5.6)
+INCHES = (8.0, 5.2)
 PIXELS_AN_INCH = 160
-LEAST_GAP = 0.085  # between two labels, as a share of the panel's height
+LEAST_GAP = 0.1  # between two labels, as a share of the panel's height
 
 
 def check_picture(path: Path) -> None:
@@ -72,11 +72,12 @@ def draw_growth(bench: Bench, path: Path) -> None:
     with mpl.rc_context(style):
         figure = Figure(figsize=INCHES, facecolor="white")
         FigureCanvasAgg(figure)
-        grid = figure.subplots(2, 3, gridspec_kw={"hspace": 0.5, "wspace": 0.3})
-        figure.subplots_adjust(left=0.065, right=0.915, top=0.84, bottom=0.1)
+        grid = figure.subplots(2, 3, gridspec_kw={"hspace": 0.52, "wspace": 0.58})
+        figure.subplots_adjust(left=0.055, right=0.885, top=0.81, bottom=0.075)
         times = [time for _, _, points in lines for _, time in points]
-        for panel, axis in zip(grid.flat, AXES, strict=False):
+        for number, (panel, axis) in enumerate(zip(grid.flat, AXES, strict=False)):
             _panel(panel, axis, [line for line in lines if line[0] == axis], (min(times), max(times)))
+            panel.tick_params(labelleft=number % grid.shape[1] == 0)  # all panels have one scale
         _caption(grid.flat[-1], bench)
         _title(figure)
         figure.savefig(path, dpi=PIXELS_AN_INCH, metadata={"Date": None} if path.suffix == ".svg" else None)
@@ -137,10 +138,10 @@ def _labels(panel: Axes, lines: Sequence[tuple[str, str, list[tuple[float, float
         side, _, form = case.partition("-")
         panel.annotate(
             f"{NAMES[side]} {form}",
-            (1.02, height - excess),
+            (1.03, height - excess),
             xycoords="axes fraction",
             va="center",
-            fontsize=6.8,
+            fontsize=7.5,
             color=COLOURS[side],
             fontweight="bold" if form == "fast" else "normal",
         )
@@ -155,7 +156,7 @@ def _caption(panel: Axes, bench: Bench) -> None:
         "The sizes that do not vary:",
         f"N {size['tokens']},  D {size['width']},  L {size['layers']}",
         f"R {ranks}",
-        f"B {max(1, round(size['batch'] / 4))},  taps {size['dtype']}",
+        f"B {size['growth_batch']},  taps {size['dtype']}",
         "",
         f"{about['cpu']}",
         f"{about['threads']} threads,  torch {about['torch']}",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sidetune.backbones.base import Identity, Variant
 from sidetune.bench.rows import Bench, describe_machine
-from sidetune.bench.setting import Setting, random_taps
+from sidetune.bench.setting import Setting, batches, noise
 from sidetune.bench.timing import in_turn, threads
 from sidetune.errors import RequestError
 from sidetune.extract import SHARD_BYTES, SHARD_RECORDS
@@ -90,9 +90,10 @@ def _write(folder: Path, setting: Setting, keys: list[str], *, quiet: bool) -> S
     plan = Plan(identity, variant, setting.spec, setting.dtype, None, None, shards)
     folder.joinpath("shards").mkdir()
     write_store_head(folder, plan, None)
+    drawn = noise([replace(setting, batch=records)])  # shards of equal numbers: nobody looks at them
     with Progress("write", len(keys), "records", quiet=quiet) as progress:
         for number, shard in enumerate(shards):
-            taps = random_taps(replace(setting, batch=len(shard), device="cpu"), number)
+            taps = batches(replace(setting, batch=len(shard)), drawn)[0]
             summary = summarise(taps)
             tensors: dict[str, Tensor] = dict(zip(taps.spec.names, taps.layers, strict=True))
             tensors["valid"] = torch.ones(len(shard), dtype=torch.uint8)

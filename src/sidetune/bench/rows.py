@@ -138,14 +138,18 @@ def _line(row: Row) -> str:
     """Case, value and spread, ratio, goal."""
     scale, unit = (1e6, "MB") if row.unit == "B" else (1.0, row.unit)
     spread = "" if row.spread is None else "..".join(_short(one / scale) for one in row.spread)
-    ratio = "" if row.ratio is None else f"{row.ratio:.3f} of {row.against}"
+    ratio = "" if row.ratio is None else f"{_ratio(row.ratio)} of {row.against}"
     ratio = ratio if row.unit != "x" else f"of {row.against}"
     goal = ""
     if row.goal is not None:
         sign = ">=" if row.metric in MORE_IS_BETTER else "<="
         goal = f"{sign} {row.goal:g} {'met' if row.met else 'MISSED'}"
     value = f"{_short(row.value / scale)} {unit if unit != 'ms' else ''}".strip()
-    return f"{row.case:<14} {value:>13} {spread:>14} {ratio:<23} {goal}"
+    return f"{row.case:<13} {value:>12} {spread:>11} {ratio:<22} {goal}"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.3f}" if value < 10 else _short(value)
 
 
 def _short(value: float) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
 from sidetune.errors import RequestError, nearest
 from sidetune.features import Features, Spec, Tap
@@ -53,7 +56,7 @@ class Setting:
         for name, smallest in least.items():
             value = getattr(self, name)
             if value is not None and value < smallest:
-                usual = Setting.__dataclass_fields__[name].default or 2
+                usual = Setting.__dataclass_fields__[name].default or {"rank": LOSA_RANK, "threads": 2}[name]
                 raise RequestError(f"{name} is {value}, expected {smallest} or more. Type: --{name} {usual}")
         if self.dtype not in get_args(DTypeName):
             raise RequestError(
@@ -97,22 +100,28 @@ class Setting:
         return asdict(self)
 
 
-def batches(setting: Setting) -> list[Features]:
-    """Random normal taps in the stored dtype: as many batches as leave the last-level cache behind.
+def noise(settings: Sequence[Setting]) -> Tensor:
+    """Random normal numbers in the stored dtype, as many as leave the last-level cache behind: (n,).
 
-    In training every step's taps come from memory; batches that are read in turn must, too.
+    Args:
+        settings: of one dtype and device; two batches of each fit.
     """
-    cache, size = cache_bytes(torch.device(setting.device)), setting.batch * setting.record_bytes()
-    count = min(MOST_BATCHES, max(2, -(-TIMES_CACHE * cache // size)))
-    return [random_taps(setting, number) for number in range(count)]
+    dtype, device = DTYPES[settings[0].dtype], torch.device(settings[0].device)
+    least = TIMES_CACHE * cache_bytes(device) // dtype.itemsize
+    largest = max(setting.batch * setting.spec.record_numel() for setting in settings)
+    return torch.randn(max(least, 2 * largest), generator=generator(0, "bench/taps")).to(device, dtype)
 
 
-def random_taps(setting: Setting, number: int = 0) -> Features:
-    """One batch of random normal taps in the stored dtype, on the setting's device."""
-    keyed = generator(number, "bench/taps")
-    shape, dtype = (setting.batch, setting.tokens, setting.width), DTYPES[setting.dtype]
-    layers = [torch.randn(shape, generator=keyed).to(dtype) for _ in setting.spec.taps]
-    return Features(tuple(layers), setting.spec).to(setting.device)
+def batches(setting: Setting, drawn: Tensor) -> list[Features]:
+    """As many batches of taps as `drawn` has numbers for, views of it.
+
+    In training every step's taps come from memory; batches that are read in turn do, too.
+    """
+    shape = (setting.batch, setting.tokens, setting.width)
+    numel, taps = math.prod(shape), len(setting.spec)
+    count = min(MOST_BATCHES, len(drawn) // (numel * taps))
+    parts = drawn[: count * taps * numel].view(count, taps, *shape)
+    return [Features(tuple(part), setting.spec) for part in parts]
 
 
 def cache_bytes(device: torch.device) -> int:

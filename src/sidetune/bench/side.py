@@ -7,7 +7,7 @@ from memory, not from a cache. Up-projections are drawn, so that nothing is zero
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,7 +16,7 @@ from sidetune.bench.cases import CASES, GEMM, SECOND, Case, floor_rows, machine_
 from sidetune.bench.kept import kept_bytes
 from sidetune.bench.peak import peak_bytes
 from sidetune.bench.rows import Bench, Row, describe_machine
-from sidetune.bench.setting import Setting, batches
+from sidetune.bench.setting import Setting, batches, noise
 from sidetune.bench.timing import in_turn, threads
 from sidetune.features import Features
 from sidetune.progress import Progress
@@ -45,10 +45,11 @@ def bench_side(setting: Setting, *, growth: bool = False, peak: bool = True, qui
         SidetuneError: a process that measures peak memory failed.
     """
     with threads(setting.threads):
-        pool = batches(setting)
+        pool = batches(setting, noise([setting]))
         cases = {name: Case(name, setting, pool) for name in CASES}
         rows = [*_times(setting, cases, pool, quiet=quiet), *_kept(setting, cases)]
-        about = describe_machine(torch.device(setting.device), setting.to_json())
+        sizes = {**setting.to_json(), "growth_batch": growth_batch(setting)}
+        about = describe_machine(torch.device(setting.device), sizes)
     del pool, cases  # memory is measured, and the growth has taps of its own
     if peak:
         rows += _peaks(setting, quiet=quiet)
@@ -112,19 +113,27 @@ def _peaks(setting: Setting, *, quiet: bool) -> Iterator[Row]:
 
 
 def _growth(setting: Setting, *, quiet: bool) -> Iterator[Row]:
-    """Points that differ from a smaller batch of the setting in one size."""
-    start = replace(setting, batch=max(1, round(setting.batch * GROWTH_BATCH)))
-    measured: dict[tuple[tuple[str, object], ...], dict[str, Row]] = {}
-    points = list(growth_points(start))
-    with Progress("growth", len(points), "points", quiet=quiet) as progress:
-        for label, point in points:
-            key = tuple(point.to_json().items())
-            if key not in measured:  # the start itself is on every axis
-                measured[key] = _point(point)
-            rows = {name: replace(row, case=f"growth/{label}/{name}") for name, row in measured[key].items()}
-            for name, (side, form) in CASES.items():
-                yield rows[name].to(rows[f"{side}-textbook"]) if form == "fast" else rows[name]
-            progress.advance(1, label)
+    """Points that differ from a smaller batch of the setting in one size, all in turn in every round."""
+    points = dict(growth_points(replace(setting, batch=growth_batch(setting))))
+    drawn = noise(list(points.values()))
+    steps: dict[tuple[Setting, str], Callable[[], None]] = {}
+    found: dict[tuple[str, str], Row] = {}
+    for point in dict.fromkeys(points.values()):  # the setting itself is on every axis, and measured once
+        pool = batches(point, drawn)
+        steps |= {(point, name): Case(name, point, pool).step for name in CASES}
+    timings = in_turn(steps, setting.rounds, label="growth", device=torch.device(setting.device), quiet=quiet)
+    for label, point in points.items():
+        for name in CASES:
+            case, a_step = f"growth/{label}/{name}", SECOND / point.batch
+            found[label, name] = timings[point, name].row(case, "ms_per_image", "ms", a_step)
+        for name, (side, form) in CASES.items():
+            row = found[label, name]
+            yield row.to(found[label, f"{side}-textbook"]) if form == "fast" else row
+
+
+def growth_batch(setting: Setting) -> int:
+    """B of the points of the growth, where B itself does not vary."""
+    return max(1, round(setting.batch * GROWTH_BATCH))
 
 
 def growth_points(start: Setting) -> Iterator[tuple[str, Setting]]:
@@ -140,11 +149,3 @@ def growth_points(start: Setting) -> Iterator[tuple[str, Setting]]:
         for value in values:
             number = value + 1 if axis == "N" else value  # the class token stays
             yield f"{axis}={number}", replace(start, **{fields[axis]: number})  # type: ignore[arg-type]
-
-
-def _point(setting: Setting) -> dict[str, Row]:
-    pool = batches(setting)
-    steps = {name: Case(name, setting, pool).step for name in CASES}
-    timings = in_turn(steps, setting.rounds, device=torch.device(setting.device))
-    a_step = SECOND / setting.batch
-    return {name: timing.row(name, "ms_per_image", "ms", a_step) for name, timing in timings.items()}

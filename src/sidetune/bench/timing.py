@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -37,14 +38,17 @@ class Timing:
         return Row(case, metric, amount / self.median, unit, spread=spread)
 
 
+Name = TypeVar("Name", bound=Hashable)
+
+
 def in_turn(
-    cases: Mapping[str, Callable[[], object]],
+    cases: Mapping[Name, Callable[[], object]],
     rounds: int,
     *,
     label: str = "bench",
     device: torch.device | None = None,
     quiet: bool = True,
-) -> dict[str, Timing]:
+) -> dict[Name, Timing]:
     """Time every case once a round: A, B, C, A, B, C, ..
 
     A first call warms up and says how often a short case is called a round.
@@ -56,17 +60,17 @@ def in_turn(
         device: waited for before the clock is read, where it is a GPU.
         quiet: no progress.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    seconds: dict[Name, list[float]] = {name: [] for name in cases}
     calls = {}
     with Progress(label, (rounds + 1) * len(cases), "cases", quiet=quiet) as progress:
         for name, call in cases.items():
             call()  # threads start, memory is taken
             calls[name] = min(MOST_CALLS, math.ceil(LEAST_SECONDS / max(_timed(call, 1, device), 1e-9)))
-            progress.advance(1, name)
+            progress.advance(1)
         for _ in range(rounds):
             for name, call in cases.items():
                 seconds[name].append(_timed(call, calls[name], device))
-                progress.advance(1, name)
+                progress.advance(1)
     return {name: Timing(statistics.median(times), min(times), max(times)) for name, times in seconds.items()}
 
 
