@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +17,10 @@ from sidetune.keyed import Draws, generator
 from sidetune.model import LAYER_NORM_EPS, SideModel
 from sidetune.recipe import TrainRecipe
 from sidetune.sides import SIDES
+from sidetune.sides.base import Form
 from sidetune.tasks import Classify
 from sidetune.train import _optimizer, _step
 
-Form = Literal["fast", "textbook"]
 CASES: dict[str, tuple[str, Form]] = {
     f"{side}-{form}": (side, form) for form in ("fast", "textbook") for side in ("losa", "last")
 }
@@ -66,25 +65,13 @@ class Case:
 
     def step(self) -> None:
         """Forward, backward and update on the next batch, as the loop does it."""
-        loss = self.loss(readable(self.form, self.side, next(self._turn)))
+        loss = self.loss(next(self._turn))
         _step(self.model, self._optimizer, loss, self.alive, self.recipe.lr, self.recipe.clip_norm)
-
-
-def readable(form: Form, side: str, features: Features) -> Features:
-    """Taps as the side reads them. The conversion is the reader's: its buffer is no part of what is kept."""
-    return features if _has_forms(side) else features.to(features.layers[0].device, torch.float32)
-
-
-def _has_forms(side: str) -> bool:
-    return "form" in inspect.signature(SIDES[side]).parameters
 
 
 def _model(side: str, form: Form, setting: Setting, features: Features) -> SideModel:
     """Started, with every parameter that starts at zero drawn."""
-    arguments: dict[str, Any] = {
-        "rank": setting.ranks()[side],
-        **({"form": form} if _has_forms(side) else {}),
-    }
+    arguments: dict[str, Any] = {"rank": setting.ranks()[side], "form": form}
     network = SIDES[side](features.spec, **arguments)
     norm = FinalNorm(torch.ones(setting.width), torch.zeros(setting.width), LAYER_NORM_EPS)
     model = SideModel(network, NUM_CLASSES, final_norm=norm)

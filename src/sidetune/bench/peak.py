@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from sidetune.bench.cases import Case, readable
+from sidetune.bench.cases import Case
 from sidetune.bench.setting import Setting, batches, noise
 from sidetune.bench.timing import threads
 from sidetune.errors import SidetuneError
@@ -48,9 +48,9 @@ def peak_bytes(name: str, setting: Setting) -> int:
 
 
 def measure(name: str, setting: Setting) -> int:
-    """Forward and backward of a case, once: bytes above the model, the taps and the reader's conversion."""
+    """Forward and backward of a case, once: bytes above the model and the taps."""
     case = Case(name, setting, batches(setting, noise([setting]))[:1])
-    features = readable(case.form, case.side, case.taps[0])
+    features = case.taps[0]
     case.loss(features.rows(slice(0, 1))).sum().backward()  # what libraries take once
     case.model.zero_grad()
     if setting.device == "cuda":

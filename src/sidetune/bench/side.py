@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from sidetune.bench.cases import CASES, GEMM, SECOND, Case, floor_rows, machine_cases, readable
+from sidetune.bench.cases import CASES, GEMM, SECOND, Case, floor_rows, machine_cases
 from sidetune.bench.kept import kept_bytes
 from sidetune.bench.peak import peak_bytes
 from sidetune.bench.rows import Bench, Row, describe_machine
@@ -91,8 +91,8 @@ def _times(
 def _kept(setting: Setting, cases: dict[str, Case]) -> Iterator[Row]:
     for name, case in cases.items():
         goal = KEPT_GOALS[case.side] if case.form == "fast" and setting.is_the_goals else None
-        features = readable(case.form, case.side, case.taps[0])
-        apart = [*features.layers, *case.taps[0].layers, *case.model.parameters(), *case.model.buffers()]
+        features = case.taps[0]
+        apart = [*features.layers, *case.model.parameters(), *case.model.buffers()]
         kept = kept_bytes(lambda case=case, features=features: case.loss(features), apart)  # type: ignore[misc]
         taps = Row("taps", f"{case.side}_bytes", case.tap_bytes, "B")
         yield Row(name, "kept_bytes", kept, "B").to(taps, goal=goal)
