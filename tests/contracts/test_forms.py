@@ -142,7 +142,7 @@ def test_autocast_leaves_the_fast_form_exact(name: str) -> None:
 
 @every_fast
 def test_what_is_kept_for_backward(name: str) -> None:
-    """LoSA: arguments of GELUs, R(N+D) numbers a layer. LAST: q, k, v, the output, 1/std: 4R+1 a token."""
+    """LoSA: arguments of GELUs, R(N+D) numbers a layer. LAST: q, k, v, output, 1/std, sum: 4R+1+heads."""
     row, features = ROWS[name], make_features(batch=64, dtype=torch.float32)
     model = make_model(name).float()
     pooled = model.side(features)
@@ -154,7 +154,8 @@ def test_what_is_kept_for_backward(name: str) -> None:
     num_tokens, width = make_spec().last.num_tokens, make_spec().last.width
     token = width if row.arguments.get("mix_tokens", True) else 0
     numbers = layers * rank * (num_tokens + token) if row.side == "losa" else 0
-    numbers = numbers or (layers + 1) * num_tokens * (4 * rank + 1)
+    heads = row.arguments.get("heads", 1)
+    numbers = numbers or (layers + 1) * num_tokens * (4 * rank + 1 + heads)
     assert samples == 64 * numbers
 
 

@@ -7,7 +7,8 @@ z and W are centred over D, and with them v:
     LN(v) W_qkv  =  r (v W') + b      r = 1/sqrt(|v|^2 / D + eps),  W' = diag(gamma) W_qkv,  b = beta W_qkv
     pool(tokens) =  pool(z_L) + pool(O) W_all
 
-Kept for backward: q, k, v of the attention, its output and r, 4R + 1 numbers a token. v itself is computed
+Kept for backward: q, k, v of the attention, its output, what its softmax divides by, and r: 4R + 1 + heads
+numbers a token. v itself is computed
 again from the taps. The gradients are these lines differentiated by hand.
 """
 
@@ -18,11 +19,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sidetune.features import Features
+from sidetune.sides.attention import attend, attend_backward
 from sidetune.sides.base import every, frozen_taps, pool_weights
 from sidetune.sides.chunks import over_chunks
 from sidetune.sides.products import product
@@ -38,7 +39,7 @@ class Frozen:
     Args:
         taps: z_0 .. z_L (B, N, D), each with its scale, in any floating type.
         pool_QPN: weights of pooling over tokens, Q = 1 or B.
-        mask_BN: True where a token counts; None where all do.
+        bias_B11N: -inf at tokens that are no keys, else 0; None where all are.
         keep_IMB: what drop-path multiplies a module's output by; None without.
         heads: of the attention.
         eps: of the layer norms.
@@ -47,7 +48,7 @@ class Frozen:
 
     taps: Sequence[tuple[Tensor, float]]
     pool_QPN: Tensor
-    mask_BN: Tensor | None
+    bias_B11N: Tensor | None
     keep_IMB: Tensor | None
     heads: int
     eps: float
@@ -77,11 +78,13 @@ class Kept(NamedTuple):
         qkv_MIBNS: queries, keys and values.
         mixed_MIBNR: what attention puts out.
         rstd_MIBN: r.
+        log_sum_MIBHN: what the softmax divides by, of each head.
     """
 
     qkv_MIBNS: Tensor
     mixed_MIBNR: Tensor
     rstd_MIBN: Tensor
+    log_sum_MIBHN: Tensor
 
     def of(self, rows: slice, member: int) -> Kept:
         """One member's, of some samples: (I, C, N, ..)."""
@@ -100,7 +103,7 @@ def pooled_last(side: Last, features: Features, keeps: Sequence[Tensor | None], 
     frozen = Frozen(
         taps=frozen_taps(side, features, ["embedding", *(tap.name for tap in side.blocks)]),
         pool_QPN=pool_weights(side.spec.last, side.pool, features.mask, like=side.tap_scale),
-        mask_BN=features.mask,
+        bias_B11N=None if features.mask is None else _bias(features.mask, side.tap_scale),
         keep_IMB=torch.stack([keep for keep in keeps if keep is not None]) if keeps[0] is not None else None,
         heads=side.heads,
         eps=eps,
@@ -109,6 +112,10 @@ def pooled_last(side: Last, features: Features, keeps: Sequence[Tensor | None], 
     with torch.autocast(side.tap_scale.device.type, enabled=False):
         pooled_MBPD: Tensor = CachedLast.apply(frozen, *_matrices(side))
     return pooled_MBPD if side.pool == "tokens" else pooled_MBPD.flatten(2)
+
+
+def _bias(mask_BN: Tensor, like: Tensor) -> Tensor:
+    return like.new_zeros(mask_BN.shape).masked_fill_(~mask_BN, float("-inf"))[:, None, None]
 
 
 def _matrices(side: Last) -> Matrices:
@@ -135,7 +142,8 @@ class CachedLast(torch.autograd.Function):
         (members, modules, rank, width) = matrices.out_MIRD.shape
         batch, num_tokens, _ = frozen.taps[0][0].shape
         new, tokens = matrices.out_MIRD.new_empty, (members, modules, batch, num_tokens)
-        kept = Kept(new(*tokens, 3 * rank), new(*tokens, rank), new(*tokens))
+        log_sum_MIBHN = new(members, modules, batch, frozen.heads, num_tokens)
+        kept = Kept(new(*tokens, 3 * rank), new(*tokens, rank), new(*tokens), log_sum_MIBHN)
         out_MBPD = new(members, batch, frozen.pool_QPN.shape[1], width)
 
         def work(rows: slice) -> None:
@@ -179,11 +187,11 @@ class _Chunk:
     def __init__(self, frozen: Frozen, matrices: Matrices, kept: Kept, rows: slice, member: int) -> None:
         self.frozen, self.rows, self.member = frozen, rows, member
         self.qkv_IDS, self.bias_IS, self.centred_IRD, self.out_IRD = (one[member] for one in matrices)
-        self.qkv_ICNS, self.mixed_ICNR, self.rstd_ICN = kept.of(rows, member)
+        self.qkv_ICNS, self.mixed_ICNR, self.rstd_ICN, self.log_sum_ICHN = kept.of(rows, member)
         self.size, (_, num_tokens, self.width) = rows.stop - rows.start, frozen.taps[0][0].shape
-        pool, mask = frozen.pool_QPN, frozen.mask_BN
+        pool, bias = frozen.pool_QPN, frozen.bias_B11N
         self.pool_CPN = (pool if len(pool) == 1 else pool[rows]).expand(self.size, -1, -1)
-        self.keys_C11N = None if mask is None else mask[rows, None, None]
+        self.bias_C11N = None if bias is None else bias[rows]
         self.z_CND = matrices.out_MIRD.new_empty(self.size, num_tokens, self.width)
 
     def forward(self) -> Tensor:
@@ -197,8 +205,7 @@ class _Chunk:
             product_CNS = product(v_CND.flatten(0, 1), self.qkv_IDS[i]).unflatten(0, rstd_CN.shape)
             torch.addcmul(self.bias_IS[i], product_CNS, rstd_CN[..., None], out=self.qkv_ICNS[i])
             self._attend(i)
-        mixed_ICNR = torch.stack([self._dropped(i) for i in range(len(self.frozen.taps))])
-        pooled_ICPR = self.pool_CPN @ mixed_ICNR
+        pooled_ICPR = self.pool_CPN @ self._all_dropped()
         out_CPD = (pooled_ICPR.movedim(0, 2).flatten(2)) @ self.out_IRD.flatten(0, 1)
         if self.frozen.keep_last:
             tap, scale = self.frozen.taps[-1]
@@ -210,15 +217,17 @@ class _Chunk:
         v_ICND = self._all_v()
         d_v_CND = torch.zeros_like(self.z_CND)
         d_qkv_IDS, d_bias_IS = torch.empty_like(self.qkv_IDS), torch.empty_like(self.bias_IS)
-        d_centred_IRD, d_out_IRD = torch.empty_like(self.centred_IRD), torch.empty_like(self.out_IRD)
+        d_centred_IRD = torch.empty_like(self.centred_IRD)
         d_v_XD = d_v_CND.flatten(0, 1)
+        mixed_ICNR = self._all_dropped()
+        pooled_ICPR = self.pool_CPN @ mixed_ICNR
+        d_out_IRD = pooled_ICPR.flatten(1, 2).mT @ d_out_CPD.flatten(0, 1)
+        d_mixed_ICNR = self.pool_CPN.mT @ (d_out_CPD @ self.out_IRD[:, None].mT)
         for i in reversed(range(len(self.frozen.taps))):
-            mixed_CNR, v_XD = self._dropped(i), v_ICND[i].flatten(0, 1)
-            pooled_CPR = torch.bmm(self.pool_CPN, mixed_CNR)
-            d_out_IRD[i] = pooled_CPR.flatten(0, 1).T @ d_out_CPD.flatten(0, 1)
-            d_mixed_CNR = torch.bmm(self.pool_CPN.mT, d_out_CPD @ self.out_IRD[i].T)
+            mixed_XR, v_XD = mixed_ICNR[i].flatten(0, 1), v_ICND[i].flatten(0, 1)
+            d_mixed_CNR = d_mixed_ICNR[i]
             d_mixed_CNR += product(d_v_XD, self.centred_IRD[i].T).view_as(d_mixed_CNR)
-            d_centred_IRD[i] = product(mixed_CNR.flatten(0, 1).T, d_v_XD)
+            d_centred_IRD[i] = product(mixed_XR.T, d_v_XD)
             d_qkv_CNS = self._attend_backward(i, self._keep(i, d_mixed_CNR))
             d_product_XS = self._norm_backward(i, d_qkv_CNS, d_bias_IS[i], v_ICND[i], d_v_CND)
             d_qkv_IDS[i] = product(d_product_XS.T, v_XD).T
@@ -251,6 +260,13 @@ class _Chunk:
         """What attention i puts out, as drop-path leaves it: (C, N, R)."""
         return self._keep(i, self.mixed_ICNR[i])
 
+    def _all_dropped(self) -> Tensor:
+        """The same of all modules: (I, C, N, R)."""
+        keep = self.frozen.keep_IMB
+        return (
+            self.mixed_ICNR if keep is None else self.mixed_ICNR * keep[:, self.member, self.rows, None, None]
+        )
+
     def _heads(self, tensor_CNR: Tensor) -> Tensor:
         """(C, heads, N, R / heads)."""
         heads: Tensor = tensor_CNR.unflatten(-1, (self.frozen.heads, -1)).transpose(1, 2)
@@ -258,25 +274,15 @@ class _Chunk:
 
     def _attend(self, i: int) -> None:
         q, k, v = (self._heads(part) for part in self.qkv_ICNS[i].chunk(3, -1))
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=self.keys_C11N, scale=1.0)
-        self.mixed_ICNR[i] = mixed.transpose(1, 2).flatten(2)
+        mixed_CHND, self.log_sum_ICHN[i] = attend(q, k, v, self.bias_C11N)
+        self.mixed_ICNR[i] = mixed_CHND.transpose(1, 2).flatten(2)
 
     def _attend_backward(self, i: int, d_mixed_CNR: Tensor) -> Tensor:
-        """Gradient of queries, keys and values, (C, N, S); the attention is computed again."""
-        q, k, v = (self._heads(part).flatten(0, 1) for part in self.qkv_ICNS[i].chunk(3, -1))
-        scores = torch.bmm(q, k.mT)  # (C * heads, N, N)
-        if self.keys_C11N is not None:
-            keys = self.keys_C11N.expand(-1, self.frozen.heads, -1, -1).flatten(0, 1)
-            scores.masked_fill_(~keys, float("-inf"))
-        weights = torch.softmax(scores, -1)
-        d_mixed = self._heads(d_mixed_CNR).flatten(0, 1)
-        mixed = self._heads(self.mixed_ICNR[i]).flatten(0, 1)
-        inner = (d_mixed * mixed).sum(-1, keepdim=True)
-        d_scores = torch.bmm(d_mixed, v.mT, out=scores).sub_(inner).mul_(weights)
-        parts = torch.bmm(d_scores, k), torch.bmm(d_scores.mT, q), torch.bmm(weights.mT, d_mixed)
-        return torch.cat(
-            [part.unflatten(0, (self.size, -1)).transpose(1, 2).flatten(2) for part in parts], -1
-        )
+        """Gradient of queries, keys and values, (C, N, S)."""
+        q, k, v = (self._heads(part) for part in self.qkv_ICNS[i].chunk(3, -1))
+        outputs = self._heads(self.mixed_ICNR[i]), self.log_sum_ICHN[i]
+        gradients = attend_backward(self._heads(d_mixed_CNR), (q, k, v), outputs, self.bias_C11N)
+        return torch.cat([part.transpose(1, 2).flatten(2) for part in gradients], -1)
 
     def _norm_backward(
         self, i: int, d_qkv_CNS: Tensor, d_bias_S: Tensor, v_CND: Tensor, d_v_CND: Tensor

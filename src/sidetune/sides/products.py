@@ -30,6 +30,6 @@ ONEDNN = has_onednn()
 def product(a: Tensor, b: Tensor) -> Tensor:
     """The matrix product of (n, k) and (k, m): (n, m)."""
     if ONEDNN and a.dtype == torch.float32 and a.device.type == "cpu" and a.numel() and b.numel():
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")  # noqa: SLF001
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")
         return result
     return a @ b
