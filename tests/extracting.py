@@ -25,6 +25,11 @@ def bring(images, folder, *, backbone=None, dtype="fp32"):
     return dataset, extract(dataset, backbone or toy(), folder, dtype=dtype, quiet=True)
 
 
+def in_shard_order(keys):
+    """Keys as `extract` puts them into new shards."""
+    return tuple(sorted(keys, key=EXTRACT._place))
+
+
 def contents(folder, pattern="**/*"):
     """name -> (sha256, time of the last change) of every file."""
     files = [path for path in folder.glob(pattern) if path.is_file() and path.name != ".lock"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import sidetune.files
-from extracting import FEW, bring, contents, toy
+from extracting import FEW, bring, contents, in_shard_order, toy
 from images import make_folder
 from sidetune.data import Dataset, load_dataset
 from sidetune.errors import RequestError, SidetuneError, StoreError
@@ -363,8 +363,8 @@ def test_relabelled_data_mend_a_shard_all_the_same(pictures, tmp_path):
 @pytest.mark.parametrize("change", ["edited", "deleted"])
 def test_an_image_that_changes_while_it_is_extracted_is_never_stored_under_its_old_key(own, tmp_path, change):
     dataset, backbone = load_dataset(own), toy()
-    path = dataset.paths[6]  # of the second shard
-    before = sample_keys(dataset)[6].rpartition("@")[2]
+    row = sample_keys(dataset).index(in_shard_order(sample_keys(dataset))[6])  # of the second shard
+    path, before = dataset.paths[row], sample_keys(dataset)[row].rpartition("@")[2]
 
     class Meanwhile:
         def __getattr__(self, name):
@@ -374,12 +374,12 @@ def test_an_image_that_changes_while_it_is_extracted_is_never_stored_under_its_o
             if change == "deleted":
                 (own / path).unlink(missing_ok=True)
             elif not shard_of(tmp_path / "s", 0).exists():
-                (own / path).write_bytes((own / dataset.paths[0]).read_bytes())
+                (own / path).write_bytes((own / dataset.paths[row - 1]).read_bytes())
             return backbone(pixels)
 
     with pytest.raises(StoreError) as caught:
         bring(own, tmp_path / "s", backbone=Meanwhile())
-    now = sample_keys(dataset)[6].rpartition("@")[2]
+    now = sample_keys(dataset)[row].rpartition("@")[2]
     assert str(caught.value) == (
         f"{path} was changed while {tmp_path / 's'} was extracted: its sha256 starts with {now[:12]}, "
         f"expected {before[:12]}. Type the same command again: it resumes"

@@ -574,3 +574,27 @@ def test_a_flipped_byte_of_a_store_is_mended_before_anything_is_computed_from_it
     assert shard.read_bytes() == whole
     weights = [(tmp_path / name / "side.safetensors").read_bytes() for name in ("whole", "spoilt", "third")]
     assert weights[0] == weights[1] == weights[2]
+
+
+def test_a_store_larger_than_memory_is_shuffled_by_windows_and_the_run_says_so(
+    image_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(importlib.import_module("sidetune.extract"), "SHARD_RECORDS", 10)  # six shards
+    shard = 10 * 5 * 17 * 32 * 2  # bytes of five taps
+    arguments = {"store": tmp_path / "s", "leak_check": False}
+    runs, scores = {}, {}
+    for name, memory, settings in (
+        ("enough", 12 * shard, ()),
+        ("little", 8 * shard, ()),
+        ("chosen", 12 * shard, ("train.shuffle_window=2",)),
+    ):
+        monkeypatch.setattr(sidetune.methods, "total_memory", lambda memory=memory: memory)
+        recipe = toy_recipe("losa", *settings)
+        runs[name] = fit(image_folder, out=tmp_path / name, recipe=recipe, **arguments)
+        said = "shuffling 2 of 6 shards at a time" in capsys.readouterr().err
+        assert said == (name != "enough")
+        window = runs[name].metrics["rows"][-1]["detail"].get("shuffle_window")
+        assert window == load(runs[name].folder).artifact.recipe.train.shuffle_window == (2 if said else None)
+        scores[name] = load_file(runs[name].folder / "side.safetensors")
+    assert all(torch.equal(scores["little"][key], scores["chosen"][key]) for key in scores["little"])
+    assert not all(torch.equal(scores["little"][key], scores["enough"][key]) for key in scores["little"])

@@ -166,6 +166,7 @@ OTHERS = {
         "select": "best",
         "precision": "bf16",
         "seed": 1,
+        "shuffle_window": 3,
     },
 }
 FIELDS = [

@@ -1,8 +1,11 @@
 """The one loop: schedule, groups, clipping, members, resume, all against what they should be."""
 
 import math
+import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from sidetune.errors import ArtifactError, DivergedError
 from sidetune.features import Features, Spec, Tap
 from sidetune.keyed import Draws, generator
 from sidetune.model import SideModel
+from sidetune.reader import Layout
 from sidetune.recipe import TrainRecipe
 from sidetune.sides.last import Last
 from sidetune.sides.losa import Losa
@@ -133,11 +137,26 @@ class Killed(Exception):  # noqa: N818 - not an error
     """What stands for a kill: nothing after it runs."""
 
 
+def fetch_nothing(numbers: Sequence[int]) -> None:
+    """In place of a store's."""
+
+
+LAYOUT = Layout(np.arange(30) // 5, dict.fromkeys(range(6), 1), fetch_nothing)
+
+
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 5, 7])
-@pytest.mark.parametrize("select", ["last", "best"])
+@pytest.mark.parametrize(
+    ("select", "window", "ahead"), [("last", None, 2), ("best", None, 0), ("last", 2, 2)]
+)
 def test_a_resumed_run_ends_with_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int, select: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop_after: int,
+    select: Literal["last", "best"],
+    window: int | None,
+    ahead: int,
 ) -> None:
+    """A machine with other memory, which would shuffle otherwise, goes on in the order that was begun."""
     recipe = TrainRecipe(epochs=3, batch_size=8, lr=1e-2, select=select)  # 4 steps an epoch
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
 
@@ -146,7 +165,8 @@ def test_a_resumed_run_ends_with_the_same_bytes(
             return [{"balanced_accuracy": float(model(inputs(range(30, 40), Draws([0])))[0, :, 0].mean())}]
 
     whole = make_model(drop_path=0.3)
-    expected = run(whole, recipe, validate=scored)
+    data = TrainingSet(inputs, TARGETS, np.arange(30), LAYOUT, window, ahead=ahead)
+    expected = train(whole, data, TASK, recipe, seeds=(0,), validate=scored, quiet=True)
     calls = 0
 
     def killed(rows: Sequence[int], draws: Draws) -> Features:
@@ -159,13 +179,62 @@ def test_a_resumed_run_ends_with_the_same_bytes(
     path = tmp_path / "checkpoint.safetensors"
     first = make_model(drop_path=0.3)
     with pytest.raises(Killed):
-        train(first, TrainingSet(killed, TARGETS, np.arange(30)), TASK, recipe, seeds=(0,), validate=scored,
+        train(first, replace(data, inputs=killed), TASK, recipe, seeds=(0,), validate=scored,
               checkpoint=path, run_hash="r", quiet=True)  # fmt: skip
     resumed = make_model((8,), drop_path=0.3)
-    found = run(resumed, recipe, validate=scored, checkpoint=path, run_hash="r")
+    elsewhere = replace(data, window=5)
+    found = train(resumed, elsewhere, TASK, recipe, seeds=(0,), validate=scored, checkpoint=path,
+                  run_hash="r", quiet=True)  # fmt: skip
+    assert found.window == expected.window == window
     for (name, one), two in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, two), name
     assert [(row.loss, row.val) for row in found.history] == [(row.loss, row.val) for row in expected.history]
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_batches_are_prepared_in_step_order_whatever_is_ahead(ahead: int) -> None:
+    asked: list[tuple[int, int, list[int]]] = []
+
+    def listed(rows: Sequence[int], draws: Draws) -> Features:
+        asked.append((draws.epoch, draws.step, list(rows)))
+        return inputs(rows, draws)
+
+    threads = threading.active_count()
+    data = TrainingSet(listed, TARGETS, np.arange(30), ahead=ahead)
+    train(
+        make_model(),
+        data,
+        TASK,
+        TrainRecipe(epochs=2, batch_size=8),
+        seeds=(0,),
+        validate=no_scores,
+        quiet=True,
+    )
+    assert [(epoch, step) for epoch, step, _ in asked] == [(e, s) for e in range(2) for s in range(4)]
+    for epoch in range(2):
+        order = torch.randperm(30, generator=generator(0, "order", epoch)).tolist()
+        assert [row for of, _, rows in asked for row in rows if of == epoch] == order
+    assert threading.active_count() == threads, "the reading thread has ended"
+
+
+def test_reading_ahead_changes_no_byte_and_a_window_is_asked_for_before_it_is_read() -> None:
+    asked: list[int] = []
+    models = [make_model() for _ in range(2)]
+    layout = replace(LAYOUT, fetch=asked.extend)
+    for model, ahead in zip(models, (0, 2), strict=True):
+        data = TrainingSet(inputs, TARGETS, np.arange(30), layout, 2, ahead=ahead)
+        train(model, data, TASK, TrainRecipe(epochs=2), seeds=(0,), validate=no_scores, quiet=True)
+    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
+    assert sorted(asked) == sorted(4 * list(range(6))), "every shard once an epoch"
+
+
+def test_the_reading_thread_ends_when_training_diverges() -> None:
+    threads, model = threading.active_count(), make_model()
+    with torch.no_grad():
+        model.head.weight_MDK.fill_(math.nan)
+    with pytest.raises(DivergedError):
+        run(model, TrainRecipe(epochs=1, batch_size=4))
+    assert threading.active_count() == threads
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

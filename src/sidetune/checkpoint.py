@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from pydantic import BaseModel, NonNegativeInt, ValidationError
+from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -63,6 +63,7 @@ class State:
     epoch: int = 0
     step: int = 0
     seconds: float = 0.0  # of this epoch, until the checkpoint
+    window: int | None = None  # shards shuffled together: a machine with other memory goes on as it was begun
     loss_sum: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     alive: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     history: list[Epoch] = field(default_factory=list)
@@ -84,6 +85,7 @@ def save_checkpoint(
         "epoch": state.epoch,
         "step": state.step,
         "seconds": state.seconds,
+        "window": state.window,
         "best": None if state.best == -math.inf else state.best,
         "history": [vars(epoch) for epoch in state.history],
     }
@@ -115,7 +117,7 @@ def load_checkpoint(
             f"{path} is damaged: {reason}. Type: rm {path}, then the same fit command, which trains anew"
         ) from error
     state.epoch, state.step = progress.epoch, progress.step
-    state.seconds = progress.seconds
+    state.seconds, state.window = progress.seconds, progress.window
     state.best = -math.inf if progress.best is None else progress.best
     state.best_weights = _under(tensors, "best.")
     state.loss_sum, state.alive = tensors["state.loss_sum"], tensors["state.alive"]
@@ -129,6 +131,7 @@ class _Progress(BaseModel):
     epoch: NonNegativeInt
     step: NonNegativeInt
     seconds: float
+    window: PositiveInt | None = None
     best: float | None
     history: tuple[Epoch, ...]
 

@@ -89,6 +89,12 @@ def _read(path: Path) -> str:
         return ""
 
 
+def total_memory() -> int:
+    """Bytes that this process could use if nothing else ran: the machine's, or its control group's limit."""
+    total, limit = _physical_memory()[0], memory_limit()
+    return total if limit is None else min(total, limit[0])
+
+
 def _memory() -> Check:
     total, available = _physical_memory()
     limit = memory_limit()

@@ -28,11 +28,12 @@ from sidetune.evaluate import Evaluation, evaluate, headline_score, scores
 from sidetune.features import Features, Spec
 from sidetune.figures import duration, label, number
 from sidetune.keyed import Draws
+from sidetune.machine import total_memory
 from sidetune.memory import PeakMemory
 from sidetune.model import SideModel
 from sidetune.probes import Pooled, Probe, fit_linear, fit_ridge
 from sidetune.progress import say
-from sidetune.recipe import Recipe
+from sidetune.recipe import Recipe, TrainRecipe
 from sidetune.sides import SOLVED
 from sidetune.sides.linear import LinearRecipe
 from sidetune.sides.ridge import RidgeRecipe
@@ -180,7 +181,7 @@ def _train_side(job: Job) -> Fitted:
     with PeakMemory() as memory:
         trained = train(
             model,
-            TrainingSet(partial(_inputs, job, model.side.spec), job.targets, job.split["train"]),
+            _training_set(job, recipe, model.side.spec),
             job.task,
             recipe,
             seeds=[recipe.seed],
@@ -192,14 +193,26 @@ def _train_side(job: Job) -> Fitted:
     return Fitted(
         name,
         model.eval(),
-        job.recipe.model_copy(update={"train": recipe}),
+        job.recipe.model_copy(update={"train": recipe.model_copy(update={"shuffle_window": trained.window})}),
         parameters,
         seconds=sum(epoch.seconds for epoch in trained.history),
         peak_memory=memory.peak,
-        detail={"epochs": recipe.epochs, "lr": recipe.lr},
+        detail={"epochs": recipe.epochs, "lr": recipe.lr}
+        | ({} if trained.window is None else {"shuffle_window": trained.window}),
         outputs=partial(_side_outputs, job, model),
         history=trained.history,
     )
+
+
+def _training_set(job: Job, recipe: TrainRecipe, spec: Spec) -> TrainingSet:
+    rows = job.split["train"]
+    layout, window = job.source.layout(rows, spec), recipe.shuffle_window
+    if layout is not None and window is None:
+        window = layout.window(total_memory())
+    if layout is not None and window is not None and window < len(layout.num_bytes):
+        job.say(f"shuffling {window} of {len(layout.num_bytes)} shards at a time")
+    read = partial(_inputs, job, spec)
+    return TrainingSet(read, job.targets, rows, layout, window, ahead=job.source.ahead)
 
 
 def _inputs(job: Job, spec: Spec, rows: Sequence[int], draws: Draws) -> Features:

@@ -130,6 +130,8 @@ class TrainRecipe(Part):
         select: which epoch is kept: the ``last``, or the ``best`` on validation.
         precision: ``auto`` is bf16 autocast on a GPU and fp32 on a CPU.
         seed: of start, order and drop-path.
+        shuffle_window: shards of the store that are shuffled together; None: all where half of the
+            memory holds them, else as many as a quarter holds. See `sidetune.reader`.
     """
 
     epochs: int | None = Field(None, ge=1)
@@ -141,6 +143,7 @@ class TrainRecipe(Part):
     select: Literal["last", "best"] = "last"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 0
+    shuffle_window: int | None = Field(None, ge=1)
 
     def resolved(self, num_images: int) -> TrainRecipe:
         """The same with data-dependent defaults filled in."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from sidetune.errors import SidetuneError
 from sidetune.extract import DECODERS, MICRO_BATCH, decoded
 from sidetune.features import Features, FinalNorm, Spec
 from sidetune.progress import Progress
+from sidetune.reader import AHEAD, Ahead, Layout
 from sidetune.store import Store
 from sidetune.summary import Summary, concatenate, summarise
 
@@ -37,6 +39,7 @@ class Source(ABC):
         skipped: row -> why it is not valid.
         views: of every image, the image itself first.
         animated: rows whose files hold more frames or pages than the first, which is the one that counts.
+        ahead: batches to read ahead of their use, on a thread of their own; 0: none.
     """
 
     spec: Spec
@@ -45,12 +48,15 @@ class Source(ABC):
     skipped: dict[int, str]
     views: tuple[View, ...]
     animated: tuple[int, ...]
+    ahead: int = 0
 
     @abstractmethod
     def features(
         self, rows: Sequence[int], spec: Spec | None = None, views: Sequence[int] | int = 0
     ) -> Features:
-        """Features of these rows, in this order: float32, outside any autograd graph, on any device.
+        """Features of these rows, in this order: outside any autograd graph, on any device.
+
+        float32 where the backbone runs, else the stored dtype.
 
         Args:
             rows: B rows of the dataset.
@@ -64,8 +70,13 @@ class Source(ABC):
 
     def batches(self, rows: NDArray[np.int64], spec: Spec | None = None, view: int = 0) -> Iterator[Features]:
         """The features of a view of many rows, a micro-batch at a time, in order."""
-        for first in range(0, len(rows), MICRO_BATCH):
-            yield self.features(rows[first : first + MICRO_BATCH].tolist(), spec, view)
+        parts = (rows[first : first + MICRO_BATCH].tolist() for first in range(0, len(rows), MICRO_BATCH))
+        with Ahead(parts, partial(self.features, spec=spec, views=view), ahead=self.ahead) as batches:
+            yield from batches
+
+    def layout(self, rows: NDArray[np.int64], spec: Spec | None = None) -> Layout | None:
+        """Where these rows are read of these taps; None where their order makes no difference."""
+        return None
 
 
 class StoredSource(Source):
@@ -81,6 +92,8 @@ class StoredSource(Source):
         StoreError: the store lacks samples.
         RequestError: the store lacks a tap.
     """
+
+    ahead = AHEAD
 
     def __init__(
         self,
@@ -112,6 +125,10 @@ class StoredSource(Source):
         keys = [self.keys[view][row] for row, view in zip(rows, chosen, strict=True)]
         return self.store.features(keys, self.spec if spec is None else spec)
 
+    def layout(self, rows: NDArray[np.int64], spec: Spec | None = None) -> Layout | None:
+        """See `Source.layout`. The views of an image stand beside it, unless they were asked for later."""
+        return self.store.layout([self.keys[0][row] for row in rows], self.spec if spec is None else spec)
+
     def summary(self, view: int = 0) -> Summary:
         """See `Source.summary`."""
         return self.store.summary(self.keys[view]).select(self.spec)
@@ -119,6 +136,9 @@ class StoredSource(Source):
 
 class LiveSource(Source):
     """Decodes images and runs the backbone whenever features are asked for; nothing is stored.
+
+    Nothing is read ahead: the backbone would take the cores or the GPU from the side that trains, and another
+    thread has another number of torch threads, so its sums would be others.
 
     One pass over the dataset at the start measures the summary and finds images that do not decode.
 

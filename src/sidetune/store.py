@@ -10,9 +10,9 @@
 
 A shard is written under a temporary name, fsynced, renamed, then its checksum file. A sample is
 known by its key (relative path @ sha256 of the file's bytes), so an edited image is another sample;
-labels and splits are no part of a store. Shards are read by memory map: a batch touches only the
-records it asks for. The first touch of a tensor hashes it, so nothing is computed from other bytes than
-those that were written.
+labels and splits are no part of a store. Shards are read by memory map (`sidetune.records`): a batch touches
+only the records it asks for, and what was read stays in the system's page cache. The first touch of a
+tensor hashes it, front to back, so nothing is computed from other bytes than those that were written.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -39,16 +39,14 @@ from sidetune.errors import StoreError, first_complaint
 from sidetune.features import Features, FinalNorm, Spec
 from sidetune.files import write_json, write_tensors
 from sidetune.progress import Progress
+from sidetune.reader import Layout
+from sidetune.records import Records
 from sidetune.shards import (
     AGAIN,
-    MappedShard,
-    ShardEntry,
     entry_path,
     file_size,
-    map_shard,
     read_json_object,
     read_shard_entry,
-    record_shapes,
     shard_path,
 )
 from sidetune.summary import Summary
@@ -153,9 +151,7 @@ class Store:
     skipped: dict[str, str]
     animated: frozenset[str]
     _slots: dict[str, tuple[int, int]] = field(repr=False)
-    _entries: dict[int, ShardEntry] = field(repr=False)
-    _maps: dict[int, MappedShard] = field(default_factory=dict, repr=False)
-    _checked: dict[tuple[int, str], Tensor] = field(default_factory=dict, repr=False)
+    _records: Records = field(repr=False)
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -184,7 +180,9 @@ class Store:
             animated |= {keys[slot] for slot in entry.animated}
             slots |= {key: (number, slot) for slot, key in enumerate(keys)}
             entries[number] = entry.model_copy(update={"labels": {}})  # a million labels need not stay
-        return cls(folder, plan, skipped, frozenset(animated), slots, entries)
+        counts = {number: len(plan.shards[number]) for number in entries}
+        records = Records(folder, plan.spec, DTYPES[plan.dtype], counts, entries)
+        return cls(folder, plan, skipped, frozenset(animated), slots, records)
 
     @property
     def num_records(self) -> int:
@@ -223,7 +221,9 @@ class Store:
             )
 
     def features(self, keys: Sequence[str], spec: Spec | None = None) -> Features:
-        """Read a batch of samples, converted once to float32.
+        """Read a batch of samples, in the stored dtype: the side converts it.
+
+        The memory of a batch that nobody refers to any more is used for the next ones.
 
         Args:
             keys: B sample keys.
@@ -233,16 +233,22 @@ class Store:
             StoreError: the store lacks a sample, or a shard is damaged.
         """
         spec = self.plan.spec if spec is None else spec
-        slots = self._places(keys)
-        for shard in {shard for shard, _ in slots}:
-            self._map(shard)  # it has the plan's shapes, or no memory is taken for them
-        layers = []
-        for tap in spec.taps:
-            batch = torch.empty(len(keys), tap.num_tokens, tap.width)
-            for row, (shard, slot) in enumerate(slots):
-                batch[row].copy_(self._tensor(shard, tap.name)[slot])
-            layers.append(batch)
-        return Features(tuple(layers), spec)
+        return Features(self._records.gather(self._places(keys), spec), spec)
+
+    def layout(self, keys: Sequence[str], spec: Spec | None = None) -> Layout:
+        """Where samples stand, and how to have shards read ahead.
+
+        Args:
+            keys: n sample keys.
+            spec: the taps that will be read; None: all.
+
+        Raises:
+            StoreError: the store lacks a sample.
+        """
+        spec = self.plan.spec if spec is None else spec
+        shards = np.array([shard for shard, _ in self._places(keys)], dtype=np.int64)
+        num_bytes = {number: self._records.shard_bytes(number, spec) for number in np.unique(shards).tolist()}
+        return Layout(shards, num_bytes, partial(self._records.fetch, spec=spec))
 
     def summary(self, keys: Sequence[str]) -> Summary:
         """Pooled taps of samples, as written beside the features.
@@ -253,7 +259,7 @@ class Store:
         slots = self._places(keys)
 
         def column(name: str) -> Tensor:
-            return torch.stack([self._tensor(shard, name)[slot] for shard, slot in slots])
+            return torch.stack([self._records.tensor(shard, name)[slot] for shard, slot in slots])
 
         names = self.plan.spec.names
         return Summary(
@@ -282,9 +288,9 @@ class Store:
 
         def check(number: int) -> str | None:
             try:
-                for name in self._entries[number].tensors:
+                for name in self._records.entries[number].tensors:
                     if name not in unread:
-                        self._tensor(number, name)
+                        self._records.tensor(number, name)
             except StoreError as error:
                 return str(error)
             return None
@@ -304,20 +310,6 @@ class Store:
     def _places(self, keys: Sequence[str]) -> list[tuple[int, int]]:
         self.require(keys)
         return [self._slots[key] for key in keys]
-
-    def _tensor(self, number: int, name: str) -> Tensor:
-        """A tensor of a shard, hashed at the first touch."""
-        found = self._checked.get((number, name))
-        if found is None:
-            found = self._checked[number, name] = self._map(number).checked(name, self._entries[number])
-        return found
-
-    def _map(self, number: int) -> MappedShard:
-        if number not in self._maps:
-            shard = map_shard(shard_path(self.folder, number))
-            shard.require(record_shapes(self.plan.spec, len(self.plan.shards[number])))
-            self._maps[number] = shard
-        return self._maps[number]
 
 
 def write_store_head(folder: Path, plan: Plan, norm: FinalNorm | None) -> None:

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from sidetune.checkpoint import Epoch, Scores, State, load_checkpoint, save_checkpoint
 from sidetune.errors import DivergedError
 from sidetune.features import Features
-from sidetune.keyed import Draws, generator
+from sidetune.keyed import Draws
 from sidetune.progress import Progress
+from sidetune.reader import AHEAD, Ahead, EpochOrder, Layout, pinned, sent
 from sidetune.recipe import TrainRecipe
 from sidetune.tasks import Task
 
@@ -45,11 +46,17 @@ class TrainingSet:
         inputs: rows and the step's draws -> a batch of inputs.
         targets: of every row that `rows` names, as the task takes them.
         rows: (n,) rows to train on.
+        layout: where they are read; None: their order makes no difference.
+        window: shards of the layout that are shuffled together; None: all.
+        ahead: batches that `inputs` prepares on another thread while one is used, in the steps' order.
     """
 
     inputs: Inputs
     targets: Tensor
     rows: NDArray[np.int64]
+    layout: Layout | None = None
+    window: int | None = None
+    ahead: int = AHEAD
 
 
 @dataclass(frozen=True)
@@ -59,10 +66,27 @@ class Trained:
     Args:
         history: one `Epoch` an epoch.
         dropped: members whose loss was not finite; their weights are of no use.
+        window: shards that were shuffled together: the checkpoint's where training went on from one.
     """
 
     history: list[Epoch]
     dropped: tuple[int, ...]
+    window: int | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's inputs.
+
+    Args:
+        rows: (B,) of the data.
+        draws: of the step.
+        inputs: of these rows.
+    """
+
+    rows: NDArray[np.int64]
+    draws: Draws
+    inputs: Features
 
 
 def train(  # noqa: PLR0913 - the loop is the meeting place of all parts
@@ -100,7 +124,11 @@ def train(  # noqa: PLR0913 - the loop is the meeting place of all parts
     assert recipe.epochs is not None, "resolve the recipe first"
     device = next(model.parameters()).device
     optimizer = _optimizer(model, recipe)
-    state = State(loss_sum=torch.zeros(len(seeds), dtype=torch.float64), alive=torch.ones(len(seeds)).bool())
+    state = State(
+        loss_sum=torch.zeros(len(seeds), dtype=torch.float64),
+        alive=torch.ones(len(seeds)).bool(),
+        window=data.window,
+    )
     if checkpoint is not None and checkpoint.exists():
         load_checkpoint(checkpoint, run_hash, model, optimizer, state)
     steps = math.ceil(len(data.rows) / recipe.batch_size)
@@ -109,31 +137,50 @@ def train(  # noqa: PLR0913 - the loop is the meeting place of all parts
     with Progress("train", recipe.epochs * steps, "steps", done=_done(state, steps), quiet=quiet) as progress:
         while state.epoch < recipe.epochs:
             started = time.monotonic() - state.seconds
-            order = _order(data.rows, seeds[0], state.epoch)
             model.train()
-            while state.step < steps:
-                rows = order[state.step * recipe.batch_size : (state.step + 1) * recipe.batch_size]
-                lr = learning_rate(_done(state, steps), recipe.epochs * steps, recipe)
-                draws = Draws(seeds, state.epoch, state.step)
-                inputs = data.inputs(rows.tolist(), draws).to(device)
-                with autocast:
-                    loss = task.loss(model(inputs, draws), data.targets[rows].to(device)).mean(1)
-                _drop_members(loss, state)
-                _step(model, optimizer, loss, state.alive, lr, recipe.clip_norm)
-                state.loss_sum += loss.detach().double().cpu() * len(rows)
-                state.step += 1
-                progress.advance(1, _note(state, len(data.rows), steps, recipe, task))
-                if checkpoint is not None and time.monotonic() - saved >= CHECKPOINT_SECONDS:
-                    state.seconds = time.monotonic() - started
-                    save_checkpoint(checkpoint, run_hash, model, optimizer, state)
-                    saved = time.monotonic()
+            with _batches(data, recipe, seeds, state, device) as batches:
+                for batch in batches:
+                    lr = learning_rate(_done(state, steps), recipe.epochs * steps, recipe)
+                    inputs, targets = sent(batch.inputs, device), data.targets[batch.rows].to(device)
+                    with autocast:
+                        loss = task.loss(model(inputs, batch.draws), targets).mean(1)
+                    _drop_members(loss, state)
+                    _step(model, optimizer, loss, state.alive, lr, recipe.clip_norm)
+                    state.loss_sum += loss.detach().double().cpu() * len(batch.rows)
+                    state.step += 1
+                    progress.advance(1, _note(state, len(data.rows), steps, recipe, task))
+                    if checkpoint is not None and time.monotonic() - saved >= CHECKPOINT_SECONDS:
+                        state.seconds = time.monotonic() - started
+                        save_checkpoint(checkpoint, run_hash, model, optimizer, state)
+                        saved = time.monotonic()
             model.eval()
             lr = learning_rate(_done(state, steps) - 1, recipe.epochs * steps, recipe)
             _end_epoch(state, validate(model), lr, len(data.rows), time.monotonic() - started)
             _keep_best(model, state, task, recipe)
     if recipe.select == "best":
         model.load_state_dict(state.best_weights)
-    return Trained(state.history, tuple((~state.alive).nonzero().flatten().tolist()))
+    return Trained(state.history, tuple((~state.alive).nonzero().flatten().tolist()), state.window)
+
+
+def _batches(
+    data: TrainingSet, recipe: TrainRecipe, seeds: Sequence[int], state: State, device: torch.device
+) -> Ahead[int, Batch]:
+    """The rest of an epoch. Its order hangs on seed, epoch and window alone: a resumed one has the same."""
+    layout = data.layout
+    shards = np.zeros(len(data.rows), np.int64) if layout is None else layout.shards
+    order = EpochOrder.draw(data.rows, shards, state.window, seed=seeds[0], epoch=state.epoch)
+    size, epoch, begin = recipe.batch_size, state.epoch, state.step
+
+    def make(step: int) -> Batch:
+        if layout is not None and order.shards:
+            layout.fetch(order.soon(step * size, (step + 1) * size, begins=step == begin))
+        rows, draws = order.rows[step * size : (step + 1) * size], Draws(seeds, epoch, step)
+        inputs = data.inputs(rows.tolist(), draws)
+        # what is on the GPU already comes from a backbone that runs there
+        pin = device.type == "cuda" and inputs.layers[0].device.type == "cpu"
+        return Batch(rows, draws, pinned(inputs) if pin else inputs)
+
+    return Ahead(range(begin, math.ceil(len(order.rows) / size)), make, ahead=data.ahead)
 
 
 def learning_rate(step: int, total: int, recipe: TrainRecipe) -> float:
@@ -160,11 +207,6 @@ def _optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.AdamW:
         {"params": vectors, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=recipe.lr)
-
-
-def _order(rows: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.int64]:
-    order: NDArray[np.int64] = torch.randperm(len(rows), generator=generator(seed, "order", epoch)).numpy()
-    return rows[order]
 
 
 def _drop_members(loss: Tensor, state: State) -> None:

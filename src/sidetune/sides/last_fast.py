@@ -26,7 +26,7 @@ from sidetune.features import Features
 from sidetune.sides.attention import attend, attend_backward
 from sidetune.sides.base import every, frozen_taps, pool_weights
 from sidetune.sides.chunks import over_chunks
-from sidetune.sides.products import product
+from sidetune.sides.products import times_transposed
 
 if TYPE_CHECKING:
     from sidetune.sides.last import Last
@@ -182,114 +182,129 @@ def _scratch(out_MBPD: Tensor, num_tokens: int, count: int) -> int:
 
 
 class _Chunk:
-    """C samples of a batch on their way through all modules of one member and back."""
+    """C samples of a batch on their way through all modules of one member and back.
+
+    Views are made for all modules at once: one view costs Python as much as one of the small products.
+    """
 
     def __init__(self, frozen: Frozen, matrices: Matrices, kept: Kept, rows: slice, member: int) -> None:
-        self.frozen, self.rows, self.member = frozen, rows, member
+        self.frozen = frozen
         self.qkv_IDS, self.bias_IS, self.centred_IRD, self.out_IRD = (one[member] for one in matrices)
         self.qkv_ICNS, self.mixed_ICNR, self.rstd_ICN, self.log_sum_ICHN = kept.of(rows, member)
+        self.taps = [(tap[rows], scale) for tap, scale in frozen.taps]
         self.size, (_, num_tokens, self.width) = rows.stop - rows.start, frozen.taps[0][0].shape
         pool, bias = frozen.pool_QPN, frozen.bias_B11N
         self.pool_CPN = (pool if len(pool) == 1 else pool[rows]).expand(self.size, -1, -1)
         self.bias_C11N = None if bias is None else bias[rows]
+        self.keep_IC = None if frozen.keep_IMB is None else frozen.keep_IMB[:, member, rows]
         self.z_CND = matrices.out_MIRD.new_empty(self.size, num_tokens, self.width)
 
     def forward(self) -> Tensor:
         """pool(tokens): (C, P, D). Writes what is kept."""
         v_CND = torch.zeros_like(self.z_CND)
-        for i in range(len(self.frozen.taps)):
-            self._advance(v_CND, i, v_CND)
-            rstd_CN = self.rstd_ICN[i]
+        v_XD = v_CND.flatten(0, 1)
+        q, k, v = self._queries_keys_values()
+        mixed, log_sum = self._heads(self.mixed_ICNR), self.log_sum_ICHN.unbind()
+        weights_SD, biases, up_DR = (
+            self.qkv_IDS.mT.unbind(),
+            self.bias_IS.unbind(),
+            self.centred_IRD.mT.unbind(),
+        )
+        for i, (qkv_CNS, rstd_CN) in enumerate(zip(self.qkv_ICNS, self.rstd_ICN, strict=True)):
+            self._add_tap(i, v_CND, v_CND)
             squares_CN = torch.linalg.vector_norm(v_CND, dim=-1).square_()
             torch.rsqrt(squares_CN.div_(self.width).add_(self.frozen.eps), out=rstd_CN)
-            product_CNS = product(v_CND.flatten(0, 1), self.qkv_IDS[i]).unflatten(0, rstd_CN.shape)
-            torch.addcmul(self.bias_IS[i], product_CNS, rstd_CN[..., None], out=self.qkv_ICNS[i])
-            self._attend(i)
-        pooled_ICPR = self.pool_CPN @ self._all_dropped()
-        out_CPD = (pooled_ICPR.movedim(0, 2).flatten(2)) @ self.out_IRD.flatten(0, 1)
+            product_CNS = times_transposed(v_XD, weights_SD[i]).view_as(qkv_CNS)
+            torch.addcmul(biases[i], product_CNS, rstd_CN[..., None], out=qkv_CNS)
+            mixed_CHNE, log_sum_CHN = attend(q[i], k[i], v[i], self.bias_C11N)
+            mixed[i].copy_(mixed_CHNE)
+            log_sum[i].copy_(log_sum_CHN)
+            v_XD += times_transposed(self._dropped(i, self.mixed_ICNR[i]).flatten(0, 1), up_DR[i])
+        pooled_ICPR = self.pool_CPN @ self._dropped(slice(None), self.mixed_ICNR)
+        out_CPD = pooled_ICPR.movedim(0, 2).flatten(2) @ self.out_IRD.flatten(0, 1)
         if self.frozen.keep_last:
-            tap, scale = self.frozen.taps[-1]
-            out_CPD += torch.bmm(self.pool_CPN, self.z_CND.copy_(tap[self.rows])).mul_(scale)
+            tap, scale = self.taps[-1]
+            out_CPD += torch.bmm(self.pool_CPN, self.z_CND.copy_(tap)).mul_(scale)
         return out_CPD
 
     def backward(self, d_out_CPD: Tensor) -> list[Tensor]:
         """Gradients of this member's `Matrices` from these samples."""
-        v_ICND = self._all_v()
+        mixed_ICNR = self._dropped(slice(None), self.mixed_ICNR)
+        v_ICND = self._all_v(mixed_ICNR)
         d_v_CND = torch.zeros_like(self.z_CND)
-        d_qkv_IDS, d_bias_IS = torch.empty_like(self.qkv_IDS), torch.empty_like(self.bias_IS)
-        d_centred_IRD = torch.empty_like(self.centred_IRD)
-        d_v_XD = d_v_CND.flatten(0, 1)
-        mixed_ICNR = self._all_dropped()
+        d_v_XD, v_IDX = d_v_CND.flatten(0, 1), v_ICND.flatten(1, 2).mT.unbind()
         pooled_ICPR = self.pool_CPN @ mixed_ICNR
         d_out_IRD = pooled_ICPR.flatten(1, 2).mT @ d_out_CPD.flatten(0, 1)
         d_mixed_ICNR = self.pool_CPN.mT @ (d_out_CPD @ self.out_IRD[:, None].mT)
-        for i in reversed(range(len(self.frozen.taps))):
-            mixed_XR, v_XD = mixed_ICNR[i].flatten(0, 1), v_ICND[i].flatten(0, 1)
-            d_mixed_CNR = d_mixed_ICNR[i]
-            d_mixed_CNR += product(d_v_XD, self.centred_IRD[i].T).view_as(d_mixed_CNR)
-            d_centred_IRD[i] = product(mixed_XR.T, d_v_XD)
-            d_qkv_CNS = self._attend_backward(i, self._keep(i, d_mixed_CNR))
-            d_product_XS = self._norm_backward(i, d_qkv_CNS, d_bias_IS[i], v_ICND[i], d_v_CND)
-            d_qkv_IDS[i] = product(d_product_XS.T, v_XD).T
-            d_v_XD += product(d_product_XS, self.qkv_IDS[i].T)
-        return [d_qkv_IDS, d_bias_IS, d_centred_IRD, d_out_IRD]
+        mixed_IRX, norms = mixed_ICNR.flatten(1, 2).mT.unbind(), self._norms()
+        d_heads, d_mixed_IXR = self._heads(d_mixed_ICNR), d_mixed_ICNR.flatten(1, 2).unbind()
+        attention = self._attention()
+        d_weights, d_biases, d_ups = [], [], []
+        for i in reversed(range(len(self.taps))):
+            d_ups.append(times_transposed(mixed_IRX[i], d_v_XD.T))
+            d_mixed_IXR[i].add_(times_transposed(d_v_XD, self.centred_IRD[i]))
+            d_mixed_CHNE = self._dropped(i, d_heads[i])
+            d_qkv_CNS = _joined(attend_backward(d_mixed_CHNE, *attention[i], self.bias_C11N))
+            d_biases.append(d_qkv_CNS.sum((0, 1)))
+            by_rstd_CNS, rstd_CN1 = norms[i]
+            d_v_CND.addcmul_(v_ICND[i], (by_rstd_CNS * d_qkv_CNS).sum(-1, keepdim=True))
+            d_product_XS = (d_qkv_CNS * rstd_CN1).flatten(0, 1)
+            d_weights.append(times_transposed(d_product_XS.T, v_IDX[i]))
+            d_v_XD += times_transposed(d_product_XS, self.qkv_IDS[i])
+        d_qkv_ISD, d_bias_IS, d_centred_IRD = (torch.stack(one[::-1]) for one in (d_weights, d_biases, d_ups))
+        return [d_qkv_ISD.mT, d_bias_IS, d_centred_IRD, d_out_IRD]
 
-    def _advance(self, v_CND: Tensor, i: int, into_CND: Tensor) -> None:
-        """v_i from v_{i-1}: adds what module i-1 puts out, and the next tap, both centred over D."""
-        tap, scale = self.frozen.taps[i]
-        self.z_CND.copy_(tap[self.rows])
+    def _add_tap(self, i: int, v_CND: Tensor, into_CND: Tensor) -> None:
+        """Add z_i, centred over D."""
+        tap, scale = self.taps[i]
+        self.z_CND.copy_(tap)
         self.z_CND.sub_(self.z_CND.mean(-1, keepdim=True))
         torch.add(v_CND, self.z_CND, alpha=scale, out=into_CND)
-        if i:
-            into_CND.flatten(0, 1).add_(product(self._dropped(i - 1).flatten(0, 1), self.centred_IRD[i - 1]))
 
-    def _all_v(self) -> Tensor:
+    def _all_v(self, mixed_ICNR: Tensor) -> Tensor:
         """v_0 .. v_L again: (I, C, N, D)."""
-        v_ICND = self.z_CND.new_empty(len(self.frozen.taps), *self.z_CND.shape)
-        before = torch.zeros_like(self.z_CND)
+        v_ICND = self.z_CND.new_empty(len(self.taps), *self.z_CND.shape)
+        mixed_IXR, up_DR = mixed_ICNR.flatten(1, 2).unbind(), self.centred_IRD.mT.unbind()
+        before_CND = torch.zeros_like(self.z_CND)
         for i, v_CND in enumerate(v_ICND):
-            self._advance(before, i, v_CND)
-            before = v_CND
+            self._add_tap(i, before_CND, v_CND)
+            if i:
+                v_CND.flatten(0, 1).add_(times_transposed(mixed_IXR[i - 1], up_DR[i - 1]))
+            before_CND = v_CND
         return v_ICND
 
-    def _keep(self, i: int, mixed_CNR: Tensor) -> Tensor:
-        keep = self.frozen.keep_IMB
-        return mixed_CNR if keep is None else mixed_CNR * keep[i, self.member, self.rows, None, None]
+    def _dropped(self, i: int | slice, tensor: Tensor) -> Tensor:
+        """What drop-path leaves of a module's output, or of its gradient."""
+        if self.keep_IC is None:
+            return tensor
+        keep = self.keep_IC[i]
+        return tensor * keep.view(*keep.shape, *[1] * (tensor.ndim - keep.ndim))
 
-    def _dropped(self, i: int) -> Tensor:
-        """What attention i puts out, as drop-path leaves it: (C, N, R)."""
-        return self._keep(i, self.mixed_ICNR[i])
+    def _heads(self, tensor_ICNR: Tensor) -> Sequence[Tensor]:
+        """A (C, heads, N, R / heads) a module."""
+        heads: Tensor = tensor_ICNR.unflatten(-1, (self.frozen.heads, -1)).transpose(2, 3)
+        return heads.unbind()
 
-    def _all_dropped(self) -> Tensor:
-        """The same of all modules: (I, C, N, R)."""
-        keep = self.frozen.keep_IMB
-        return (
-            self.mixed_ICNR if keep is None else self.mixed_ICNR * keep[:, self.member, self.rows, None, None]
-        )
+    def _queries_keys_values(self) -> list[Sequence[Tensor]]:
+        return [self._heads(part) for part in self.qkv_ICNS.chunk(3, -1)]
 
-    def _heads(self, tensor_CNR: Tensor) -> Tensor:
-        """(C, heads, N, R / heads)."""
-        heads: Tensor = tensor_CNR.unflatten(-1, (self.frozen.heads, -1)).transpose(1, 2)
-        return heads
+    def _attention(self) -> list[tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]]:
+        """What `attend` got and gave, of each module."""
+        q, k, v = self._queries_keys_values()
+        mixed, log_sum = self._heads(self.mixed_ICNR), self.log_sum_ICHN.unbind()
+        return [((q[i], k[i], v[i]), (mixed[i], log_sum[i])) for i in range(len(q))]
 
-    def _attend(self, i: int) -> None:
-        q, k, v = (self._heads(part) for part in self.qkv_ICNS[i].chunk(3, -1))
-        mixed_CHND, self.log_sum_ICHN[i] = attend(q, k, v, self.bias_C11N)
-        self.mixed_ICNR[i] = mixed_CHND.transpose(1, 2).flatten(2)
+    def _norms(self) -> list[tuple[Tensor, Tensor]]:
+        """Of each module what the gradient of q, k, v meets on its way to v by r, (C, N, S); and r itself.
 
-    def _attend_backward(self, i: int, d_mixed_CNR: Tensor) -> Tensor:
-        """Gradient of queries, keys and values, (C, N, S)."""
-        q, k, v = (self._heads(part) for part in self.qkv_ICNS[i].chunk(3, -1))
-        outputs = self._heads(self.mixed_ICNR[i]), self.log_sum_ICHN[i]
-        gradients = attend_backward(self._heads(d_mixed_CNR), (q, k, v), outputs, self.bias_C11N)
-        return torch.cat([part.transpose(1, 2).flatten(2) for part in gradients], -1)
+        The gradient of |v|^2 is -r^2 / (2D) sum_S (qkv - b) d_qkv, and that of v is 2v times as much.
+        """
+        rstd_ICN1 = self.rstd_ICN[..., None]
+        unbiased_ICNS = self.qkv_ICNS - self.bias_IS[:, None, None]
+        by_rstd_ICNS = unbiased_ICNS.mul_(rstd_ICN1.square().div_(-self.width))
+        return list(zip(by_rstd_ICNS.unbind(), rstd_ICN1.unbind(), strict=True))
 
-    def _norm_backward(
-        self, i: int, d_qkv_CNS: Tensor, d_bias_S: Tensor, v_CND: Tensor, d_v_CND: Tensor
-    ) -> Tensor:
-        """Gradient of v W', (C*N, S); adds to v's what comes by r, and writes that of b."""
-        torch.sum(d_qkv_CNS.flatten(0, 1), 0, out=d_bias_S)
-        rstd_CN1 = self.rstd_ICN[i][..., None]
-        along_CN1 = ((self.qkv_ICNS[i] - self.bias_IS[i]) * d_qkv_CNS).sum(-1, keepdim=True)
-        d_v_CND.addcmul_(v_CND, along_CN1.mul_(rstd_CN1.square()).div_(-self.width))
-        return (d_qkv_CNS * rstd_CN1).flatten(0, 1)
+
+def _joined(of_heads: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Three (C, heads, N, R / heads) as one (C, N, S)."""
+    return torch.cat([part.transpose(1, 2).flatten(2) for part in of_heads], -1)

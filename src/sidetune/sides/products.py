@@ -27,9 +27,9 @@ def has_onednn() -> bool:
 ONEDNN = has_onednn()
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """The matrix product of (n, k) and (k, m): (n, m)."""
+def times_transposed(a: Tensor, b: Tensor) -> Tensor:
+    """The product of (n, k) and the transpose of (m, k): (n, m)."""
     if ONEDNN and a.dtype == torch.float32 and a.device.type == "cpu" and a.numel() and b.numel():
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
         return result
-    return a @ b
+    return a @ b.mT
