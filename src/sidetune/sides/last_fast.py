@@ -163,17 +163,16 @@ class CachedLast(torch.autograd.Function):
         members, modules, batch, num_tokens = kept.rstd_MIBN.shape
 
         def work(rows: slice) -> list[list[Tensor]]:
-            return [
-                _Chunk(ctx.frozen, matrices, kept, rows, m).backward(d_out_MBPD[m, rows])
-                for m in range(members)
-            ]
+            chunks = (_Chunk(ctx.frozen, matrices, kept, rows, m) for m in range(members))
+            return [chunk.backward(d_out_MBPD[m, rows]) for m, chunk in enumerate(chunks)]
 
-        parts = over_chunks(work, batch, _scratch(d_out_MBPD, num_tokens, modules + 4), d_out_MBPD.device)
-        by_member = [
-            [torch.stack(same).sum(0) for same in zip(*of_chunks, strict=True)]
-            for of_chunks in zip(*parts, strict=True)
-        ]
-        return (None, *(torch.stack(same) for same in zip(*by_member, strict=True)))
+        total = [torch.zeros_like(matrix) for matrix in matrices]
+        scratch = _scratch(d_out_MBPD, num_tokens, modules + 4)
+        for of_members in over_chunks(work, batch, scratch, d_out_MBPD.device):
+            for m, gradients in enumerate(of_members):
+                for into_MI, gradient in zip(total, gradients, strict=True):
+                    into_MI[m] += gradient
+        return (None, *total)
 
 
 def _scratch(out_MBPD: Tensor, num_tokens: int, count: int) -> int:
@@ -233,6 +232,7 @@ class _Chunk:
         v_ICND = self._all_v(mixed_ICNR)
         d_v_CND = torch.zeros_like(self.z_CND)
         d_v_XD, v_IDX = d_v_CND.flatten(0, 1), v_ICND.flatten(1, 2).mT.unbind()
+        d_v_DX = d_v_XD.T
         pooled_ICPR = self.pool_CPN @ mixed_ICNR
         d_out_IRD = pooled_ICPR.flatten(1, 2).mT @ d_out_CPD.flatten(0, 1)
         d_mixed_ICNR = self.pool_CPN.mT @ (d_out_CPD @ self.out_IRD[:, None].mT)
@@ -241,7 +241,7 @@ class _Chunk:
         attention = self._attention()
         d_weights, d_biases, d_ups = [], [], []
         for i in reversed(range(len(self.taps))):
-            d_ups.append(times_transposed(mixed_IRX[i], d_v_XD.T))
+            d_ups.append(times_transposed(mixed_IRX[i], d_v_DX))
             d_mixed_IXR[i].add_(times_transposed(d_v_XD, self.centred_IRD[i]))
             d_mixed_CHNE = self._dropped(i, d_heads[i])
             d_qkv_CNS = _joined(attend_backward(d_mixed_CHNE, *attention[i], self.bias_C11N))
@@ -307,4 +307,6 @@ class _Chunk:
 
 def _joined(of_heads: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """Three (C, heads, N, R / heads) as one (C, N, S)."""
+    if of_heads[0].shape[1] == 1:
+        return torch.cat(of_heads, -1)[:, 0]
     return torch.cat([part.transpose(1, 2).flatten(2) for part in of_heads], -1)
