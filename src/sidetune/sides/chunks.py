@@ -20,7 +20,7 @@ import torch
 Result = TypeVar("Result")
 
 CACHE_BYTES = 28 * 2**20  # of one chunk's scratch
-CHUNKS_A_THREAD = 2  # at least, so that a thread that is held up leaves work to the others
+CHUNKS_A_THREAD = 3  # at least, so that a thread that is held up leaves work to the others
 
 
 def over_chunks(
