@@ -139,10 +139,15 @@ def test_the_readme_table_is_what_the_result_lines_say() -> None:
     assert table in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_table_of_speed_is_what_the_result_lines_say() -> None:
+    table = runpy.run_path(str(ROOT / "scripts" / "speed_results.py"))["table"]()
+    assert table in (ROOT / "docs/explanation/speed.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.jsonl")), ids=lambda path: path.stem)
 def test_a_result_line_says_where_it_comes_from(path: Path) -> None:
     fields = {"method", "task", "seed", "metric", "value", "command", "commit", "hardware", "recipe"}
     for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
         assert fields <= line.keys()
         assert len(line["commit"]) == 40 and len(line["recipe"]) == 64
-        assert line["command"].startswith(("sidetune fit ", "python scripts/"))
+        assert line["command"].startswith(("sidetune fit ", "sidetune bench ", "python scripts/"))

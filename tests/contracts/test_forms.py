@@ -111,7 +111,10 @@ def test_a_constant_on_all_channels_does_not_cost_precision() -> None:
 
 @pytest.mark.parametrize("name", ["losa", "last"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-def test_chunks_on_threads_change_nothing(name: str, masked: bool, several_threads: None) -> None:
+def test_chunks_on_threads_change_nothing(
+    name: str, masked: bool, several_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sidetune.sides.chunks.LEAST_BYTES", 1)
     features = make_features(batch=11)
     features = with_mask(features) if masked else features
     for key, textbook, fast in both(name, features, (0, 1), drop_path=0.3):
@@ -185,13 +188,13 @@ def test_an_unknown_form() -> None:
 @pytest.mark.parametrize(
     ("batch", "sample_bytes", "threads", "count"),
     [
-        (50, 1, 2, 6),
-        (50, 1, 1, 1),
-        (1, 1, 8, 1),
-        (3, 1, 2, 3),
-        (50, 2**20, 2, 6),
+        (50, 2**20, 2, 6),  # three a thread
+        (50, 2**20, 1, 2),  # as many as fit into the cache
         (50, 2**22, 2, 8),
-        (0, 1, 2, 1),
+        (50, 1, 2, 1),  # too little to share
+        (3, 2**20, 2, 3),
+        (1, 2**30, 8, 1),
+        (0, 2**20, 2, 1),
     ],
 )
 def test_chunks_cover_a_batch_evenly(batch: int, sample_bytes: int, threads: int, count: int) -> None:
@@ -207,4 +210,4 @@ def test_an_error_in_a_chunk_reaches_the_caller(several_threads: None) -> None:
         raise ZeroDivisionError(rows.start)
 
     with pytest.raises(ZeroDivisionError):
-        over_chunks(work, 8, 1, torch.device("cpu"))
+        over_chunks(work, 8, 2**20, torch.device("cpu"))

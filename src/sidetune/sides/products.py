@@ -1,7 +1,7 @@
 """Matrix products by the fastest library that PyTorch brings.
 
 On x86 PyTorch multiplies float32 by MKL, which runs on an AMD core at half the rate of oneDNN (measured on
-Zen 5: 100 against 210 GFLOP/s, results/side-speed.jsonl). oneDNN is in the same PyTorch, under the name that
+Zen 5: 100 against 210 GFLOP/s, docs/explanation/speed.md). oneDNN is in the same PyTorch, under the name that
 its compiler uses. The choice hangs on the machine alone, so that a resumed run computes as it began.
 """
 
