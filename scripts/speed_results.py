@@ -47,7 +47,7 @@ def lines(found: dict[str, Any], command: str, run: int) -> list[str]:
     environment = found["environment"]
     sizes = json.dumps(environment["setting"], sort_keys=True)
     common = {
-        "task": f"bench {command.split()[0]}",
+        "task": f"bench {command.split(maxsplit=1)[0]}",
         "seed": run,
         "command": f"sidetune bench {command}",
         "commit": environment["commit"],
