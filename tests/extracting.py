@@ -8,6 +8,7 @@ from pathlib import Path
 from sidetune.backbones import build_backbone
 from sidetune.backbones.base import canonical_json
 from sidetune.data import load_dataset
+from sidetune.data.views import place_by_hash
 from sidetune.extract import extract
 from sidetune.files import sha256_file
 
@@ -27,7 +28,7 @@ def bring(images, folder, *, backbone=None, dtype="fp32"):
 
 def in_shard_order(keys):
     """Keys as `extract` puts them into new shards."""
-    return tuple(sorted(keys, key=EXTRACT._place))
+    return tuple(sorted(keys, key=place_by_hash))
 
 
 def contents(folder, pattern="**/*"):

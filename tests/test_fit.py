@@ -139,8 +139,8 @@ def test_no_gradient_and_no_graph_enters_the_backbone(image_folder, tmp_path, mo
         saved.append(tensor.untyped_storage().data_ptr())
         return tensor
 
-    take_step, read = sidetune.train._step, LiveSource.features
-    monkeypatch.setattr(sidetune.train, "_step", step)
+    take_step, read = sidetune.train.take_step, LiveSource.features
+    monkeypatch.setattr(sidetune.train, "take_step", step)
     monkeypatch.setattr(LiveSource, "features", features)
     backbone.module.blocks[0].register_forward_hook(
         lambda *_: runs_of_backbone.append(torch.is_grad_enabled())
@@ -226,10 +226,10 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(runs, image_folder, tmp_pa
             raise KeyboardInterrupt
         return take_step(*arguments)
 
-    take_step = sidetune.train._step
+    take_step = sidetune.train.take_step
     with monkeypatch.context() as patch:
         patch.setattr(sidetune.train, "CHECKPOINT_SECONDS", 0.0)
-        patch.setattr(sidetune.train, "_step", interrupted_step)
+        patch.setattr(sidetune.train, "take_step", interrupted_step)
         with pytest.raises(KeyboardInterrupt):
             fit(image_folder, out=tmp_path / "run", recipe=toy_recipe(), store=store, quiet=True)
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"recipe.json", "checkpoint.safetensors"}
@@ -591,10 +591,21 @@ def test_a_store_larger_than_memory_is_shuffled_by_windows_and_the_run_says_so(
         monkeypatch.setattr(sidetune.methods, "total_memory", lambda memory=memory: memory)
         recipe = toy_recipe("losa", *settings)
         runs[name] = fit(image_folder, out=tmp_path / name, recipe=recipe, **arguments)
-        said = "shuffling 2 of 6 shards at a time" in capsys.readouterr().err
+        printed = capsys.readouterr().err
+        said = "shuffling 2 of 6 shards at a time" in printed
         assert said == (name != "enough")
+        assert "in the order of their paths" not in printed
         window = runs[name].metrics["rows"][-1]["detail"].get("shuffle_window")
         assert window == load(runs[name].folder).artifact.recipe.train.shuffle_window == (2 if said else None)
         scores[name] = load_file(runs[name].folder / "side.safetensors")
     assert all(torch.equal(scores["little"][key], scores["chosen"][key]) for key in scores["little"])
     assert not all(torch.equal(scores["little"][key], scores["enough"][key]) for key in scores["little"])
+
+
+def test_a_window_on_a_store_in_the_order_of_paths_is_warned_of(image_folder, tmp_path, monkeypatch, capsys):
+    extracting = importlib.import_module("sidetune.extract")
+    monkeypatch.setattr(extracting, "SHARD_RECORDS", 10)
+    monkeypatch.setattr(extracting, "place_by_hash", lambda key: key)  # as it was once
+    recipe = toy_recipe("losa", "train.shuffle_window=2")
+    fit(image_folder, out=tmp_path / "run", recipe=recipe, store=tmp_path / "s", leak_check=False)
+    assert "the store holds samples in the order of their paths" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from pydantic import ValidationError
 
 from sidetune.errors import RecipeError
 from sidetune.recipe import Recipe, TrainRecipe
+from sidetune.recipes.demo import demo
 from sidetune.sides import SIDES
 from sidetune.sides.last import LastRecipe
 
@@ -181,6 +182,13 @@ def test_every_field_but_the_path_of_the_weights_and_the_form_changes_the_hash(p
     changed = Recipe.build({part: {**given, field: OTHERS[part][field]}})
     assert changed != plain
     assert (changed.hash == plain.hash) == ((part, field) in {("backbone", "weights"), ("side", "form")})
+
+
+def test_settings_that_came_later_leave_the_hash_of_earlier_runs_as_it_was():
+    """A finished run is found by its hash: the hash of this recipe before there were forms and windows."""
+    earlier = "1b623cafe1b340ed76ae447b48190ede3cf5f43938f710e284dcb12dbc6f1af8"
+    assert demo("losa").hash == earlier
+    assert Recipe.build({}, ["train.shuffle_window=3"]).hash != Recipe().hash
 
 
 def test_an_average_over_one_view_is_refused():

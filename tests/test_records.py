@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import os
 
 import pytest
 import torch
@@ -98,16 +99,41 @@ def test_few_buffers_are_kept_and_all_begin_where_torch_begins_its_own():
     assert len(buffers._kept) == 1 and len(big[0]) == 300, "those that have become too small are let go"
 
 
-def test_shards_are_asked_for_and_nothing_else_changes(pictures, tmp_path, small_shards):
+def test_the_bytes_of_taps_are_asked_for_and_no_others(pictures, tmp_path, small_shards, monkeypatch):
     dataset = load_dataset(pictures)
     store = extract(dataset, build_backbone("toy"), tmp_path / "s", quiet=True)
     keys = sample_keys(dataset)
     layout = store.layout(keys, store.plan.spec.select(["block.4"]))
     assert layout.num_bytes == {0: 5 * 17 * 32 * 2, 1: 5 * 17 * 32 * 2, 2: 2 * 17 * 32 * 2}
     assert [keys[row] in store.plan.shards[number] for row, number in enumerate(layout.shards)] == [True] * 12
-    before = shard_path(store.folder, 0).read_bytes()
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *given: asked.append(given[1:]), raising=False)
+    monkeypatch.setattr(os, "POSIX_FADV_WILLNEED", 3, raising=False)
     layout.fetch([0, 2])
-    assert shard_path(store.folder, 0).read_bytes() == before
+    assert len(asked) == 2
+    for number, (first, length, advice) in zip([0, 2], asked, strict=True):
+        stored = store._records.map(number).tensors["block.4"].flatten().view(torch.uint8).numpy().tobytes()
+        assert shard_path(store.folder, number).read_bytes()[first : first + length] == stored
+        assert advice == os.POSIX_FADV_WILLNEED
+
+
+def test_a_system_that_cannot_be_asked_is_not(pictures, tmp_path, monkeypatch):
+    dataset = load_dataset(pictures)
+    extract(dataset, build_backbone("toy"), tmp_path / "s", quiet=True)
+    store = Store.open(tmp_path / "s")
+    monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    store.layout(sample_keys(dataset)).fetch([0])
+    assert store._records._maps == {}
+
+
+def test_a_store_in_the_order_of_paths_is_known(pictures, tmp_path, small_shards, monkeypatch):
+    dataset = load_dataset(pictures)
+    keys = sample_keys(dataset)
+    new = extract(dataset, build_backbone("toy"), tmp_path / "new", views=views(1), quiet=True)
+    assert new.layout(keys).by_hash
+    monkeypatch.setattr(EXTRACT, "place_by_hash", lambda key: key)  # as it was once
+    old = extract(dataset, build_backbone("toy"), tmp_path / "old", quiet=True)
+    assert not old.layout(keys).by_hash
 
 
 def test_shards_mix_the_classes_of_sorted_files_and_keep_views_together(image_folder, tmp_path, monkeypatch):

@@ -82,10 +82,14 @@ def test_a_checkpoint_keeps_a_folder_for_its_recipe(tmp_path):
     )
 
 
-def test_where_the_weights_are_is_no_difference(runs):
+def test_where_the_weights_are_and_the_form_are_no_difference(runs):
     folder = runs().folder
     recipe, data, backbone = asked(folder)
-    moved = recipe.model_copy(update={"backbone": recipe.backbone.model_copy(update={"weights": "a.pth"})})
+    others = {
+        "backbone": recipe.backbone.model_copy(update={"weights": "a.pth"}),
+        "side": recipe.side.model_copy(update={"form": "textbook"}),
+    }
+    moved = recipe.model_copy(update=others)
     assert find_run(folder, moved, data, backbone) == runs()
     with pytest.raises(ArtifactError, match=r"another run: train\.lr is 0\.001 there and 0\.1 here\. Type"):
         lr = moved.model_copy(update={"train": moved.train.model_copy(update={"lr": 0.1})})

@@ -96,7 +96,7 @@ def bench_read(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Rate of reading a real feature store, warm, against a plain copy of the same bytes."""
+    """Rate of reading a real feature store, warm, against plain copies of the same bytes."""
     from sidetune.bench.read import bench_read as run
     from sidetune.bench.setting import Setting
 

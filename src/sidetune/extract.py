@@ -7,7 +7,6 @@ go into shards by hash, not in the order of paths: files often lie sorted by cla
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from torch import Tensor
 from sidetune.backbones.base import Backbone
 from sidetune.data.dataset import Dataset, sample_key
 from sidetune.data.preprocess import Preprocess
-from sidetune.data.views import PLAIN, Picture, View, split_key
+from sidetune.data.views import PLAIN, Picture, View, place_by_hash
 from sidetune.errors import DataError, ImageError, StoreError, without_remedy
 from sidetune.features import Features
 from sidetune.files import leftovers, locked
@@ -230,20 +229,10 @@ def _plan(folder: Path, backbone: Backbone, dtype: DTypeName, keys: Sequence[str
     else:
         check_free(folder)
     held = {key for shard in plan.shards for key in shard}
-    missing = sorted({key for key in keys if key not in held}, key=_place)
+    missing = sorted({key for key in keys if key not in held}, key=place_by_hash)
     size = max(1, min(SHARD_RECORDS, SHARD_BYTES // plan.record_bytes))
     new = tuple(tuple(missing[first : first + size]) for first in range(0, len(missing), size))
     return replace(plan, shards=plan.shards + new)
-
-
-def _place(key: str) -> tuple[str, str]:
-    """Where a key stands among new ones: samples by their path's hash, a sample's views side by side.
-
-    Files often lie sorted by class. Any few shards must hold about what all hold, for training may
-    shuffle no more of them at once than memory takes.
-    """
-    sample, view = split_key(key)
-    return hashlib.sha256(sample.rpartition("@")[0].encode()).hexdigest(), view
 
 
 def _check_disk(folder: Path, plan: Plan, todo: Sequence[int], quiet: bool) -> None:

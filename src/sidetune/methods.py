@@ -211,6 +211,12 @@ def _training_set(job: Job, recipe: TrainRecipe, spec: Spec) -> TrainingSet:
         window = layout.window(total_memory())
     if layout is not None and window is not None and window < len(layout.num_bytes):
         job.say(f"shuffling {window} of {len(layout.num_bytes)} shards at a time")
+        if not layout.by_hash:
+            job.say(
+                "the store holds samples in the order of their paths, as an earlier version made it. Where "
+                "files are sorted by class, such a window costs accuracy. Type: the same command with "
+                "--store and a new folder, which extracts again"
+            )
     read = partial(_inputs, job, spec)
     return TrainingSet(read, job.targets, rows, layout, window, ahead=job.source.ahead)
 

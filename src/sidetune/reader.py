@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from sidetune.features import Features
 from sidetune.keyed import generator
+from sidetune.threads import single_threads
 
 AHEAD = 2  # batches
 Job = TypeVar("Job")
@@ -54,7 +55,7 @@ class Ahead(Generic[Job, Item]):
 
     def __enter__(self) -> Self:
         if self._ahead:
-            self._thread = _reading_thread()
+            self._thread = single_threads(1, "sidetune-reader")  # training keeps the others
         return self
 
     def __exit__(
@@ -82,24 +83,6 @@ class Ahead(Generic[Job, Item]):
             self._pending.append(thread.submit(self._make, job))
 
 
-def _reading_thread() -> ThreadPoolExecutor:
-    """One thread that gives torch's operations one thread, so that training keeps the others.
-
-    torch takes the number that a thread sets for that thread and for all that begin later: it is put back
-    once the thread has taken it.
-    """
-    threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(1, "sidetune-reader", initializer=_settle)
-    pool.submit(int).result()  # the thread has begun
-    torch.set_num_threads(threads)
-    return pool
-
-
-def _settle() -> None:
-    torch.set_num_threads(1)
-    torch.get_num_threads()  # a thread takes its number when it first asks for it
-
-
 def pinned(features: Features) -> Features:
     """The same in page-locked memory, which a GPU reads by itself."""
     mask = None if features.mask is None else features.mask.pin_memory()
@@ -109,10 +92,12 @@ def pinned(features: Features) -> Features:
 def sent(features: Features, device: torch.device) -> Features:
     """The same on a device. From pinned memory nothing waits for the copy but what computes with it.
 
-    torch's allocator keeps pinned memory until the copies from it are done.
+    torch's allocator keeps pinned memory until the copies from it are done. Copies to the CPU are waited
+    for: nothing that computes there would know of them.
     """
-    layers = tuple(layer.to(device, non_blocking=True) for layer in features.layers)
-    mask = None if features.mask is None else features.mask.to(device, non_blocking=True)
+    waits = device.type == "cpu"
+    layers = tuple(layer.to(device, non_blocking=not waits) for layer in features.layers)
+    mask = None if features.mask is None else features.mask.to(device, non_blocking=not waits)
     return Features(layers, features.spec, mask)
 
 
@@ -124,11 +109,13 @@ class Layout:
         shards: (n,) shard number of each row.
         num_bytes: shard number -> bytes that are read of it.
         fetch: asks for shards that are needed soon.
+        by_hash: samples stand in their shards by hash, so that a few shards are a random part of all.
     """
 
     shards: NDArray[np.int64]
     num_bytes: dict[int, int]
     fetch: Callable[[Sequence[int]], None]
+    by_hash: bool = True
 
     def window(self, memory: int) -> int | None:
         """Shards to shuffle together: all (None) where they fit into half of the memory, else a quarter's.

@@ -128,10 +128,12 @@ class TrainRecipe(Part):
         warmup: share of the steps in which the rate climbs from lr/100; then cosine to lr/1000.
         clip_norm: largest norm of a member's gradient; None: no clipping.
         select: which epoch is kept: the ``last``, or the ``best`` on validation.
-        precision: ``auto`` is bf16 autocast on a GPU and fp32 on a CPU.
+        precision: ``auto`` is bf16 autocast on a GPU and fp32 on a CPU. The fast forms of ``losa`` and
+            ``last`` stay in fp32: they are to be exact.
         seed: of start, order and drop-path.
         shuffle_window: shards of the store that are shuffled together; None: all where half of the
-            memory holds them, else as many as a quarter holds. See `sidetune.reader`.
+            memory holds them, else as many as a quarter holds. See `sidetune.reader`. Nothing without a
+            store.
     """
 
     epochs: int | None = Field(None, ge=1)
@@ -196,10 +198,15 @@ class Recipe(Part):
 
     @property
     def hash(self) -> str:
-        """sha256 of the canonical JSON without paths and forms: 64 hex digits. Equal recipes, equal runs."""
+        """sha256 of the canonical JSON without paths and forms: 64 hex digits. Equal recipes, equal runs.
+
+        A setting that came later and is left to itself is left out: runs from before it keep their hash.
+        """
         fields = self.model_dump(mode="json")
         fields["backbone"].pop("weights")  # the weights themselves are in the backbone's identity
         fields["side"].pop("form", None)  # all forms of a side compute the same
+        if fields["train"]["shuffle_window"] is None:
+            fields["train"].pop("shuffle_window")
         return hashlib.sha256(canonical_json(fields).encode()).hexdigest()
 
 

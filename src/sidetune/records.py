@@ -170,9 +170,7 @@ class Records:
             with shard.path.open("rb") as stream:
                 for name in spec.names:
                     tensor = shard.tensors[name]
-                    first = (
-                        int(tensor.storage_offset()) * tensor.itemsize
-                    )  # the map begins where the file does
+                    first = int(tensor.storage_offset()) * tensor.itemsize  # the map begins with the file
                     os.posix_fadvise(stream.fileno(), first, tensor.nbytes, os.POSIX_FADV_WILLNEED)
 
     def _bytes(self, number: int, name: str) -> Bytes:

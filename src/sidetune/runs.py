@@ -182,7 +182,7 @@ def _field_differences(found: Mapping[str, Any], recipe: Recipe) -> Iterator[str
         if fields.get("name") != there.get("name"):
             names = ["name"]  # of two sides no other field can be compared
         for name in names:
-            if fields.get(name) != there.get(name) and name != "weights":  # a path is no part of the hash
+            if fields.get(name) != there.get(name) and name not in ("weights", "form"):  # no part of the hash
                 theirs, ours = (json.dumps(value.get(name)) for value in (there, fields))
                 yield f"{part}.{name} is {theirs} there and {ours} here"
 

@@ -35,6 +35,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sidetune.backbones.base import Identity, Variant, canonical_json
+from sidetune.data.views import place_by_hash
 from sidetune.errors import StoreError, first_complaint
 from sidetune.features import Features, FinalNorm, Spec
 from sidetune.files import write_json, write_tensors
@@ -248,7 +249,9 @@ class Store:
         spec = self.plan.spec if spec is None else spec
         shards = np.array([shard for shard, _ in self._places(keys)], dtype=np.int64)
         num_bytes = {number: self._records.shard_bytes(number, spec) for number in np.unique(shards).tolist()}
-        return Layout(shards, num_bytes, partial(self._records.fetch, spec=spec))
+        held = [self.plan.shards[number] for number in num_bytes]
+        by_hash = all(list(names) == sorted(names, key=place_by_hash) for names in held)
+        return Layout(shards, num_bytes, partial(self._records.fetch, spec=spec), by_hash)
 
     def summary(self, keys: Sequence[str]) -> Summary:
         """Pooled taps of samples, as written beside the features.

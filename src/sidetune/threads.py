@@ -1,9 +1,14 @@
-"""Many small products on one thread: threads that wait for each other cost more than they bring."""
+"""How many threads torch's operations have: here, and on threads of our own.
+
+Many small products run best on one thread: threads that wait for each other cost more than they bring.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Barrier
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -24,10 +29,46 @@ def one_thread(*, when: bool = True) -> Iterator[None]:
     if not when:
         yield
         return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    with torch_threads(1), threadpool_limits(limits=1):  # SciPy and numpy bring a BLAS of their own
+        yield
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """So many threads in torch inside, as it was afterwards; None leaves them as they are."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
     try:
-        with threadpool_limits(limits=1):  # SciPy and numpy bring a BLAS of their own
-            yield
+        yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
+
+
+def single_threads(count: int, name: str) -> ThreadPoolExecutor:
+    """Threads, all started, that give torch's operations one thread each.
+
+    torch takes the number that a thread sets for that thread and for all that begin later; a thread keeps
+    the one that it first asked for. So each sets its own, asks, and the caller's is put back once all
+    have asked: what begins later has the caller's.
+
+    Args:
+        count: of threads.
+        name: that theirs begin with.
+    """
+    started = Barrier(count)
+
+    def settle() -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()
+        started.wait()  # one that waits is not idle: the next job starts another
+
+    pool = ThreadPoolExecutor(count, name, initializer=settle)
+    with torch_threads(None):
+        try:
+            list(pool.map(int, [0] * count))
+        except BaseException:  # Ctrl-C, or no more threads: those that wait for the others must not wait
+            started.abort()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return pool

@@ -123,7 +123,7 @@ def train(  # noqa: PLR0913 - the loop is the meeting place of all parts
     """
     assert recipe.epochs is not None, "resolve the recipe first"
     device = next(model.parameters()).device
-    optimizer = _optimizer(model, recipe)
+    optimizer = make_optimizer(model, recipe)
     state = State(
         loss_sum=torch.zeros(len(seeds), dtype=torch.float64),
         alive=torch.ones(len(seeds)).bool(),
@@ -145,7 +145,7 @@ def train(  # noqa: PLR0913 - the loop is the meeting place of all parts
                     with autocast:
                         loss = task.loss(model(inputs, batch.draws), targets).mean(1)
                     _drop_members(loss, state)
-                    _step(model, optimizer, loss, state.alive, lr, recipe.clip_norm)
+                    take_step(model, optimizer, loss, state.alive, lr, recipe.clip_norm)
                     state.loss_sum += loss.detach().double().cpu() * len(batch.rows)
                     state.step += 1
                     progress.advance(1, _note(state, len(data.rows), steps, recipe, task))
@@ -196,7 +196,7 @@ def _is_bf16(recipe: TrainRecipe, device: torch.device) -> bool:
     return recipe.precision == "bf16" or (recipe.precision == "auto" and device.type == "cuda")
 
 
-def _optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.AdamW:
     """AdamW; matrices decay, norms, biases and vectors (one axis beside the member axis) do not."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.ndim > 2]
@@ -223,7 +223,7 @@ def _drop_members(loss: Tensor, state: State) -> None:
         )
 
 
-def _step(
+def take_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     loss: Tensor,
@@ -231,7 +231,16 @@ def _step(
     lr: float,
     clip: float | None,
 ) -> None:
-    """One update. The sum of the members' losses has each member's own gradient in its own slice."""
+    """One update. The sum of the members' losses has each member's own gradient in its own slice.
+
+    Args:
+        model: whose parameters are updated.
+        optimizer: of `make_optimizer`.
+        loss: (M,), with its graph.
+        alive: (M,) bool; the others' gradients are zero.
+        lr: of this step.
+        clip: largest norm of a member's gradient; None: any.
+    """
     optimizer.zero_grad()
     loss.sum().backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sidetune.bench.rows import Bench, Row, describe_machine
-from sidetune.bench.timing import in_turn, threads
+from sidetune.bench.timing import in_turn
 
 FAST = Row("losa-fast", "ms_per_image", 2.0, "ms", spread=(1.5, 2.25))
 SLOW = Row("losa-textbook", "ms_per_image", 8.0, "ms")
@@ -88,14 +88,3 @@ def test_cases_are_called_in_turn():
     row = found["a"].rate("a", "gb_per_s", "GB/s", 2.0)
     assert row.value == pytest.approx(2.0 / found["a"].median)
     assert row.spread[0] <= row.value <= row.spread[1]
-
-
-def test_threads_are_as_they_were_afterwards():
-    before = torch.get_num_threads()
-    with threads(before + 1):
-        assert torch.get_num_threads() == before + 1
-    with pytest.raises(ConnectionError), threads(before + 1):
-        raise ConnectionError
-    assert torch.get_num_threads() == before
-    with threads(None):
-        assert torch.get_num_threads() == before

@@ -1,5 +1,8 @@
 """A fast form equals the textbook form: outputs and every gradient, with all parameters drawn non-zero."""
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from sidetune.keyed import Draws, generator
 from sidetune.model import SideModel
 from sidetune.sides import SIDES
 from sidetune.sides.chunks import over_chunks, split
+from sidetune.threads import torch_threads
 
 FAST = [name for name, row in ROWS.items() if row.side in ("losa", "last")]
 every_fast = pytest.mark.parametrize("name", FAST)
@@ -122,6 +126,49 @@ def test_chunks_on_threads_change_nothing(
     first, again = both(name, features, (0, 1)), both(name, features, (0, 1))
     for (key, _, one), (_, _, other) in zip(first, again, strict=True):
         assert torch.equal(one, other), key
+
+
+@pytest.mark.parametrize("name", ["losa", "last"])
+def test_chunks_on_threads_run_where_nothing_is_trained(
+    name: str, several_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`predict` runs under inference_mode, which a thread does not inherit."""
+    monkeypatch.setattr("sidetune.sides.chunks.LEAST_BYTES", 1)
+    features = make_features(batch=11)
+    model = draw_all(make_model(name))
+    with torch.inference_mode():
+        found = model.side(features)
+    assert torch.equal(found, model.side(features).detach())
+
+
+FORKED = """
+import os, torch
+from sidetune.sides.chunks import over_chunks
+torch.set_num_threads(2)
+assert over_chunks(lambda rows: rows.start, 4, 2**20, torch.device("cpu")) == [0, 1, 2, 3]
+if os.fork() == 0:
+    os._exit(over_chunks(lambda rows: rows.start, 4, 2**20, torch.device("cpu")) != [0, 1, 2, 3])
+print(os.wait()[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "0\n", done.stderr
+
+
+def test_the_threads_follow_their_number() -> None:
+    def asked(count: int) -> list[int]:
+        with torch_threads(count):
+            return over_chunks(lambda rows: torch.get_num_threads(), 12, 2**20, torch.device("cpu"))
+
+    before = torch.get_num_threads()
+    for count in (2, 3, 2):
+        assert set(asked(count)) == {1}
+        assert torch.get_num_threads() == before
 
 
 @pytest.fixture

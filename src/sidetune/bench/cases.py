@@ -19,7 +19,7 @@ from sidetune.recipe import TrainRecipe
 from sidetune.sides import SIDES
 from sidetune.sides.base import Form
 from sidetune.tasks import Classify
-from sidetune.train import _optimizer, _step
+from sidetune.train import make_optimizer, take_step
 
 CASES: dict[str, tuple[str, Form]] = {
     f"{side}-{form}": (side, form) for form in ("fast", "textbook") for side in ("losa", "last")
@@ -50,7 +50,7 @@ class Case:
         self.model = _model(self.side, self.form, setting, self.taps[0])
         self.recipe = TrainRecipe(epochs=1)
         self.alive = torch.ones(1, dtype=torch.bool)
-        self._optimizer = _optimizer(self.model, self.recipe)
+        self._optimizer = make_optimizer(self.model, self.recipe)
         self._turn = itertools.cycle(self.taps)
 
     @property
@@ -66,7 +66,7 @@ class Case:
     def step(self) -> None:
         """Forward, backward and update on the next batch, as the loop does it."""
         loss = self.loss(next(self._turn))
-        _step(self.model, self._optimizer, loss, self.alive, self.recipe.lr, self.recipe.clip_norm)
+        take_step(self.model, self._optimizer, loss, self.alive, self.recipe.lr, self.recipe.clip_norm)
 
 
 def _model(side: str, form: Form, setting: Setting, features: Features) -> SideModel:

@@ -15,9 +15,9 @@ import torch
 
 from sidetune.bench.cases import Case
 from sidetune.bench.setting import Setting, batches, noise
-from sidetune.bench.timing import threads
 from sidetune.errors import SidetuneError
 from sidetune.memory import PeakMemory, anonymous_bytes
+from sidetune.threads import torch_threads
 
 MARK = "peak_bytes "  # begins the line that the parent reads
 # glibc keeps freed blocks below a size that grows as the process runs, up to 32 MB: measured, 0.5 GB of
@@ -67,7 +67,7 @@ def measure(name: str, setting: Setting) -> int:
 def main() -> None:
     """Measure the case and setting of the command line."""
     setting = Setting(**json.loads(sys.argv[2]))
-    with threads(setting.threads):
+    with torch_threads(setting.threads):
         print(f"{MARK}{measure(sys.argv[1], setting)}")  # noqa: T201 - read by `peak_bytes`
 
 

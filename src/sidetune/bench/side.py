@@ -17,9 +17,10 @@ from sidetune.bench.kept import kept_bytes
 from sidetune.bench.peak import peak_bytes
 from sidetune.bench.rows import Bench, Row, describe_machine
 from sidetune.bench.setting import Setting, batches, noise
-from sidetune.bench.timing import in_turn, threads
+from sidetune.bench.timing import in_turn
 from sidetune.features import Features
 from sidetune.progress import Progress
+from sidetune.threads import torch_threads
 
 TIME_GOALS = {"losa": 0.30, "last": 0.45}  # of the textbook form's time
 KEPT_GOALS = {"losa": 0.12, "last": 0.40}  # of the bytes of the stored taps
@@ -44,7 +45,7 @@ def bench_side(setting: Setting, *, growth: bool = False, peak: bool = True, qui
     Raises:
         SidetuneError: a process that measures peak memory failed.
     """
-    with threads(setting.threads):
+    with torch_threads(setting.threads):
         pool = batches(setting, noise([setting]))
         cases = {name: Case(name, setting, pool) for name in CASES}
         rows = [*_times(setting, cases, pool, quiet=quiet), *_kept(setting, cases)]
@@ -54,7 +55,7 @@ def bench_side(setting: Setting, *, growth: bool = False, peak: bool = True, qui
     if peak:
         rows += _peaks(setting, quiet=quiet)
     if growth:
-        with threads(setting.threads):
+        with torch_threads(setting.threads):
             rows += _growth(setting, quiet=quiet)
     return Bench(tuple(rows), about)
 

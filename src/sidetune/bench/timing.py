@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -87,15 +86,3 @@ def _timed(call: Callable[[], object], times: int, device: torch.device | None) 
 def _wait(device: torch.device | None) -> None:
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-@contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """So many threads in torch inside, as it was afterwards; None leaves them as they are."""
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

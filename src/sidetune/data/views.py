@@ -6,6 +6,7 @@ every run that asks for it gets the same one.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Sequence
@@ -69,6 +70,16 @@ def split_key(key: str) -> tuple[str, str]:
     path, at, rest = key.rpartition("@")
     content, _, name = rest.partition("#")
     return path + at + content, name
+
+
+def place_by_hash(key: str) -> tuple[str, str, str]:
+    """Where a key stands among others: samples by their path's hash, a sample's views side by side.
+
+    Files often lie sorted by class. Any few shards must hold about what all hold, for training may
+    shuffle no more of them at once than memory takes.
+    """
+    sample, view = split_key(key)
+    return hashlib.sha256(sample.rpartition("@")[0].encode()).hexdigest(), sample, view
 
 
 def views(num_more: int, *, flip: bool = True) -> tuple[View, ...]:

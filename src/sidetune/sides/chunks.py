@@ -8,14 +8,16 @@ nothing else that happens.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
-from threading import Barrier
 from typing import TypeVar
 
 import torch
+
+from sidetune.threads import single_threads
 
 Result = TypeVar("Result")
 
@@ -37,9 +39,10 @@ def over_chunks(
     """
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     chunks = split(batch, sample_bytes, threads) if device.type == "cpu" else [slice(0, batch)]
+    inference = torch.is_inference_mode_enabled()  # a thread does not inherit it
 
     def quietly(rows: slice) -> Result:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.inference_mode(inference), torch.no_grad(), torch.autocast(device.type, enabled=False):
             return work(rows)
 
     if threads == 1 or len(chunks) == 1:
@@ -59,15 +62,10 @@ def split(batch: int, sample_bytes: int, threads: int) -> list[slice]:
 
 @lru_cache(maxsize=1)
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads whose own operations use one thread each."""
-    barrier = Barrier(threads)
+    """Threads that are started once. Where their number changes, the old ones end with what they have."""
+    return single_threads(threads, "sidetune-side")
 
-    def start() -> None:
-        torch.set_num_threads(1)
-        torch.get_num_threads()  # a new thread settles its number at the first question: ask now
-        barrier.wait()
 
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="side", initializer=start)
-    list(pool.map(lambda _: None, range(threads)))
-    torch.set_num_threads(threads)  # the number for threads to come is one for all: put it back
-    return pool
+# a forked process has the pool and none of its threads: what is given to it would wait for ever
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)
