@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -23,9 +24,11 @@ from sidetune.checkpoint import Epoch, Scores, State, load_checkpoint, save_chec
 from sidetune.errors import DivergedError
 from sidetune.features import Features
 from sidetune.keyed import Draws
+from sidetune.model import SideModel
 from sidetune.progress import Progress
 from sidetune.reader import AHEAD, Ahead, EpochOrder, Layout, pinned, sent
 from sidetune.recipe import TrainRecipe
+from sidetune.sides.chunks import threads_to_chunks
 from sidetune.tasks import Task
 
 CHECKPOINT_SECONDS = 20.0  # at most this much training is lost to a kill
@@ -142,10 +145,11 @@ def train(  # noqa: PLR0913 - the loop is the meeting place of all parts
                 for batch in batches:
                     lr = learning_rate(_done(state, steps), recipe.epochs * steps, recipe)
                     inputs, targets = sent(batch.inputs, device), data.targets[batch.rows].to(device)
-                    with autocast:
-                        loss = task.loss(model(inputs, batch.draws), targets).mean(1)
-                    _drop_members(loss, state)
-                    take_step(model, optimizer, loss, state.alive, lr, recipe.clip_norm)
+                    with step_threads(model):
+                        with autocast:
+                            loss = task.loss(model(inputs, batch.draws), targets).mean(1)
+                        _drop_members(loss, state)
+                        take_step(model, optimizer, loss, state.alive, lr, recipe.clip_norm)
                     state.loss_sum += loss.detach().double().cpu() * len(batch.rows)
                     state.step += 1
                     progress.advance(1, _note(state, len(data.rows), steps, recipe, task))
@@ -207,6 +211,12 @@ def make_optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.AdamW:
         {"params": vectors, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=recipe.lr)
+
+
+def step_threads(model: nn.Module) -> AbstractContextManager[None]:
+    """The threads of a step: on the CPU a side that works in chunks gets them all."""
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return threads_to_chunks(when=on_cpu and isinstance(model, SideModel) and model.side.in_chunks)
 
 
 def _drop_members(loss: Tensor, state: State) -> None:

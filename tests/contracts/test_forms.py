@@ -15,7 +15,7 @@ from sidetune.features import Features
 from sidetune.keyed import Draws, generator
 from sidetune.model import SideModel
 from sidetune.sides import SIDES
-from sidetune.sides.chunks import over_chunks, split
+from sidetune.sides.chunks import over_chunks, split, threads_to_chunks
 from sidetune.threads import torch_threads
 
 FAST = [name for name, row in ROWS.items() if row.side in ("losa", "last")]
@@ -169,6 +169,18 @@ def test_the_threads_follow_their_number() -> None:
     for count in (2, 3, 2):
         assert set(asked(count)) == {1}
         assert torch.get_num_threads() == before
+
+
+def test_chunks_get_the_threads_that_operations_leave(several_threads: None) -> None:
+    with threads_to_chunks():
+        assert torch.get_num_threads() == 1
+        assert len(over_chunks(lambda rows: rows, 12, 2**20, torch.device("cpu"))) == 6
+        with threads_to_chunks():
+            assert torch.get_num_threads() == 1
+        assert len(over_chunks(lambda rows: rows, 12, 2**20, torch.device("cpu"))) == 6
+    assert torch.get_num_threads() == 2
+    with threads_to_chunks(when=False):
+        assert torch.get_num_threads() == 2
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from sidetune.recipe import TrainRecipe
 from sidetune.sides import SIDES
 from sidetune.sides.base import Form
 from sidetune.tasks import Classify
-from sidetune.train import make_optimizer, take_step
+from sidetune.train import make_optimizer, step_threads, take_step
 
 CASES: dict[str, tuple[str, Form]] = {
     f"{side}-{form}": (side, form) for form in ("fast", "textbook") for side in ("losa", "last")
@@ -65,8 +65,9 @@ class Case:
 
     def step(self) -> None:
         """Forward, backward and update on the next batch, as the loop does it."""
-        loss = self.loss(next(self._turn))
-        take_step(self.model, self._optimizer, loss, self.alive, self.recipe.lr, self.recipe.clip_norm)
+        with step_threads(self.model):
+            loss = self.loss(next(self._turn))
+            take_step(self.model, self._optimizer, loss, self.alive, self.recipe.lr, self.recipe.clip_norm)
 
 
 def _model(side: str, form: Form, setting: Setting, features: Features) -> SideModel:

@@ -49,9 +49,11 @@ class Side(nn.Module, ABC):
             ``tokens``: no pooling, for tasks that ask for tokens.
 
     A side's `tap_scale` (one number a tap, ones until measured) multiplies each tap as it is read.
+    `in_chunks` says that it gives threads their work itself (`sidetune.sides.chunks`).
     """
 
     tap_scale: Tensor
+    in_chunks: bool = False
 
     def __init__(self, spec: Spec, *, members: int = 1, pool: Pool = "mean") -> None:
         super().__init__()

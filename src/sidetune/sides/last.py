@@ -92,6 +92,7 @@ class Last(Side):
         self.blocks = kept_blocks(spec, every, "last")
         self.keep_last, self.drop_path, self.heads = keep_last, drop_path, heads
         self.form = known_form(form)
+        self.in_chunks = form == "fast"
         if "embedding" not in spec.names:
             raise SideError(
                 f"last reads the tap 'embedding' and got {', '.join(spec.names)}. "

@@ -100,6 +100,7 @@ class Losa(Side):
         self.blocks = kept_blocks(spec, every, "losa")
         self.order, self.first_state, self.drop_path, self.a = order, first_state, drop_path, a
         self.form = known_form(form)
+        self.in_chunks = form == "fast"
         if first_state == "z_0" and "embedding" not in spec.names:
             raise SideError(
                 "first_state z_0 needs the tap 'embedding', which is not read. "
