@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 CACHE_BYTES = 28 * 2**20  # of one chunk's scratch
 LEAST_BYTES = 2**20  # a chunk of less costs more in Python than another thread brings
-CHUNKS_A_THREAD = 3  # at least, so that a thread that is held up leaves work to the others
+CHUNKS_A_THREAD = 2  # at least, so that a thread that is held up leaves work to the others
 
 
 _given: int | None = None  # threads that `threads_to_chunks` took from torch's operations
