@@ -120,7 +120,7 @@ def test_fit_prints_one_object_with_json_and_its_progress_on_stderr(run_cli, ima
         "features stored, fp16 · device auto",
         "epochs 2 · lr 0.001 · batch 32 · seed 0",
     ]
-    assert "training losa: 3,136 parameters, 36 images, 2 epochs" in err
+    assert "training losa, fast form: 3,136 parameters, 36 images, 2 epochs" in err
     again = run_cli("fit", image_folder, "--backbone", "toy", *EPOCHS, "--out", "run", "--json", "--quiet")
     assert again == (0, out, ""), "the same command prints the same result, and quiet says nothing"
 

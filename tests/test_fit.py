@@ -452,7 +452,7 @@ def test_progress_says_what_is_done_and_quiet_says_nothing(runs, image_folder, t
             f"{name}: Balanced accuracy, val 0 %, test 0 % (0 s)"
             for name in ("ridge-last", "ridge", "linear")
         ),
-        "training losa: 0,0 parameters, 0 images, 0 epochs",
+        "training losa, fast form: 0,0 parameters, 0 images, 0 epochs",
         "losa: Balanced accuracy, val 0 %, test 0 % (0 s)",
     ]
 

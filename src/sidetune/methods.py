@@ -177,7 +177,9 @@ def _train_side(job: Job) -> Fitted:
     parameters = model.side.num_parameters() + sum(p.numel() for p in model.norm.parameters())
     name = job.recipe.side.name
     images = len(job.split["train"])
-    job.say(f"training {name}: {parameters:,} parameters, {images:,} images, {recipe.epochs} epochs")
+    form = getattr(job.recipe.side, "form", None)
+    how = name if form is None else f"{name}, {form} form"
+    job.say(f"training {how}: {parameters:,} parameters, {images:,} images, {recipe.epochs} epochs")
     with PeakMemory() as memory:
         trained = train(
             model,

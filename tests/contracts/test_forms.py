@@ -145,9 +145,9 @@ FORKED = """
 import os, torch
 from sidetune.sides.chunks import over_chunks
 torch.set_num_threads(2)
-assert over_chunks(lambda rows: rows.start, 4, 2**20, torch.device("cpu")) == [0, 1, 2, 3]
+assert over_chunks(lambda rows: rows.start, 4, 2**23, torch.device("cpu")) == [0, 1, 2, 3]
 if os.fork() == 0:
-    os._exit(over_chunks(lambda rows: rows.start, 4, 2**20, torch.device("cpu")) != [0, 1, 2, 3])
+    os._exit(over_chunks(lambda rows: rows.start, 4, 2**23, torch.device("cpu")) != [0, 1, 2, 3])
 print(os.wait()[1])
 """
 
@@ -163,7 +163,7 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
 def test_the_threads_follow_their_number() -> None:
     def asked(count: int) -> list[int]:
         with torch_threads(count):
-            return over_chunks(lambda rows: torch.get_num_threads(), 12, 2**20, torch.device("cpu"))
+            return over_chunks(lambda rows: torch.get_num_threads(), 12, 2**22, torch.device("cpu"))
 
     before = torch.get_num_threads()
     for count in (2, 3, 2):
@@ -174,10 +174,10 @@ def test_the_threads_follow_their_number() -> None:
 def test_chunks_get_the_threads_that_operations_leave(several_threads: None) -> None:
     with threads_to_chunks():
         assert torch.get_num_threads() == 1
-        assert len(over_chunks(lambda rows: rows, 12, 2**20, torch.device("cpu"))) == 4
+        assert len(over_chunks(lambda rows: rows, 12, 2**21, torch.device("cpu"))) == 4
         with threads_to_chunks():
             assert torch.get_num_threads() == 1
-        assert len(over_chunks(lambda rows: rows, 12, 2**20, torch.device("cpu"))) == 4
+        assert len(over_chunks(lambda rows: rows, 12, 2**21, torch.device("cpu"))) == 4
     assert torch.get_num_threads() == 2
     with threads_to_chunks(when=False):
         assert torch.get_num_threads() == 2
@@ -248,10 +248,11 @@ def test_an_unknown_form() -> None:
     ("batch", "sample_bytes", "threads", "count"),
     [
         (50, 2**20, 2, 4),  # two a thread
+        (12, 2**20, 2, 2),  # three would be enough work each, and one thread would wait
         (50, 2**20, 1, 2),  # as many as fit into the cache
         (50, 2**22, 2, 8),
         (50, 1, 2, 1),  # too little to share
-        (3, 2**20, 2, 3),
+        (3, 2**23, 2, 3),
         (1, 2**30, 8, 1),
         (0, 2**20, 2, 1),
     ],
@@ -269,4 +270,4 @@ def test_an_error_in_a_chunk_reaches_the_caller(several_threads: None) -> None:
         raise ZeroDivisionError(rows.start)
 
     with pytest.raises(ZeroDivisionError):
-        over_chunks(work, 8, 2**20, torch.device("cpu"))
+        over_chunks(work, 8, 2**22, torch.device("cpu"))

@@ -23,7 +23,7 @@ from sidetune.threads import single_threads, torch_threads
 Result = TypeVar("Result")
 
 CACHE_BYTES = 28 * 2**20  # of one chunk's scratch
-LEAST_BYTES = 2**20  # a chunk of less costs more in Python than another thread brings
+LEAST_BYTES = 4 * 2**20  # a chunk of less costs more in Python than another thread brings
 CHUNKS_A_THREAD = 2  # at least, so that a thread that is held up leaves work to the others
 
 
@@ -78,10 +78,14 @@ def over_chunks(
 
 def split(batch: int, sample_bytes: int, threads: int) -> list[slice]:
     """Slices of a batch, of equal length but for one sample, as many for each thread."""
-    wanted = CHUNKS_A_THREAD * threads if threads > 1 else 1
-    worthwhile = batch * sample_bytes // LEAST_BYTES
-    count = max(min(wanted, worthwhile), -(-batch * sample_bytes // CACHE_BYTES), 1)
-    count = min(batch, -(-count // threads) * threads) if count > 1 else 1
+    total = batch * sample_bytes
+    wanted = min(CHUNKS_A_THREAD * threads, total // LEAST_BYTES) if threads > 1 else 1
+    fitting = -(-total // CACHE_BYTES)
+    if fitting > wanted:
+        count = -(-fitting // threads) * threads
+    else:
+        count = wanted // threads * threads or wanted
+    count = max(1, min(batch, count))
     bounds = [batch * i // count for i in range(count + 1)]
     return [slice(first, end) for first, end in pairwise(bounds)]
 
