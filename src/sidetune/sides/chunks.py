@@ -79,12 +79,10 @@ def over_chunks(
 def split(batch: int, sample_bytes: int, threads: int) -> list[slice]:
     """Slices of a batch, of equal length but for one sample, as many for each thread."""
     total = batch * sample_bytes
-    wanted = min(CHUNKS_A_THREAD * threads, total // LEAST_BYTES) if threads > 1 else 1
-    fitting = -(-total // CACHE_BYTES)
-    if fitting > wanted:
+    worthwhile = min(CHUNKS_A_THREAD * threads, total // LEAST_BYTES) if threads > 1 else 1
+    count, fitting = worthwhile // threads * threads or worthwhile, -(-total // CACHE_BYTES)
+    if fitting > max(count, 1):
         count = -(-fitting // threads) * threads
-    else:
-        count = wanted // threads * threads or wanted
     count = max(1, min(batch, count))
     bounds = [batch * i // count for i in range(count + 1)]
     return [slice(first, end) for first, end in pairwise(bounds)]
