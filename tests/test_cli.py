@@ -634,7 +634,8 @@ def test_bench_read_prints_a_table_and_json(run_cli, monkeypatch):
         "copy",
     ]
     code, out, _ = run_cli("bench", "read", *SMALL, "--json", "--quiet")
-    assert [row["case"] for row in only_object(out)["rows"]] == ["read-shuffled", "read-in-order", "copy"]
+    cases = [row["case"] for row in only_object(out)["rows"]]
+    assert cases == ["read-shuffled", "read-in-order", "copy", "copy-in-cache"]
 
 
 @pytest.mark.parametrize(
