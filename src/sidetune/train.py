@@ -216,7 +216,7 @@ def make_optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.AdamW:
 def step_threads(model: nn.Module) -> AbstractContextManager[None]:
     """The threads of a step: on the CPU a side that works in chunks gets them all."""
     on_cpu = next(model.parameters()).device.type == "cpu"
-    return threads_to_chunks(when=on_cpu and isinstance(model, SideModel) and model.side.in_chunks)
+    return threads_to_chunks(when=on_cpu and isinstance(model, SideModel) and model.side.form == "fast")
 
 
 def _drop_members(loss: Tensor, state: State) -> None:

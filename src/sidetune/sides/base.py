@@ -49,11 +49,11 @@ class Side(nn.Module, ABC):
             ``tokens``: no pooling, for tasks that ask for tokens.
 
     A side's `tap_scale` (one number a tap, ones until measured) multiplies each tap as it is read.
-    `in_chunks` says that it gives threads their work itself (`sidetune.sides.chunks`).
+    A side of the ``fast`` form gives threads their work itself (`sidetune.sides.chunks`).
     """
 
     tap_scale: Tensor
-    in_chunks: bool = False
+    form: Form = "textbook"
 
     def __init__(self, spec: Spec, *, members: int = 1, pool: Pool = "mean") -> None:
         super().__init__()
@@ -110,6 +110,22 @@ class Side(nn.Module, ABC):
         tap, scale = features[name], self.tap_scale[self.spec.index(name)]
         dtype = torch.promote_types(tap.dtype, scale.dtype)
         return tap.to(dtype) * scale.to(dtype)
+
+    def branch_keep(self, rate: float, count: int, features: Features, draws: Draws | None) -> Tensor | None:
+        """What drop-path multiplies branches by: (count, M, B); None where none is dropped.
+
+        Args:
+            rate: probability that a sample skips a branch in training.
+            count: of branches.
+            features: of the batch.
+            draws: the step's.
+        """
+        if not (self.training and rate):
+            return None
+        assert draws is not None, "drop-path needs the step's draws"
+        device = self.tap_scale.device
+        keeps = [draws.keep(f"drop-path/{i}", rate, len(features), device) for i in range(count)]
+        return torch.stack(keeps).to(self.tap_scale.dtype)
 
     def start(self, seeds: Sequence[int]) -> None:
         """Draw every member's starting parameters from its own seed.

@@ -17,6 +17,7 @@ from itertools import pairwise
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from sidetune.threads import single_threads, torch_threads
 
@@ -86,6 +87,11 @@ def split(batch: int, sample_bytes: int, threads: int) -> list[slice]:
     count = max(1, min(batch, count))
     bounds = [batch * i // count for i in range(count + 1)]
     return [slice(first, end) for first, end in pairwise(bounds)]
+
+
+def of_rows(tensor: Tensor, axis: int, rows: slice) -> Tensor:
+    """What meets these samples of a tensor: the whole where its axis has one entry for all of them."""
+    return tensor if tensor.shape[axis] == 1 else tensor.narrow(axis, rows.start, rows.stop - rows.start)
 
 
 @lru_cache(maxsize=1)

@@ -92,7 +92,6 @@ class Last(Side):
         self.blocks = kept_blocks(spec, every, "last")
         self.keep_last, self.drop_path, self.heads = keep_last, drop_path, heads
         self.form = known_form(form)
-        self.in_chunks = form == "fast"
         if "embedding" not in spec.names:
             raise SideError(
                 f"last reads the tap 'embedding' and got {', '.join(spec.names)}. "
@@ -108,33 +107,26 @@ class Last(Side):
         """See `Side.forward`."""
         if self.form == "textbook":
             return super().forward(features, draws)
-        keeps = [self._keep(i, features, draws) for i in range(len(self.attention))]
-        return pooled_last(self, features, keeps, LAYER_NORM_EPS)
+        return pooled_last(self, features, self._keep(features, draws), LAYER_NORM_EPS)
 
     def tokens(self, features: Features, draws: Draws | None = None) -> Tensor:
         """z_L + sum_i LSA_i(v_i): (M, B, N, D), in the textbook form."""
-        z_BND = self.scaled(features, "embedding")
+        z_BND, keep_IMB = self.scaled(features, "embedding"), self._keep(features, draws)
         z_sum_BND = z_BND
-        lsa_sum_MBND = self._branch(0, z_BND.expand(self.members, *z_BND.shape), features, draws)
+        lsa_sum_MBND = self._branch(0, z_BND.expand(self.members, *z_BND.shape), features.mask, keep_IMB)
         for i, tap in enumerate(self.blocks, start=1):
             z_BND = self.scaled(features, tap.name)
             z_sum_BND = z_sum_BND + z_BND
             v_MBND = z_sum_BND + lsa_sum_MBND
-            lsa_sum_MBND = lsa_sum_MBND + self._branch(i, v_MBND, features, draws)
+            lsa_sum_MBND = lsa_sum_MBND + self._branch(i, v_MBND, features.mask, keep_IMB)
         return z_BND + lsa_sum_MBND if self.keep_last else lsa_sum_MBND
 
-    def _branch(self, i: int, v_MBND: Tensor, features: Features, draws: Draws | None) -> Tensor:
-        out_MBND: Tensor = self.attention[i](v_MBND, features.mask)
-        keep_MB = self._keep(i, features, draws)
-        return out_MBND if keep_MB is None else out_MBND * keep_MB[:, :, None, None]
+    def _branch(self, i: int, v_MBND: Tensor, mask: Tensor | None, keep_IMB: Tensor | None) -> Tensor:
+        out_MBND: Tensor = self.attention[i](v_MBND, mask)
+        return out_MBND if keep_IMB is None else out_MBND * keep_IMB[i][:, :, None, None]
 
-    def _keep(self, i: int, features: Features, draws: Draws | None) -> Tensor | None:
-        """What drop-path multiplies LSA_i by: (M, B); None outside training."""
-        if not (self.training and self.drop_path):
-            return None
-        assert draws is not None, "drop-path needs the step's draws"
-        keep_MB = draws.keep(f"drop-path/{i}", self.drop_path, len(features), self.tap_scale.device)
-        return keep_MB.to(self.tap_scale.dtype)
+    def _keep(self, features: Features, draws: Draws | None) -> Tensor | None:
+        return self.branch_keep(self.drop_path, len(self.attention), features, draws)
 
 
 class LowRankSelfAttention(MemberModule):

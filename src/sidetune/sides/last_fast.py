@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from sidetune.features import Features
 from sidetune.sides.attention import attend, attend_backward
 from sidetune.sides.base import every, frozen_taps, pool_weights
-from sidetune.sides.chunks import over_chunks
+from sidetune.sides.chunks import of_rows, over_chunks
 from sidetune.sides.products import times_transposed
 
 if TYPE_CHECKING:
@@ -91,20 +91,20 @@ class Kept(NamedTuple):
         return Kept(*(tensor[member, :, rows] for tensor in self))
 
 
-def pooled_last(side: Last, features: Features, keeps: Sequence[Tensor | None], eps: float) -> Tensor:
+def pooled_last(side: Last, features: Features, keep_IMB: Tensor | None, eps: float) -> Tensor:
     """What `Side.forward` returns.
 
     Args:
         side: its parameters and switches.
         features: of its spec.
-        keeps: what drop-path multiplies each module's output by, (M, B); None without.
+        keep_IMB: what drop-path multiplies a module's output by; None without.
         eps: of the layer norms.
     """
     frozen = Frozen(
         taps=frozen_taps(side, features, ["embedding", *(tap.name for tap in side.blocks)]),
         pool_QPN=pool_weights(side.spec.last, side.pool, features.mask, like=side.tap_scale),
         bias_B11N=None if features.mask is None else _bias(features.mask, side.tap_scale),
-        keep_IMB=torch.stack([keep for keep in keeps if keep is not None]) if keeps[0] is not None else None,
+        keep_IMB=keep_IMB,
         heads=side.heads,
         eps=eps,
         keep_last=side.keep_last,
@@ -192,9 +192,8 @@ class _Chunk:
         self.qkv_ICNS, self.mixed_ICNR, self.rstd_ICN, self.log_sum_ICHN = kept.of(rows, member)
         self.taps = [(tap[rows], scale) for tap, scale in frozen.taps]
         self.size, (_, num_tokens, self.width) = rows.stop - rows.start, frozen.taps[0][0].shape
-        pool, bias = frozen.pool_QPN, frozen.bias_B11N
-        self.pool_CPN = (pool if len(pool) == 1 else pool[rows]).expand(self.size, -1, -1)
-        self.bias_C11N = None if bias is None else bias[rows]
+        self.pool_CPN = of_rows(frozen.pool_QPN, 0, rows).expand(self.size, -1, -1)
+        self.bias_C11N = None if frozen.bias_B11N is None else frozen.bias_B11N[rows]
         self.keep_IC = None if frozen.keep_IMB is None else frozen.keep_IMB[:, member, rows]
         self.z_CND = matrices.out_MIRD.new_empty(self.size, num_tokens, self.width)
 

@@ -100,7 +100,6 @@ class Losa(Side):
         self.blocks = kept_blocks(spec, every, "losa")
         self.order, self.first_state, self.drop_path, self.a = order, first_state, drop_path, a
         self.form = known_form(form)
-        self.in_chunks = form == "fast"
         if first_state == "z_0" and "embedding" not in spec.names:
             raise SideError(
                 "first_state z_0 needs the tap 'embedding', which is not read. "
@@ -116,27 +115,21 @@ class Losa(Side):
         """See `Side.forward`."""
         if self.form == "textbook":
             return super().forward(features, draws)
-        keeps = [self._keep(layer, features, draws) for layer in range(len(self.blocks))]
-        return pooled_losa(self, features, keeps)
+        return pooled_losa(self, features, self._keep(features, draws))
 
     def tokens(self, features: Features, draws: Draws | None = None) -> Tensor:
         """y_L: (M, B, N, D), in the textbook form."""
-        y_MBND = self._first_state(features)
+        y_MBND, keep_LMB = self._first_state(features), self._keep(features, draws)
         for layer, tap in enumerate(self.blocks):
             h_MBND = self.scaled(features, tap.name) + y_MBND
             g_MBND = self._mix(layer, h_MBND, features.mask)
-            if (keep_MB := self._keep(layer, features, draws)) is not None:
-                g_MBND = g_MBND * keep_MB[:, :, None, None]
+            if keep_LMB is not None:
+                g_MBND = g_MBND * keep_LMB[layer][:, :, None, None]
             y_MBND = y_MBND + g_MBND
         return y_MBND
 
-    def _keep(self, layer: int, features: Features, draws: Draws | None) -> Tensor | None:
-        """What drop-path multiplies g_l by: (M, B); None outside training."""
-        if not (self.training and self.drop_path):
-            return None
-        assert draws is not None, "drop-path needs the step's draws"
-        keep_MB = draws.keep(f"drop-path/{layer}", self.drop_path, len(features), self.tap_scale.device)
-        return keep_MB.to(self.tap_scale.dtype)
+    def _keep(self, features: Features, draws: Draws | None) -> Tensor | None:
+        return self.branch_keep(self.drop_path, len(self.blocks), features, draws)
 
     def _first_state(self, features: Features) -> Tensor:
         last = self.scaled(features, self.blocks[-1].name)

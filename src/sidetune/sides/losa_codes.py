@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sidetune.sides.chunks import of_rows
+
 if TYPE_CHECKING:
     from sidetune.sides.losa_fast import Call, Kind
 
@@ -179,11 +181,6 @@ def gelu_backward(d_out: Tensor, argument: Tensor) -> Tensor:
     """Gradient of the exact GELU."""
     result: Tensor = torch.ops.aten.gelu_backward(d_out, argument)
     return result
-
-
-def of_rows(tensor: Tensor, axis: int, rows: slice) -> Tensor:
-    """What meets these samples of the axis Q: the whole, unless it holds one entry a sample."""
-    return tensor if tensor.shape[axis] == 1 else tensor.narrow(axis, rows.start, rows.stop - rows.start)
 
 
 def over(of_each_C: Tensor, num_matrices: int) -> Tensor:

@@ -30,8 +30,8 @@ from torch.autograd.function import once_differentiable
 
 from sidetune.features import Features
 from sidetune.sides.base import every, frozen_taps, pool_weights
-from sidetune.sides.chunks import over_chunks
-from sidetune.sides.losa_codes import MemberCodes, of_rows, over
+from sidetune.sides.chunks import of_rows, over_chunks
+from sidetune.sides.losa_codes import MemberCodes, over
 from sidetune.sides.products import times_transposed
 
 if TYPE_CHECKING:
@@ -77,13 +77,13 @@ class Frozen:
     a: float
 
 
-def pooled_losa(side: Losa, features: Features, keeps: Sequence[Tensor | None]) -> Tensor:
+def pooled_losa(side: Losa, features: Features, keep_LMB: Tensor | None) -> Tensor:
     """What `Side.forward` returns.
 
     Args:
         side: its matrices and switches.
         features: of its spec.
-        keeps: what drop-path multiplies each layer's output by, (M, B); None without.
+        keep_LMB: what drop-path multiplies a layer's output by; None without.
     """
     first = {"b_L": side.blocks[-1].name, "z_0": "embedding", "zero": None}[side.first_state]
     kinds: tuple[Kind, ...] = ("channel", "token") if side.token else ("channel",)
@@ -91,7 +91,7 @@ def pooled_losa(side: Losa, features: Features, keeps: Sequence[Tensor | None]) 
         taps=frozen_taps(side, features, [tap.name for tap in side.blocks]),
         first=None if first is None else frozen_taps(side, features, [first])[0],
         pool_QPN=pool_weights(side.spec.last, side.pool, features.mask, like=side.tap_scale),
-        keep_LMB=torch.stack([keep for keep in keeps if keep is not None]) if keeps[0] is not None else None,
+        keep_LMB=keep_LMB,
         kinds=kinds[::-1] if side.order == "token->channel" else kinds,
         sees=side.order != "parallel",
         a=side.a,
