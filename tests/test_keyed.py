@@ -52,3 +52,28 @@ def test_a_member_draws_what_it_would_draw_alone():
     assert not torch.equal(fleet[0], fleet[1])
     assert not torch.equal(fleet, Draws([5, 6], epoch=1).keep("other", 0.5, 64, cpu))
     assert not torch.equal(fleet, Draws([5, 6], epoch=1, step=1).keep("branch", 0.5, 64, cpu))
+
+
+def test_each_member_has_its_own_rate():
+    cpu = torch.device("cpu")
+    kept = Draws([5, 6, 7]).keep("branch", [0.5, 0.0, 0.2], 64, cpu)
+    for i, (seed, rate) in enumerate([(5, 0.5), (6, 0.0), (7, 0.2)]):
+        assert torch.equal(kept[i], Draws([seed]).keep("branch", rate, 64, cpu)[0])
+    assert torch.equal(kept[1], torch.ones(64)), "a rate of 0 multiplies by exactly one"
+    with pytest.raises(ValueError, match="shorter"):
+        Draws([5, 6]).keep("branch", [0.5], 64, cpu)
+
+
+def test_members_that_joined_later_count_their_own_epochs():
+    cpu = torch.device("cpu")
+    kept = Draws([5, 6], epoch=[4, 1], step=2).keep("branch", 0.5, 64, cpu)
+    assert torch.equal(kept[0], Draws([5], 4, 2).keep("branch", 0.5, 64, cpu)[0])
+    assert torch.equal(kept[1], Draws([6], 1, 2).keep("branch", 0.5, 64, cpu)[0])
+
+
+def test_views_follow_the_order_that_members_share():
+    plain = Draws([5, 6], epoch=4, step=2).views(8, 32)
+    assert plain == Draws([5, 9], epoch=[4, 1], step=2).views(8, 32), "the first member's, unless told"
+    assert plain == Draws([1, 2], epoch=[0, 1], step=2, order=5, order_epoch=4).views(8, 32)
+    assert plain != Draws([5, 6], epoch=4, step=2, order=6).views(8, 32)
+    assert plain != Draws([5, 6], epoch=4, step=2, order_epoch=3).views(8, 32)

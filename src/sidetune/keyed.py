@@ -26,23 +26,51 @@ class Draws:
 
     Args:
         seeds: one a member, M in all.
-        epoch: from 0.
+        epoch: from 0; one a member where members that joined later count their own.
         step: within the epoch, from 0.
+        order: seed of what all members share, the batches' order and views; None: the first member's.
+        order_epoch: that it is keyed with; None: the first member's.
     """
 
     seeds: Sequence[int]
-    epoch: int = 0
+    epoch: int | Sequence[int] = 0
     step: int = 0
+    order: int | None = None
+    order_epoch: int | None = None
+
+    @property
+    def epochs(self) -> tuple[int, ...]:
+        """One a member."""
+        if isinstance(self.epoch, int):
+            return (self.epoch,) * len(self.seeds)
+        assert len(self.epoch) == len(self.seeds), (len(self.epoch), len(self.seeds))
+        return tuple(self.epoch)
 
     def views(self, num_views: int, batch: int) -> list[int]:
         """Which view of each sample is read: (B,) in 0..num_views - 1. One for all members, as the order."""
-        keyed = generator(self.seeds[0], "view", self.epoch, self.step)
+        seed = self.seeds[0] if self.order is None else self.order
+        epoch = self.epochs[0] if self.order_epoch is None else self.order_epoch
+        keyed = generator(seed, "view", epoch, self.step)
         return torch.randint(num_views, (batch,), generator=keyed).tolist()
 
-    def keep(self, purpose: str, rate: float, batch: int, device: torch.device) -> Tensor:
-        """Which samples keep a branch: (M, B), 1/(1-rate) where kept and 0 where dropped."""
+    def keep(self, purpose: str, rate: float | Sequence[float], batch: int, device: torch.device) -> Tensor:
+        """Which samples keep a branch: (M, B), 1/(1-rate) where kept and 0 where dropped.
+
+        Args:
+            purpose: names the branch.
+            rate: probability that a sample drops it; one for all, or one a member.
+            batch: B.
+            device: of the result.
+        """
+        rates = (rate,) * len(self.seeds) if isinstance(rate, int | float) else rate
         rows = [
-            torch.rand(batch, generator=generator(seed, purpose, self.epoch, self.step)) >= rate
-            for seed in self.seeds
+            self._kept(generator(seed, purpose, epoch, self.step), one, batch)
+            for seed, epoch, one in zip(self.seeds, self.epochs, rates, strict=True)
         ]
-        return (torch.stack(rows).float() / (1.0 - rate)).to(device)
+        return torch.stack(rows).to(device)
+
+    @staticmethod
+    def _kept(keyed: torch.Generator, rate: float, batch: int) -> Tensor:
+        if not rate:
+            return torch.ones(batch)  # its generator serves nothing else: nothing is drawn in vain
+        return (torch.rand(batch, generator=keyed) >= rate).float() / (1.0 - rate)

@@ -70,6 +70,17 @@ def test_float64_elementwise(name: str, seeds: tuple[int, ...], masked: bool, dr
 
 
 @every_fast
+def test_each_member_has_its_own_drop_path(name: str) -> None:
+    rates = [0.4, 0.0, 0.2]
+    for key, textbook, fast in both(name, make_features(), (0, 1, 2), drop_path=rates):
+        torch.testing.assert_close(fast, textbook, rtol=1e-9, atol=1e-9, msg=key)
+    model = draw_all(make_model(name, (0, 1, 2), drop_path=rates))
+    dropped, kept = model.train()(make_features(), Draws((0, 1, 2))), model.eval()(make_features())
+    equal = [torch.allclose(*pair, rtol=1e-12) for pair in zip(dropped, kept, strict=True)]
+    assert equal == [False, True, False]
+
+
+@every_fast
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
 def test_float32_from_stored_taps(name: str, stored: torch.dtype) -> None:
     features = with_mask(make_features(batch=9, dtype=stored))

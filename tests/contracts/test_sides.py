@@ -211,6 +211,23 @@ def test_masked_tokens_do_not_matter(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["losa", "last"])
+@pytest.mark.parametrize(
+    ("rates", "says"),
+    [
+        (
+            [0.1, 0.2, 0.3],
+            "drop_path has 3 rates, expected one number or one for each of 2 members. Type: drop_path=0.0",
+        ),
+        ([0.1, 1.0], "drop_path is 1, expected 0 or more and less than 1. Type: drop_path=0.1"),
+    ],
+)
+def test_drop_path_that_cannot_be(name: str, rates: list[float], says: str) -> None:
+    with pytest.raises(SideError) as caught:
+        make_model(name, (0, 1), drop_path=rates)
+    assert str(caught.value) == says
+
+
+@pytest.mark.parametrize("name", ["losa", "last"])
 def test_drop_path_is_keyed_by_member_and_step(name: str) -> None:
     model = draw_all(make_model(name, (0, 1, 0), drop_path=0.5)).train()
     features = make_features(batch=16)

@@ -111,20 +111,22 @@ class Side(nn.Module, ABC):
         dtype = torch.promote_types(tap.dtype, scale.dtype)
         return tap.to(dtype) * scale.to(dtype)
 
-    def branch_keep(self, rate: float, count: int, features: Features, draws: Draws | None) -> Tensor | None:
+    def branch_keep(
+        self, rates: Sequence[float], count: int, features: Features, draws: Draws | None
+    ) -> Tensor | None:
         """What drop-path multiplies branches by: (count, M, B); None where none is dropped.
 
         Args:
-            rate: probability that a sample skips a branch in training.
+            rates: probability that a sample skips a branch in training, one a member.
             count: of branches.
             features: of the batch.
             draws: the step's.
         """
-        if not (self.training and rate):
+        if not (self.training and any(rates)):
             return None
         assert draws is not None, "drop-path needs the step's draws"
         device = self.tap_scale.device
-        keeps = [draws.keep(f"drop-path/{i}", rate, len(features), device) for i in range(count)]
+        keeps = [draws.keep(f"drop-path/{i}", rates, len(features), device) for i in range(count)]
         return torch.stack(keeps).to(self.tap_scale.dtype)
 
     def start(self, seeds: Sequence[int]) -> None:
@@ -239,6 +241,28 @@ def _mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
         return tokens.mean(-2)
     weight = mask.to(tokens.dtype)[..., None]
     return (tokens * weight).sum(-2) / weight.sum(-2).clamp(min=1)
+
+
+def member_rates(drop_path: float | Sequence[float], members: int) -> tuple[float, ...]:
+    """Drop-path's rate of each member.
+
+    Args:
+        drop_path: one for all, or one a member.
+        members: M.
+
+    Raises:
+        SideError: not one a member, or one is no probability below 1.
+    """
+    rates = (drop_path,) * members if isinstance(drop_path, int | float) else tuple(drop_path)
+    if len(rates) != members:
+        raise SideError(
+            f"drop_path has {len(rates)} rates, expected one number or one for each of {members} members. "
+            "Type: drop_path=0.0"
+        )
+    for rate in rates:
+        if not 0 <= rate < 1:
+            raise SideError(f"drop_path is {rate:g}, expected 0 or more and less than 1. Type: drop_path=0.1")
+    return rates
 
 
 def known_form(form: Form) -> Form:

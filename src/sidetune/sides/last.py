@@ -17,6 +17,7 @@ Here stands the textbook form, one line an equation. `forward` computes the same
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -35,6 +36,7 @@ from sidetune.sides.base import (
     SideRecipe,
     kept_blocks,
     known_form,
+    member_rates,
     normal_start,
 )
 from sidetune.sides.last_fast import pooled_last
@@ -68,11 +70,12 @@ class Last(Side):
         heads: divides R.
         keep_last: whether z_L is part of the final tokens.
         every: read every k-th block, counted back from L; blocks left out enter no sum.
-        drop_path: probability that a sample skips an LSA branch in training.
+        drop_path: probability that a sample skips an LSA branch in training; one, or one a member.
         form: ``fast`` or ``textbook``: the same outputs and gradients.
 
     Raises:
-        SideError: no embedding or block taps, unequal shapes, or heads do not divide R.
+        SideError: no embedding or block taps, unequal shapes, heads do not divide R, or
+            drop-path's rates are not one a member.
     """
 
     def __init__(  # noqa: PLR0913 - the paper's uncertain choices, one switch each
@@ -85,12 +88,13 @@ class Last(Side):
         heads: int = 1,
         keep_last: bool = True,
         every: int = 1,
-        drop_path: float = 0.0,
+        drop_path: float | Sequence[float] = 0.0,
         form: Form = "fast",
     ) -> None:
         super().__init__(spec, members=members, pool=pool)
         self.blocks = kept_blocks(spec, every, "last")
-        self.keep_last, self.drop_path, self.heads = keep_last, drop_path, heads
+        self.keep_last, self.heads = keep_last, heads
+        self.drop_path = member_rates(drop_path, members)
         self.form = known_form(form)
         if "embedding" not in spec.names:
             raise SideError(

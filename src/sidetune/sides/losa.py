@@ -18,6 +18,7 @@ Here stands the textbook form, one line an equation. `forward` computes the same
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -36,6 +37,7 @@ from sidetune.sides.base import (
     SideRecipe,
     kept_blocks,
     known_form,
+    member_rates,
     normal_start,
 )
 from sidetune.sides.losa_fast import pooled_losa
@@ -74,11 +76,12 @@ class Losa(Side):
         first_state: y_0.
         a: scale of both mixers.
         every: read every k-th block, counted back from L.
-        drop_path: probability that a sample skips a layer's g_l in training.
+        drop_path: probability that a sample skips a layer's g_l in training; one, or one a member.
         form: ``fast`` or ``textbook``: the same outputs and gradients.
 
     Raises:
-        SideError: no block taps, unequal shapes, or y_0 = z_0 without an embedding tap.
+        SideError: no block taps, unequal shapes, y_0 = z_0 without an embedding tap, or drop-path's rates
+            are not one a member.
     """
 
     def __init__(  # noqa: PLR0913 - the paper's uncertain choices, one switch each
@@ -93,12 +96,13 @@ class Losa(Side):
         first_state: FirstState = "b_L",
         a: float = 1.0,
         every: int = 1,
-        drop_path: float = 0.0,
+        drop_path: float | Sequence[float] = 0.0,
         form: Form = "fast",
     ) -> None:
         super().__init__(spec, members=members, pool=pool)
         self.blocks = kept_blocks(spec, every, "losa")
-        self.order, self.first_state, self.drop_path, self.a = order, first_state, drop_path, a
+        self.order, self.first_state, self.a = order, first_state, a
+        self.drop_path = member_rates(drop_path, members)
         self.form = known_form(form)
         if first_state == "z_0" and "embedding" not in spec.names:
             raise SideError(
