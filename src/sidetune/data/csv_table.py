@@ -32,10 +32,10 @@ def read_csv_table(
 
     Columns: ``path``, relative to the CSV's folder or absolute; ``label``, or the columns named by
     `labels`; optionally ``split`` (train, val, test), ``group`` (never straddles splits) and ``fold``
-    (integers). Spaces around a cell do not count. classify takes the text of one column, and declares
-    the classes of the training rows, sorted by name; multilabel takes 0/1, true/false, yes/no; regress
-    takes numbers; an empty cell of these two is unlabelled. `load_dataset` says which splits are carved,
-    and what `to_train` is.
+    (integers, or empty where a row has none). Spaces around a cell do not count. classify takes the text of
+    one column, and declares the classes of the training rows, sorted by name; multilabel takes 0/1,
+    true/false, yes/no; regress takes numbers; an empty cell of these two is unlabelled. `load_dataset`
+    says which splits are carved, and what `to_train` is.
 
     Raises:
         DataError: with the line number where there is one.
@@ -206,9 +206,13 @@ def _folds(table: Table) -> NDArray[np.int64] | None:
     if "fold" not in table.columns:
         return None
     for row, fold in enumerate(table.columns["fold"]):
-        if not (fold.isascii() and fold.isdecimal() and len(fold) <= DIGITS):
-            raise table.error(row, f"fold is {quoted(fold)}; expected a whole number from 0 to 999999")
-    return np.array([int(fold) for fold in table.columns["fold"]], dtype=np.int64)
+        if fold and not (fold.isascii() and fold.isdecimal() and len(fold) <= DIGITS):
+            raise table.error(
+                row,
+                f"fold is {quoted(fold)}; expected a whole number from 0 to 999999, or empty for test rows",
+            )
+    # whether a row needs one is known once the splits are: `given_folds` looks
+    return np.array([int(fold or -1) for fold in table.columns["fold"]], dtype=np.int64)
 
 
 def _check_training(table: Table, dataset: Dataset) -> None:

@@ -41,7 +41,7 @@ class Dataset:
         outputs: K names: class names, or the label columns.
         split: (n,) of "train", "val" and "test".
         group: (n,) group names; a group never straddles splits. None where there are none.
-        fold: (n,) fold numbers as the CSV gives them. None where there are none.
+        fold: (n,) fold numbers as the CSV gives them, -1 where a cell is empty. None where there are none.
         carved: the splits that the data did not have and that were drawn from its training samples.
         ignored: visible files beside the images that were left out because they are no images.
         name: what people call it: the folder's name, or the table's without its ending.

@@ -116,7 +116,7 @@ def stratified_split(
     """
     if not 0 < fraction < 1:
         raise DataError(f"the fraction to split off is {fraction}; expected more than 0 and less than 1")
-    strata = _strata(targets)
+    strata = stratify(targets)
     rng = np.random.default_rng(seed)
     if groups is None:
         drawn = _draw_rows(strata, fraction, rng)
@@ -131,7 +131,7 @@ def stratified_split(
     return drawn
 
 
-def _strata(targets: NDArray[np.int64] | NDArray[np.float32]) -> NDArray[np.int64]:
+def stratify(targets: NDArray[np.int64] | NDArray[np.float32]) -> NDArray[np.int64]:
     """(n,) stratum of each sample, numbered from 0 without gaps."""
     if targets.ndim == 1:
         raw = targets

@@ -1,0 +1,317 @@
+"""Folds: every sample is held out once, by the member that does not train on its fold.
+
+    drawn    stratified as `sidetune.data.splits` stratifies, groups whole, sizes as equal as can be
+    given    the ``fold`` column of a CSV
+
+Folds are of the rows of train and val together; a test row is in no fold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sidetune.data.dataset import Dataset
+from sidetune.data.splits import stratify
+from sidetune.errors import DataError
+
+TRIES = 20  # orders of the groups, until one leaves every class in two folds
+PASSES = 20  # over the groups: each moves to a better fold while there is one
+
+
+def draw_folds(
+    targets: NDArray[np.int64] | NDArray[np.float32],
+    *,
+    num_folds: int,
+    seed: int,
+    groups: NDArray[np.str_] | None = None,
+    names: Sequence[str] = (),
+) -> NDArray[np.int64]:
+    """Draw folds, stratified by target.
+
+    Strata: classes; for 0/1 columns a sample's rarest positive label; for numbers the deciles of the
+    first column.
+
+    Without groups the samples, a stratum after the other, are dealt out in turn. So the sizes of two folds
+    differ by one sample at most, of any stratum too; a stratum of two samples or more is in two folds.
+    The order of the samples counts (`dataset_folds` sorts them by path).
+
+    With groups the largest come first, and each goes where its strata and its samples are missed most,
+
+        sum over strata s of (n_sf - n_s / F)^2 / n_s  +  S (n_f - n / F)^2 / n,   S strata, F folds,
+
+    then groups move one by one while that makes it less. A class that lies in one fold alone counts
+    before all that. The order of the samples does not count.
+
+    Args:
+        targets: (n,) class indices, or (n, K) with NaN where unlabelled.
+        num_folds: F, 2 or more.
+        seed: of the draw.
+        groups: (n,) group names; a group is whole in one fold.
+        names: of the classes, for messages.
+
+    Returns:
+        (n,) fold of each sample, 0 .. F - 1. No fold is empty.
+
+    Raises:
+        DataError: there are fewer samples or groups than folds, or a class would lie in one fold alone:
+            while that is held out nothing could learn it.
+    """
+    if num_folds < 2:
+        raise DataError(f"got {num_folds} folds; expected 2 or more. Type: --folds 5")
+    held = len(targets) if groups is None else len(np.unique(groups))
+    if held < num_folds:
+        what = "samples of train and val" if groups is None else "groups in train and val"
+        advice = f" Type: --folds {held}" if held > 1 else ""
+        raise DataError(f"got {held} {what} for {num_folds} folds; expected one a fold at least.{advice}")
+    stratum = stratify(targets)
+    classes = targets.astype(np.int64) if targets.ndim == 1 else None
+    if classes is not None:
+        _check_classes(classes, groups, names)
+    rng = np.random.default_rng([seed, num_folds])
+    if groups is None:
+        fold = _deal_rows(stratum, num_folds, rng)
+    else:
+        fold = _deal_groups(stratum, groups, num_folds, rng)
+    if classes is not None:
+        check_spread(classes, fold, names)
+    return fold
+
+
+def dataset_folds(
+    dataset: Dataset, rows: NDArray[np.int64], *, num_folds: int, seed: int
+) -> NDArray[np.int64]:
+    """`draw_folds` for rows of a dataset, drawn in order of their paths: how a table is sorted is no matter.
+
+    Args:
+        dataset: its targets, groups and names.
+        rows: (n,) of train and val.
+        num_folds: 2 or more.
+        seed: of the draw.
+
+    Returns:
+        (n,) fold of each of these rows.
+
+    Raises:
+        DataError: as `draw_folds`.
+    """
+    by_path = np.argsort([dataset.paths[row].as_posix() for row in rows], kind="stable")
+    fold = np.empty(len(rows), dtype=np.int64)
+    fold[by_path] = draw_folds(
+        dataset.targets[rows[by_path]],
+        num_folds=num_folds,
+        seed=seed,
+        groups=None if dataset.group is None else dataset.group[rows[by_path]],
+        names=dataset.outputs,
+    )
+    return fold
+
+
+def given_folds(dataset: Dataset, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The folds that the ``fold`` column of a CSV gives.
+
+    Args:
+        dataset: with its column as read; -1 where a cell is empty.
+        rows: (n,) of train and val. What the column says of test rows does not count.
+
+    Returns:
+        (n,) fold of each of these rows, numbered as in the CSV.
+
+    Raises:
+        DataError: there is no such column, a cell of these rows is empty, there is one fold alone, a group
+            is in two folds, or a class in one alone.
+    """
+    if dataset.fold is None:
+        raise DataError(
+            f"{dataset.name or dataset.root} has no column 'fold'. Add one with a whole number in every row "
+            "of train and val, or draw folds. Type: --folds 5"
+        )
+    fold = dataset.fold[rows]
+    empty = rows[fold < 0]
+    if len(empty):
+        raise DataError(
+            f"fold is empty for {len(empty)} of {len(rows)} rows of train and val (the first: "
+            f"{dataset.paths[empty[0]]}); fill them, or draw folds. Type: --folds 5"
+        )
+    found = np.unique(fold)
+    if len(found) < 2:
+        raise DataError(
+            f"column 'fold' has {', '.join(map(str, found)) or 'no number'} alone in train and val; expected "
+            "2 folds or more. Number the rows, or draw folds. Type: --folds 5"
+        )
+    if dataset.group is not None:
+        _check_groups(dataset.group[rows], fold)
+    if dataset.task == "classify":
+        check_spread(dataset.targets[rows].astype(np.int64), fold, dataset.outputs)
+    return fold
+
+
+def check_spread(targets: NDArray[np.int64], fold: NDArray[np.int64], names: Sequence[str]) -> None:
+    """Every class must be in two folds or more.
+
+    Args:
+        targets: (n,) class indices.
+        fold: (n,) folds.
+        names: of the classes; () where they have none.
+
+    Raises:
+        DataError: a class is in one fold alone.
+    """
+    pairs = np.unique(np.stack([targets, fold]), axis=1)
+    classes, folds = np.unique(pairs[0], return_counts=True)
+    alone = classes[folds == 1]
+    if len(alone):
+        where = int(pairs[1][pairs[0] == alone[0]][0])
+        more = _more(len(alone), "are in one fold")
+        raise DataError(
+            f"class {_name(alone[0], names)} is in fold {where} alone{more}: while it is held out nothing "
+            "can learn the class. Give images of it in other groups or folds, or leave the class out"
+        )
+
+
+def _check_classes(targets: NDArray[np.int64], groups: NDArray[np.str_] | None, names: Sequence[str]) -> None:
+    """A class of one image, or of one group, cannot be in two folds whatever is drawn."""
+    classes, counts = np.unique(targets, return_counts=True)
+    single = classes[counts == 1]
+    if len(single):
+        raise DataError(
+            f"class {_name(single[0], names)} has 1 image in train and val; folds need at least 2 of each "
+            f"class{_more(len(single), 'have 1')}. Add images, or leave the class out and type again"
+        )
+    if groups is None:
+        return
+    pairs = np.unique(np.stack([targets, np.unique(groups, return_inverse=True)[1]]), axis=1)
+    classes, counts = np.unique(pairs[0], return_counts=True)
+    single = classes[counts == 1]
+    if len(single):
+        group, more = str(groups[targets == single[0]][0]), _more(len(single), "are in one group")
+        raise DataError(
+            f"class {_name(single[0], names)} is in one group, {group!r}; a group is whole in one fold, so "
+            f"each class needs at least 2 groups{more}. Give images of it in another group, or leave the "
+            "class out"
+        )
+
+
+def _check_groups(groups: NDArray[np.str_], fold: NDArray[np.int64]) -> None:
+    unique, group = np.unique(groups, return_inverse=True)
+    pairs = np.unique(np.stack([group, fold]), axis=1)
+    codes, counts = np.unique(pairs[0], return_counts=True)
+    torn = codes[counts > 1]
+    if len(torn):
+        folds = pairs[1][pairs[0] == torn[0]]
+        raise DataError(
+            f"group {str(unique[torn[0]])!r} is in folds {folds[0]} and {folds[1]}"
+            f"{_more(len(torn), 'are in several', 'groups')}; a group belongs to one fold. Renumber its "
+            "rows, or draw folds, which keeps groups whole. Type: --folds 5"
+        )
+
+
+def _name(code: int, names: Sequence[str]) -> str:
+    return repr(names[code]) if len(names) else str(code)
+
+
+def _more(count: int, verb: str, what: str = "classes") -> str:
+    return f" ({count - 1} more {what} {verb})" if count > 1 else ""
+
+
+def _deal_rows(stratum: NDArray[np.int64], num_folds: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """In turn through shuffled strata of shuffled samples: neighbours in a stratum are in different folds."""
+    order = rng.permutation(len(stratum))
+    shuffled = rng.permutation(int(stratum.max()) + 1)
+    order = order[np.argsort(shuffled[stratum[order]], kind="stable")]
+    fold = np.empty(len(stratum), dtype=np.int64)
+    fold[order] = rng.permutation(num_folds)[np.arange(len(stratum)) % num_folds]
+    return fold
+
+
+def _deal_groups(
+    stratum: NDArray[np.int64], groups: NDArray[np.str_], num_folds: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Greedy over groups, again in other orders while a stratum that could be in two folds is in one."""
+    _, group = np.unique(groups, return_inverse=True)
+    dealing = _Dealing(stratum, group, num_folds)
+    sizes = np.bincount(group)
+    best: tuple[int, NDArray[np.int64]] | None = None
+    for attempt in range(TRIES):
+        order = rng.permutation(len(sizes))
+        if attempt == 0:
+            order = order[np.argsort(-sizes[order], kind="stable")]
+        alone, fold_of = dealing.deal(order)
+        if best is None or alone < best[0]:
+            best = alone, fold_of
+        if not alone:
+            break
+    assert best is not None
+    return rng.permutation(num_folds)[best[1]][group].astype(np.int64)
+
+
+class _Dealing:
+    """Groups going into folds; what the folds hold of each stratum so far.
+
+    Args:
+        stratum: (n,) of each sample.
+        group: (n,) of each sample, numbered from 0 without gaps.
+        num_folds: F.
+    """
+
+    def __init__(self, stratum: NDArray[np.int64], group: NDArray[np.int64], num_folds: int) -> None:
+        rows = np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])
+        # of each group: its strata, and how many samples it has of each
+        self.parts = [np.unique(stratum[samples], return_counts=True) for samples in rows]
+        self.sizes = np.array([len(samples) for samples in rows])
+        self.num_folds = num_folds
+        self.weight = 1.0 / np.bincount(stratum)
+        self.total_weight = len(self.weight) / len(stratum)
+        groups_of = np.bincount(np.concatenate([codes for codes, _ in self.parts]))
+        self.can_spread = groups_of > 1
+
+    def deal(self, order: NDArray[np.int64]) -> tuple[int, NDArray[np.int64]]:
+        """How many strata are in one fold that need not be, and the fold of each group."""
+        self.samples = np.zeros((len(self.weight), self.num_folds))
+        self.groups = np.zeros((len(self.weight), self.num_folds), dtype=np.int64)
+        self.total = np.zeros(self.num_folds)
+        self.members = np.zeros(self.num_folds, dtype=np.int64)
+        fold_of = np.full(len(order), -1, dtype=np.int64)
+        for left, one in zip(range(len(order), 0, -1), order, strict=True):
+            empty = self.members == 0
+            allowed = empty if left == empty.sum() else np.ones(self.num_folds, dtype=np.bool_)
+            fold_of[one] = self._best(one, allowed)
+            self._put(one, fold_of[one], 1)
+        for _ in range(PASSES):
+            if not sum(self._move(one, fold_of) for one in order):
+                break
+        return int((((self.groups > 0).sum(1) == 1) & self.can_spread).sum()), fold_of
+
+    def _put(self, one: int, fold: int, sign: int) -> None:
+        codes, counts = self.parts[one]
+        self.samples[codes, fold] += sign * counts
+        self.groups[codes, fold] += sign
+        self.total[fold] += sign * self.sizes[one]
+        self.members[fold] += sign
+
+    def _costs(self, one: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """For each fold: strata that would be in it alone, and the part of the misfit that depends on it."""
+        codes, counts = self.parts[one]
+        inside = self.groups[codes] > 0
+        alone = (inside & (inside.sum(1) == 1)[:, None]).sum(0)
+        misfit = (self.weight[codes] * counts) @ self.samples[codes]
+        return alone, misfit + self.total_weight * self.sizes[one] * self.total
+
+    def _best(self, one: int, allowed: NDArray[np.bool_]) -> int:
+        alone, misfit = self._costs(one)
+        return int(np.lexsort((misfit, alone, ~allowed))[0])
+
+    def _move(self, one: int, fold_of: NDArray[np.int64]) -> bool:
+        """Whether a group went to a better fold."""
+        old = int(fold_of[one])
+        if self.members[old] == 1:
+            return False  # a fold must not run empty
+        self._put(one, old, -1)
+        alone, misfit = self._costs(one)
+        new = int(np.lexsort((misfit, alone))[0])
+        better = (alone[new], misfit[new]) < (alone[old], misfit[old] - 1e-9)  # equal but for rounding
+        fold_of[one] = new if better else old
+        self._put(one, int(fold_of[one]), 1)
+        return bool(better)
