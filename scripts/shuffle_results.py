@@ -12,6 +12,7 @@ in the file already is not run again.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import json
 import os
@@ -25,17 +26,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from sidetune import methods
 from sidetune.backbones import build_backbone
 from sidetune.data import load_dataset
 from sidetune.extract import extract, sample_keys
-from sidetune.methods import Job, Row, fit_methods, score
+from sidetune.features import Spec
+from sidetune.job import Job
+from sidetune.methods import Row, score
+from sidetune.reader import Layout
 from sidetune.recipe import Recipe
 from sidetune.runs import environment
+from sidetune.side_fit import fit_side
 from sidetune.sources import StoredSource
 from sidetune.tasks import build_task
-from sidetune.train import TrainingSet
 
 SHARD_RECORDS = 128
 METRICS = ("balanced_accuracy", "accuracy", "auroc", "log_loss")
@@ -65,7 +69,7 @@ def main() -> None:
                 continue
             train = {"epochs": options.epochs, "seed": seed, "shuffle_window": window}
             recipe = Recipe.build({**job.recipe.model_dump(mode="json"), "train": train})
-            row = fit_side(replace(job, recipe=recipe), in_order="sorted" in name)
+            row = fit_own(replace(job, recipe=recipe), in_order="sorted" in name)
             lines += result_lines(options, recipe, row, name)
             options.out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
             val, test = (100 * one.scores["balanced_accuracy"] for one in (row.val, row.test))
@@ -85,25 +89,23 @@ def open_job(options: argparse.Namespace) -> Job:
     return Job(recipe, dataset, backbone, out, True, source, source.summary(), split, task, 0.0)
 
 
-def fit_side(job: Job, *, in_order: bool) -> Row:
+def fit_own(job: Job, *, in_order: bool) -> Row:
     """Train the side alone; `in_order`: as if its rows stood in shards sorted by class."""
-    own = methods._training_set
     (job.out / "checkpoint.safetensors").unlink(missing_ok=True)  # the run before this one left it
-    methods._solve_probes = lambda job: iter(())
-    methods._training_set = partial(sorted_by_class, job, own) if in_order else own
-    try:
-        (fitted,) = fit_methods(job)
-        return score(job, fitted)
-    finally:
-        methods._training_set = own
+    if in_order:
+        source = copy.copy(job.source)
+        source.layout = partial(sorted_by_class, job)  # type: ignore[method-assign]
+        job = replace(job, source=source)
+    return score(job, fit_side(job))
 
 
-def sorted_by_class(job: Job, own: Any, *arguments: Any) -> TrainingSet:  # noqa: ANN401 - as there
-    """The training set with as many shards as it has, filled class by class."""
-    data = own(*arguments)
-    rank = np.argsort(np.argsort(job.dataset.targets[data.rows], kind="stable"), kind="stable")
-    shards = rank * len(data.layout.num_bytes) // len(rank)
-    return replace(data, layout=replace(data.layout, shards=shards, fetch=lambda numbers: None))
+def sorted_by_class(job: Job, rows: NDArray[np.int64], spec: Spec) -> Layout:
+    """Where rows would be read, had as many shards been filled class by class."""
+    layout = job.source.layout(rows, spec)
+    assert layout is not None
+    rank = np.argsort(np.argsort(job.dataset.targets[rows], kind="stable"), kind="stable")
+    shards = rank * len(layout.num_bytes) // len(rank)
+    return replace(layout, shards=shards, fetch=lambda numbers: None)
 
 
 def git(*words: str) -> str:

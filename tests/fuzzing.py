@@ -22,17 +22,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
+import fleets
 from extracting import seal_again
 from images import make_folder
 from sidetune import Recipe, build_backbone, fit
 from sidetune.artifact import Artifact
-from sidetune.checkpoint import Epoch, State, load_checkpoint, save_checkpoint
+from sidetune.checkpoint import Epoch, Saved, Track, load_checkpoint, save_checkpoint
 from sidetune.data import load_dataset
 from sidetune.data.preprocess import Preprocess, load_image
 from sidetune.errors import SidetuneError
 from sidetune.files import read_json, sha256_file
+from sidetune.fleet import Fleet
 from sidetune.predict import Predictor
 from sidetune.report import write_report
 from sidetune.runs import Run, read_skipped
@@ -239,28 +240,20 @@ def _store_and_run(root: Path, photos: Path) -> list[Target]:
 
 def _checkpoint(folder: Path) -> Target:
     folder.mkdir()
-    model, optimizer, state = _training()
-    model(torch.ones(2, 4)).sum().backward()
-    optimizer.step()
-    state.history.append(Epoch(0, (0.5,), 1e-3, ({"accuracy": 0.5},), 1.0))
-    save_checkpoint(folder / "checkpoint.safetensors", "run", model, optimizer, state)
+    members = {"one": fleets.member(fleets.recipe_of(epochs=2, batch_size=15))}
+    fleet = Fleet(fleets.DATA, fleets.build, 2)
+    fleet.add(list(members.values()))
+    fleet.train_epoch()
+    tracks = {"one": Track([Epoch(0, 0.5, 1e-3, {"accuracy": 0.5}, 1.0)])}
+    save_checkpoint(folder / "checkpoint.safetensors", "run", fleet, Saved(tracks))
 
     def read(root: Path) -> object:
-        model, optimizer, state = _training()
-        load_checkpoint(root / "checkpoint" / "checkpoint.safetensors", "run", model, optimizer, state)
-        model(torch.ones(2, 4)).sum().backward()
-        optimizer.step()
-        return [epoch.to_json() for epoch in state.history]
+        fleet = Fleet(fleets.DATA, fleets.build, 2)
+        saved = load_checkpoint(root / "checkpoint" / "checkpoint.safetensors", "run", fleet, members)
+        losses = fleet.train_epoch()
+        return [losses, [epoch.to_json() for epoch in saved.tracks["one"].history]]
 
     return Target("checkpoint", "checkpoint/checkpoint.safetensors", read)
-
-
-def _training() -> tuple[nn.Module, torch.optim.AdamW, State]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = nn.Linear(4, 3)
-    alive = torch.ones(1, dtype=torch.bool)
-    return model, torch.optim.AdamW(model.parameters()), State(loss_sum=torch.zeros(1).double(), alive=alive)
 
 
 # the mutations

@@ -47,16 +47,16 @@ def watch(owner, name, reach, event):
 
 def watch_everything(reach):
     """Reach an event wherever a command might die."""
-    import torch
     from PIL.PngImagePlugin import PngImageFile
 
     import sidetune.files
+    import sidetune.optimizer
     import sidetune.upkeep
     from sidetune.backbones.hooked import HookedBackbone
 
     watch(PngImageFile, "load_read", reach, "decode")  # Pillow's decoder asks for the next bytes
     watch(HookedBackbone, "__call__", reach, "backbone")
-    watch(torch.optim.AdamW, "step", reach, "step")
+    watch(sidetune.optimizer.MemberAdamW, "step", reach, "step")
     watch(sidetune.upkeep, "remove_file", reach, "remove")
     commit = sidetune.files._commit
 

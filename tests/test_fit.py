@@ -10,12 +10,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import sidetune.methods
+import sidetune.side_fit
 import sidetune.train
 from fitted_runs import EPOCHS, conv_net, read_csv, snapshot, toy_recipe, wrapped_conv_net
 from images import make_csv
 from sidetune import SIDES, build_backbone, fit, load, wrap
 from sidetune.backbones.base import weights_digest
 from sidetune.backbones.toy import ToyBackbone
+from sidetune.bucket import Bucket
 from sidetune.data.preprocess import Preprocess
 from sidetune.errors import ArtifactError, DataError, RequestError, SideError
 from sidetune.predict import evaluate_run
@@ -123,11 +125,11 @@ def test_no_gradient_and_no_graph_enters_the_backbone(image_folder, tmp_path, mo
                 leaves.add(node.variable)
             todo += [following for following, _ in node.next_functions]
 
-    def step(model, optimizer, loss, *rest):
-        keep_leaves(loss.sum())
-        trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
-        assert leaves <= trained
-        return take_step(model, optimizer, loss, *rest)
+    def loss_of(bucket, *arguments):
+        losses, counts = loss(bucket, *arguments)
+        keep_leaves(losses.sum())
+        assert leaves <= {parameter for parameter in bucket.model.parameters() if parameter.requires_grad}
+        return losses, counts
 
     def features(source, rows, spec=None, views=0):
         found = read(source, rows, spec, views)
@@ -139,8 +141,8 @@ def test_no_gradient_and_no_graph_enters_the_backbone(image_folder, tmp_path, mo
         saved.append(tensor.untyped_storage().data_ptr())
         return tensor
 
-    take_step, read = sidetune.train.take_step, LiveSource.features
-    monkeypatch.setattr(sidetune.train, "take_step", step)
+    loss, read = Bucket._loss, LiveSource.features
+    monkeypatch.setattr(Bucket, "_loss", loss_of)
     monkeypatch.setattr(LiveSource, "features", features)
     backbone.module.blocks[0].register_forward_hook(
         lambda *_: runs_of_backbone.append(torch.is_grad_enabled())
@@ -220,16 +222,16 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(runs, image_folder, tmp_pa
     whole, store = runs(), runs.root / "store-fp16"
     steps = []
 
-    def interrupted_step(*arguments):
+    def interrupted_step(*arguments, **more):
         steps.append(len(steps))
         if len(steps) == 3:  # the first step of the second epoch
             raise KeyboardInterrupt
-        return take_step(*arguments)
+        return step(*arguments, **more)
 
-    take_step = sidetune.train.take_step
+    step = Bucket.step
     with monkeypatch.context() as patch:
         patch.setattr(sidetune.train, "CHECKPOINT_SECONDS", 0.0)
-        patch.setattr(sidetune.train, "take_step", interrupted_step)
+        patch.setattr(Bucket, "step", interrupted_step)
         with pytest.raises(KeyboardInterrupt):
             fit(image_folder, out=tmp_path / "run", recipe=toy_recipe(), store=store, quiet=True)
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"recipe.json", "checkpoint.safetensors"}
@@ -588,7 +590,7 @@ def test_a_store_larger_than_memory_is_shuffled_by_windows_and_the_run_says_so(
         ("little", 8 * shard, ()),
         ("chosen", 12 * shard, ("train.shuffle_window=2",)),
     ):
-        monkeypatch.setattr(sidetune.methods, "total_memory", lambda memory=memory: memory)
+        monkeypatch.setattr(sidetune.side_fit, "total_memory", lambda memory=memory: memory)
         recipe = toy_recipe("losa", *settings)
         runs[name] = fit(image_folder, out=tmp_path / name, recipe=recipe, **arguments)
         printed = capsys.readouterr().err

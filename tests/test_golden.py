@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from contracts.test_sides import ROWS, draw_all, make_features, make_model
+from sidetune.bucket import Member
 from sidetune.features import Features
+from sidetune.fleet import Fleet, TrainingSet
 from sidetune.keyed import generator
-from sidetune.recipe import TrainRecipe
+from sidetune.recipe import Recipe
 from sidetune.recipes.demo import SIDES, demo
 from sidetune.tasks import Classify
-from sidetune.train import TrainingSet, train
+from sidetune.train import train
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -49,17 +51,19 @@ def test_a_ten_step_loss_curve(name: str) -> None:
     shift = torch.randn(3, 12, generator=keyed, dtype=torch.float64)[target][:, None]
     features = make_features(batch=24)
     shifted = Features(tuple(layer + shift for layer in features.layers), features.spec)
-    data = TrainingSet(lambda rows, draws: shifted.rows(torch.tensor(rows)), target, np.arange(24))
-    trained = train(
-        make_model(name),
-        data,
-        Classify(("a", "b", "c"), (1 / 3, 1 / 3, 1 / 3)),
-        TrainRecipe(epochs=10, batch_size=24, lr=1e-2),
-        seeds=[0],
-        validate=lambda _: [{}],
-        quiet=True,
+    task, rows = Classify(("a", "b", "c"), (1 / 3, 1 / 3, 1 / 3)), np.arange(24)
+    member = Member(
+        name, Recipe.build({"train": {"epochs": 10, "batch_size": 24, "lr": 1e-2}}), task, target, rows
     )
-    found = [epoch.loss[0] for epoch in trained.history]
+    data = TrainingSet(
+        lambda rows, spec, draws: shifted.select(spec.names).rows(torch.tensor(rows)),
+        lambda rows, spec, view: iter(()),
+        rows,
+        shifted.spec,
+    )
+    fleet = Fleet(data, lambda recipes, num_outputs: make_model(name), 3)
+    trained = train(fleet, [member], validate=lambda _: {}, quiet=True)[name]
+    found = [epoch.loss for epoch in trained.history]
     assert found[-1] < 0.8 * found[0]
     np.testing.assert_allclose(found, golden(f"loss-{name}", found), rtol=1e-7)
 

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -160,9 +160,21 @@ class _Rest(BaseModel):
 
 
 def build_model(
-    recipe: Recipe, spec: Spec, num_outputs: int, final_norm: FinalNorm | None, *, members: int = 1
+    recipe: Recipe,
+    spec: Spec,
+    num_outputs: int,
+    final_norm: FinalNorm | None,
+    *,
+    drop_paths: Sequence[float] | None = None,
 ) -> SideModel:
     """The model that a recipe describes, its parameters not yet drawn or loaded.
+
+    Args:
+        recipe: of side and head.
+        spec: taps that there are.
+        num_outputs: K.
+        final_norm: the backbone's.
+        drop_paths: one a member; None: one member, with the recipe's.
 
     Raises:
         SideError: the side cannot read these taps, or pools in a way that no task reads.
@@ -177,6 +189,9 @@ def build_model(
             "side.pool is 'tokens', and every task reads pooled tokens. Type: --set side.pool=mean"
         )
     kind = SIDES[recipe.side.name]
+    if drop_paths is not None and "drop_path" in arguments:
+        arguments["drop_path"] = drop_paths
+    members = 1 if drop_paths is None else len(drop_paths)
     side = kind(kind.reads(spec), members=members, **arguments)
     norm = "none" if recipe.side.name == "ridge" else recipe.head.norm
     if recipe.side.name == "linear" and norm == "trained":

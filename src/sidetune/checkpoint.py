@@ -1,4 +1,4 @@
-"""A checkpoint: one safetensors file with weights, moments and where training stands.
+"""A checkpoint: one safetensors file with every member's weights and moments, and where training stands.
 
 Renamed into place, so it is whole or the one before. It holds no generator state: all randomness is
 keyed by (seed, purpose, epoch, step).
@@ -13,89 +13,132 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
 from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
+from sidetune.bucket import Member, Place
 from sidetune.errors import ArtifactError, first_complaint
 from sidetune.files import write_tensors
+from sidetune.fleet import Fleet
+from sidetune.model import SideModel
+from sidetune.optimizer import MemberState
 
-MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # AdamW's
 Scores: TypeAlias = dict[str, float | None]
+STATE = ("weights", "mean", "square")
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """One line of history.
+    """One line of a member's history.
 
     Args:
         epoch: from 0.
-        loss: mean training loss, one a member; NaN for a member that was dropped.
+        loss: mean training loss; NaN for a member that was dropped.
         lr: at the epoch's last step.
-        val: validation scores, one dict a member.
-        seconds: that the epoch took, validation included.
+        val: validation scores.
+        seconds: that the epoch took for all members, validation included.
     """
 
     epoch: int
-    loss: tuple[float, ...]
+    loss: float
     lr: float
-    val: tuple[Scores, ...]
+    val: Scores
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """A row of history.jsonl; a single member's values stand bare."""
-        finite = [value if math.isfinite(value) else None for value in self.loss]
-        single = len(finite) == 1
-        return {
-            "epoch": self.epoch,
-            "loss": finite[0] if single else finite,
-            "lr": self.lr,
-            "val": self.val[0] if single else list(self.val),
-            "seconds": self.seconds,
-        }
+        """A row of history.jsonl."""
+        return {**vars(self), "loss": self.loss if math.isfinite(self.loss) else None}
 
 
 @dataclass
-class State:
-    """Where training stands; everything a checkpoint holds beside weights and moments."""
+class Track:
+    """What is kept of a member beside its place.
 
-    epoch: int = 0
-    step: int = 0
-    seconds: float = 0.0  # of this epoch, until the checkpoint
-    window: int | None = None  # shards shuffled together: a machine with other memory goes on as it was begun
-    loss_sum: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
-    alive: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    Args:
+        history: one `Epoch` an epoch.
+        best: of its headline scores.
+        model: of the best epoch where that is asked for; of the last once it has ended.
+        ended: it has left the fleet.
+        dropped: it left because its loss was not finite.
+    """
+
     history: list[Epoch] = field(default_factory=list)
     best: float = -math.inf
-    best_weights: dict[str, Tensor] = field(default_factory=dict)
+    model: SideModel | None = None
+    ended: bool = False
+    dropped: bool = False
 
 
-def save_checkpoint(
-    path: Path, run_hash: str, model: nn.Module, optimizer: torch.optim.Optimizer, state: State
-) -> None:
-    """Write weights, moments and state. `run_hash` says which run they belong to."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    tensors |= {f"best.{name}": tensor for name, tensor in state.best_weights.items()}
-    for index, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
-    tensors |= {"state.loss_sum": state.loss_sum, "state.alive": state.alive}
+@dataclass
+class Saved:
+    """What a checkpoint holds beside the fleet.
+
+    Args:
+        tracks: by the member's name.
+        seconds: of this epoch, until the checkpoint.
+        extra: what the caller wants back, as JSON holds it.
+    """
+
+    tracks: dict[str, Track] = field(default_factory=dict)
+    seconds: float = 0.0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def save_checkpoint(path: Path, run_hash: str, fleet: Fleet, saved: Saved) -> None:
+    """Write the fleet as it stands. `run_hash` says which run it belongs to."""
+    tensors: dict[str, Tensor] = {}
+    states = fleet.states()
+    for name, state in states.items():
+        tensors |= {f"{name}/{part}": getattr(state, part) for part in STATE}
+    for name, track in saved.tracks.items():
+        if track.model is not None:
+            tensors |= {f"{name}/model/{key}": tensor for key, tensor in track.model.state_dict().items()}
     progress = {
         "run": run_hash,
-        "epoch": state.epoch,
-        "step": state.step,
-        "seconds": state.seconds,
-        "window": state.window,
-        "best": None if state.best == -math.inf else state.best,
-        "history": [vars(epoch) for epoch in state.history],
+        "epoch": fleet.epoch,
+        "stream": fleet.stream,
+        "step": fleet.step,
+        "window": fleet.window,
+        "seconds": saved.seconds,
+        "places": [
+            {
+                "name": name,
+                "joined": place.joined,
+                "steps": place.steps,
+                "updates": states[name].steps,
+                "loss_sum": place.loss_sum,
+                "seen": place.seen,
+                "died": place.died,
+            }
+            for name, place in fleet.places.items()
+        ],
+        "tracks": [
+            {
+                "name": name,
+                "history": [vars(epoch) for epoch in track.history],
+                "best": None if track.best == -math.inf else track.best,
+                "ended": track.ended,
+                "dropped": track.dropped,
+            }
+            for name, track in saved.tracks.items()
+        ],
+        "extra": saved.extra,
     }
     write_tensors(path, tensors, {"state": json.dumps(progress)})
 
 
-def load_checkpoint(
-    path: Path, run_hash: str, model: nn.Module, optimizer: torch.optim.Optimizer, state: State
-) -> None:
-    """Restore what `save_checkpoint` wrote, in place.
+def load_checkpoint(path: Path, run_hash: str, fleet: Fleet, members: Mapping[str, Member]) -> Saved:
+    """Seat the members of a checkpoint in a fleet that has none.
+
+    Args:
+        path: of the file.
+        run_hash: what it must belong to.
+        fleet: of the same data.
+        members: those that may be in it, by name.
+
+    Returns:
+        The rest of what was saved.
 
     Raises:
         ArtifactError: it belongs to another run, or is damaged.
@@ -106,22 +149,59 @@ def load_checkpoint(
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a dict
         if progress.run != run_hash:
             raise ArtifactError(f"{path} is a checkpoint of another run. Type: --out with a new folder")
-        _check_like(state, tensors)
-        model.load_state_dict(_under(tensors, "model."))
-        _load_moments(optimizer, _under(tensors, "optimizer."))
+        tracks = {one.name: one.track(members[one.name], fleet, tensors) for one in progress.tracks}
+        places = [one.place(members[one.name], tensors) for one in progress.places]
+        fleet.resume(places, progress.epoch, progress.stream, progress.step, progress.window)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, ArtifactError):
             raise
-        reason = first_complaint(error) if isinstance(error, ValidationError) else error
+        reason = first_complaint(error) if isinstance(error, ValidationError) else str(error)
+        reason = reason.partition("\n")[0].rstrip(".: ")
         raise ArtifactError(
-            f"{path} is damaged: {reason}. Type: rm {path}, then the same fit command, which trains anew"
+            f"{path} is damaged, or of another version: {reason}. Type: rm {path}, then the same command, "
+            "which trains anew"
         ) from error
-    state.epoch, state.step = progress.epoch, progress.step
-    state.seconds, state.window = progress.seconds, progress.window
-    state.best = -math.inf if progress.best is None else progress.best
-    state.best_weights = _under(tensors, "best.")
-    state.loss_sum, state.alive = tensors["state.loss_sum"], tensors["state.alive"]
-    state.history = list(progress.history)
+    return Saved(tracks, progress.seconds, progress.extra)
+
+
+class _Place(BaseModel):
+    """A `Place` in a checkpoint's metadata."""
+
+    name: str
+    joined: NonNegativeInt
+    steps: NonNegativeInt
+    updates: NonNegativeInt
+    loss_sum: float
+    seen: NonNegativeInt
+    died: tuple[NonNegativeInt, NonNegativeInt] | None
+
+    def place(self, member: Member, tensors: Mapping[str, Tensor]) -> Place:
+        """With the state that the file holds."""
+        weights, mean, square = (tensors[f"{self.name}/{part}"] for part in STATE)
+        state = MemberState(weights, mean, square, self.updates)
+        fields = self.model_dump(exclude={"name", "updates"})
+        return Place(member, state=state, **fields)
+
+
+class _Track(BaseModel):
+    """A `Track` in a checkpoint's metadata."""
+
+    name: str
+    history: list[Epoch]
+    best: float | None
+    ended: bool
+    dropped: bool
+
+    def track(self, member: Member, fleet: Fleet, tensors: Mapping[str, Tensor]) -> Track:
+        """With the model that the file holds, if any."""
+        begin = f"{self.name}/model/"
+        found = {name.removeprefix(begin): one for name, one in tensors.items() if name.startswith(begin)}
+        model = None
+        if found:
+            model = fleet.build([member.recipe], member.task.num_outputs).cpu().eval()
+            model.load_state_dict(found)
+        best = -math.inf if self.best is None else self.best
+        return Track(list(self.history), best, model, self.ended, self.dropped)
 
 
 class _Progress(BaseModel):
@@ -129,36 +209,10 @@ class _Progress(BaseModel):
 
     run: str
     epoch: NonNegativeInt
+    stream: NonNegativeInt
     step: NonNegativeInt
+    window: PositiveInt | None
     seconds: float
-    window: PositiveInt | None = None
-    best: float | None
-    history: tuple[Epoch, ...]
-
-
-def _check_like(state: State, tensors: Mapping[str, Tensor]) -> None:
-    """Sums and members must be as many and of the kind that training has."""
-    for name, tensor in (("loss_sum", state.loss_sum), ("alive", state.alive)):
-        found = tensors[f"state.{name}"]
-        if len(tensor) and (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
-            raise ValueError(f"{name} is {found.dtype} {tuple(found.shape)}")
-
-
-def _load_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Moments by the position of their parameter; each must have its shape, a count of steps has none."""
-    parameters = [one for group in optimizer.param_groups for one in group["params"]]
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, _, moment = name.partition(".")
-        parameter = parameters[int(index)] if index.isdecimal() and int(index) < len(parameters) else None
-        if parameter is None or tensor.shape != (torch.Size([]) if moment == "step" else parameter.shape):
-            raise ValueError(f"optimizer.{name} has shape {tuple(tensor.shape)}")
-        moments.setdefault(int(index), {})[moment] = tensor
-    for index_of, found in moments.items():
-        if found.keys() != MOMENTS:
-            raise ValueError(f"optimizer.{index_of} holds {', '.join(sorted(found))}")
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-
-
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    places: list[_Place]
+    tracks: list[_Track]
+    extra: dict[str, Any]

@@ -26,8 +26,9 @@ from sidetune.data.preprocess import open_image
 from sidetune.errors import ImageError
 from sidetune.evaluate import scores
 from sidetune.evidence import patch_evidence
+from sidetune.job import Job
 from sidetune.leaks import Leaks
-from sidetune.methods import Job, Row
+from sidetune.methods import Row
 from sidetune.suspects import Suspect, find_suspects
 from sidetune.tasks import Regress
 

@@ -35,9 +35,10 @@ from sidetune.errors import DataError, RequestError
 from sidetune.extract import extract, require_readable, sample_keys
 from sidetune.files import locked, write_json
 from sidetune.findings import collect
+from sidetune.job import Job
 from sidetune.leaks import Leaks, find_leaks
 from sidetune.memory import PeakMemory
-from sidetune.methods import Job, Row, fit_methods, score
+from sidetune.methods import Row, fit_methods, score
 from sidetune.progress import say
 from sidetune.recipe import BackboneRecipe, Recipe
 from sidetune.report import write_report

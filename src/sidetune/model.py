@@ -55,11 +55,23 @@ class SideModel(nn.Module):
         result: Tensor = self.head(self.norm(pooled))
         return result
 
-    def start(self, seeds: Sequence[int]) -> None:
-        """Draw every member's starting parameters from its own seed, head included."""
+    def num_parameters(self) -> int:
+        """Trained numbers a member, without the head."""
+        return self.side.num_parameters() + sum(p[0].numel() for p in self.norm.parameters())
+
+    def start(self, seeds: Sequence[int | None], num_outputs: Sequence[int] | None = None) -> None:
+        """Draw every member's starting parameters from its own seed, head included.
+
+        Args:
+            seeds: one a member; None leaves it as it is.
+            num_outputs: K of each member; None: the head's. What a narrower one lacks stays zero.
+        """
         self.side.start(seeds)
+        widest = self.head.bias_MK.shape[1]
         for member, seed in enumerate(seeds):
-            self.head.start_member(member, generator(seed, "start/head"))
+            if seed is not None:
+                own = widest if num_outputs is None else num_outputs[member]
+                self.head.start_member(member, generator(seed, "start/head"), own)
 
 
 class Norm(nn.Module):
@@ -109,11 +121,11 @@ class Head(nn.Module):
         self.weight_MDK = nn.Parameter(torch.zeros(members, width, num_outputs))
         self.bias_MK = nn.Parameter(torch.zeros(members, num_outputs))
 
-    def start_member(self, member: int, keyed: torch.Generator) -> None:
+    def start_member(self, member: int, keyed: torch.Generator, num_outputs: int) -> None:
         """Weights normal with std 0.01: not zero, so that the side has a gradient at step one."""
         with torch.no_grad():
-            draw = torch.randn(self.weight_MDK.shape[1:], generator=keyed)
-            self.weight_MDK[member] = draw * HEAD_START_STD
+            draw = torch.randn(self.weight_MDK.shape[1], num_outputs, generator=keyed)
+            self.weight_MDK[member, :, :num_outputs] = draw * HEAD_START_STD
 
     def forward(self, pooled: Tensor) -> Tensor:
         """(M, B, width) -> (M, B, K)."""

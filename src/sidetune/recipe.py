@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -131,6 +132,7 @@ class TrainRecipe(Part):
         precision: ``auto`` is bf16 autocast on a GPU and fp32 on a CPU. The fast forms of ``losa`` and
             ``last`` stay in fp32: they are to be exact.
         seed: of start, order and drop-path.
+        order_seed: of the batches' order and of views; None: the seed. Members of a fleet share one.
         shuffle_window: shards of the store that are shuffled together; None: all where half of the
             memory holds them, else as many as a quarter holds. See `sidetune.reader`. Nothing without a
             store.
@@ -145,7 +147,12 @@ class TrainRecipe(Part):
     select: Literal["last", "best"] = "last"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 0
+    order_seed: int | None = None
     shuffle_window: int | None = Field(None, ge=1)
+
+    def is_bf16(self, device: torch.device) -> bool:
+        """Whether the side runs under bf16 autocast there."""
+        return self.precision == "bf16" or (self.precision == "auto" and device.type == "cuda")
 
     def resolved(self, num_images: int) -> TrainRecipe:
         """The same with data-dependent defaults filled in."""
@@ -205,8 +212,9 @@ class Recipe(Part):
         fields = self.model_dump(mode="json")
         fields["backbone"].pop("weights")  # the weights themselves are in the backbone's identity
         fields["side"].pop("form", None)  # all forms of a side compute the same
-        if fields["train"]["shuffle_window"] is None:
-            fields["train"].pop("shuffle_window")
+        for later in ("shuffle_window", "order_seed"):
+            if fields["train"][later] is None:
+                fields["train"].pop(later)
         return hashlib.sha256(canonical_json(fields).encode()).hexdigest()
 
 

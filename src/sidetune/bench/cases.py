@@ -12,14 +12,15 @@ from torch import Tensor
 from sidetune.bench.rows import Row
 from sidetune.bench.setting import Setting
 from sidetune.bench.timing import Timing
+from sidetune.bucket import step_threads
 from sidetune.features import Features, FinalNorm
 from sidetune.keyed import Draws, generator
 from sidetune.model import LAYER_NORM_EPS, SideModel
+from sidetune.optimizer import MemberAdamW, Update
 from sidetune.recipe import TrainRecipe
 from sidetune.sides import SIDES
 from sidetune.sides.base import Form
 from sidetune.tasks import Classify
-from sidetune.train import make_optimizer, step_threads, take_step
 
 CASES: dict[str, tuple[str, Form]] = {
     f"{side}-{form}": (side, form) for form in ("fast", "textbook") for side in ("losa", "last")
@@ -48,9 +49,9 @@ class Case:
         self.task = Classify(tuple(map(str, range(NUM_CLASSES))), (1 / NUM_CLASSES,) * NUM_CLASSES)
         self.targets = torch.arange(setting.batch, device=setting.device) % NUM_CLASSES
         self.model = _model(self.side, self.form, setting, self.taps[0])
-        self.recipe = TrainRecipe(epochs=1)
-        self.alive = torch.ones(1, dtype=torch.bool)
-        self._optimizer = make_optimizer(self.model, self.recipe)
+        recipe = TrainRecipe()
+        self._update = Update(recipe.lr, recipe.weight_decay, recipe.clip_norm)
+        self._optimizer = MemberAdamW(self.model.parameters())
         self._turn = itertools.cycle(self.taps)
 
     @property
@@ -66,8 +67,8 @@ class Case:
     def step(self) -> None:
         """Forward, backward and update on the next batch, as the loop does it."""
         with step_threads(self.model):
-            loss = self.loss(next(self._turn))
-            take_step(self.model, self._optimizer, loss, self.alive, self.recipe.lr, self.recipe.clip_norm)
+            self.loss(next(self._turn)).sum().backward()
+            self._optimizer.step({0: self._update})
 
 
 def _model(side: str, form: Form, setting: Setting, features: Features) -> SideModel:

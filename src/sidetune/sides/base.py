@@ -129,14 +129,16 @@ class Side(nn.Module, ABC):
         keeps = [draws.keep(f"drop-path/{i}", rates, len(features), device) for i in range(count)]
         return torch.stack(keeps).to(self.tap_scale.dtype)
 
-    def start(self, seeds: Sequence[int]) -> None:
+    def start(self, seeds: Sequence[int | None]) -> None:
         """Draw every member's starting parameters from its own seed.
 
         Args:
-            seeds: one a member. Members of equal seed start equal.
+            seeds: one a member; None leaves it as it is. Members of equal seed start equal.
         """
         assert len(seeds) == self.members, (len(seeds), self.members)
         for member, seed in enumerate(seeds):
+            if seed is None:
+                continue
             keyed = generator(seed, "start")
             for module in self.modules():
                 if isinstance(module, MemberModule):
