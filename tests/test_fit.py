@@ -275,16 +275,18 @@ def test_tables_of_several_outputs(tmp_path, task, labels):
     assert found.evaluation.scores == pytest.approx(run.row["test"]["scores"], abs=2e-3)
 
 
-def test_class_weights_and_label_smoothing_reach_the_task(tmp_path):
+def test_class_weights_smoothing_and_focus_reach_the_task(tmp_path):
     table = make_csv(tmp_path / "data", "classify", 40)
     rare = table.read_text().splitlines()
     kept = [line for i, line in enumerate(rare) if not line.endswith("class2") or i % 2]
     table.write_text("\n".join(kept) + "\n")
-    recipe = toy_recipe("ridge", "data.class_weights=balanced", "data.label_smoothing=0.1")
+    recipe = toy_recipe(
+        "ridge", "data.class_weights=balanced", "data.label_smoothing=0.1", "data.focal_gamma=2"
+    )
     task = (
         fit(table, out=tmp_path / "run", recipe=recipe, store=tmp_path / "store", quiet=True).artifact().task
     )
-    assert task.label_smoothing == 0.1
+    assert (task.label_smoothing, task.focal_gamma) == (0.1, 2.0)
     assert task.class_weights[2] > 1.2 * task.class_weights[0]
     assert np.dot(task.class_weights, task.shares) == pytest.approx(1)
 

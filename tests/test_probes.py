@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -172,3 +174,16 @@ def test_a_headline_that_is_not_defined_is_the_worst(problem):
     assert headline(task, torch.eye(3)[:2] * 9, torch.tensor([0, 1])) == 1
     labels = MultiLabel(("a",), (0.5,))
     assert headline(labels, torch.zeros(2, 1), torch.ones(2, 1)) == -np.inf
+
+
+def test_a_focal_loss_is_not_what_probes_are_solved_for(problem):
+    """It has no single minimum: both say so, and are what they are without it."""
+    _, _, data, task = problem
+    focused = replace(task, focal_gamma=2.0)
+    for fitted in (
+        lambda task: fit_ridge(RidgeRecipe(l2=1.0), data, task),
+        lambda task: fit_linear(LinearRecipe(l2=0.1), data, task, norm="none", final_norm=None),
+    ):
+        plain, other = fitted(task), fitted(focused)
+        assert torch.equal(plain.model.head.weight_MDK, other.model.head.weight_MDK)
+        assert other.detail == {**plain.detail, "focal_gamma": "not used"}

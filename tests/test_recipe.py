@@ -126,6 +126,7 @@ OTHERS = {
         "test_fraction": 0.3,
         "class_weights": "balanced",
         "label_smoothing": 0.1,
+        "focal_gamma": 2.0,
     },
     "backbone": {
         "name": "toy",
@@ -185,10 +186,11 @@ def test_every_field_but_the_path_of_the_weights_and_the_form_changes_the_hash(p
 
 
 def test_settings_that_came_later_leave_the_hash_of_earlier_runs_as_it_was():
-    """A finished run is found by its hash: the hash of this recipe before there were forms and windows."""
+    """A finished run is found by its hash: the hash of this recipe before forms, windows and focus."""
     earlier = "1b623cafe1b340ed76ae447b48190ede3cf5f43938f710e284dcb12dbc6f1af8"
     assert demo("losa").hash == earlier
     assert Recipe.build({}, ["train.shuffle_window=3"]).hash != Recipe().hash
+    assert Recipe.build({}, ["data.focal_gamma=0"]).hash == Recipe().hash
 
 
 def test_an_average_over_one_view_is_refused():

@@ -190,12 +190,22 @@ def test_centred_targets_plus_their_mean_are_the_coded_targets():
         ("classify", {}),
         ("multilabel", {"class_weights": "balanced"}),
         ("multilabel", {"label_smoothing": 0.1}),
+        ("classify", {"focal_gamma": 2.0}),
+        ("multilabel", {"focal_gamma": 0.5, "label_smoothing": 0.1}),
         ("regress", {}),
     ],
 )
 def test_json_restores_the_task_exactly(kind, options):
     task = make_task(kind, **options)
     assert Task.from_json(json.loads(json.dumps(task.to_json()))) == task
+
+
+def test_json_from_before_there_was_focus_is_read_and_written_as_it_was():
+    for kind in ("classify", "multilabel"):
+        fields = make_task(kind).to_json()
+        assert "focal_gamma" not in fields
+        assert Task.from_json(fields) == make_task(kind)
+        assert make_task(kind, focal_gamma=2.0).to_json()["focal_gamma"] == 2.0
 
 
 def test_damaged_json_is_refused():
@@ -216,6 +226,11 @@ def test_wrong_requests_say_what_to_type():
         make_task("classify", label_smoothing=1.0)
     with pytest.raises(RecipeError, match="a regression has no classes"):
         make_task("regress", class_weights="balanced")
+    with pytest.raises(RecipeError, match=r"focal_gamma=2\.0: a regression has no classes"):
+        make_task("regress", focal_gamma=2.0)
+    for gamma in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(RecipeError, match=f"focal_gamma is {gamma}, expected 0 or more"):
+            make_task("classify", focal_gamma=gamma)
 
 
 def test_outputs_that_cannot_be_learnt_are_named():

@@ -37,7 +37,7 @@ def fit_temperature(
     one sample's loss, which decides nothing once there are some dozens.
 
     Args:
-        task: its loss, without class weights and label smoothing, which would bend probabilities.
+        task: its loss, without class weights, label smoothing and focus, which would bend probabilities.
         output: (n, K) of samples that were not trained on.
         target: theirs, as the task takes them.
         prior_std: of log T; None: no prior.
@@ -55,12 +55,13 @@ def fit_temperature(
 
 
 def _plain(task: Task) -> Task:
+    """The log loss itself: without weights, smoothing and focus."""
     unweighted: dict[str, Any] = {
         name: None
         for name in ("class_weights", "negative_weights", "positive_weights")
         if hasattr(task, name)
     }
-    return replace(task, label_smoothing=0.0, **unweighted)  # type: ignore[type-var]
+    return replace(task, label_smoothing=0.0, focal_gamma=0.0, **unweighted)  # type: ignore[type-var]
 
 
 def calibration_error(confidence: NDArray[Any], correct: NDArray[Any], bins: int = BINS) -> float:

@@ -194,6 +194,7 @@ def _open_job(
         split["train"],
         class_weights=recipe.data.class_weights,
         label_smoothing=recipe.data.label_smoothing,
+        focal_gamma=recipe.data.focal_gamma,
     )
     summary = source.summary()
     seconds = time.monotonic() - started

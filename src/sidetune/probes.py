@@ -6,7 +6,7 @@ L-BFGS to convergence), so that a side network that beats them beats something.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -103,15 +103,20 @@ def fit_ridge(recipe: RidgeRecipe, data: Pooled, task: Task) -> Probe:
     }
     if task.kind != "regress":
         detail["sharpness"] = sharpness
-    if getattr(task, "class_weights", None) is not None:
-        detail["class_weights"] = "not used"
+    detail |= _unused(task, "class_weights", "focal_gamma")
     return Probe(model, recipe.model_copy(update={"l2": solution.l2}), detail, sharpness * left_out)
 
 
 def fit_linear(
     recipe: LinearRecipe, data: Pooled, task: Task, *, norm: NormKind, final_norm: FinalNorm | None
 ) -> Probe:
-    """The linear probe by L-BFGS; validation chooses pool and penalty, of equals the lower loss."""
+    """The linear probe by L-BFGS; validation chooses pool and penalty, of equals the lower loss.
+
+    It is solved without focus: a focal loss has no single minimum.
+    """
+    unused = _unused(task, "focal_gamma")
+    if unused:
+        task = replace(task, focal_gamma=0.0)  # type: ignore[type-var]
     has_cls = data.summary.spec.last.cls_index is not None
     pools: tuple[Pool, ...] = ("cls", "mean", "cls+mean") if has_cls else ("mean",)
     if recipe.pool != "best":
@@ -144,13 +149,14 @@ def fit_linear(
     assert best is not None, "no pool or penalty was given"
     _, model, solution, l2 = best
     set_head(model, solution.weight, solution.bias)
-    detail = {
-        "l2": l2,
-        "pool": model.side.pool,
-        "iterations": solution.iterations,
-        "gradient": solution.gradient,
-    }
-    return Probe(model, recipe.model_copy(update={"l2": l2, "pool": model.side.pool}), detail)
+    chosen = {"l2": l2, "pool": model.side.pool}
+    detail = {**chosen, "iterations": solution.iterations, "gradient": solution.gradient, **unused}
+    return Probe(model, recipe.model_copy(update=chosen), detail)
+
+
+def _unused(task: Task, *names: str) -> dict[str, Any]:
+    """What was asked for and a probe cannot do, for the tables."""
+    return {name: "not used" for name in names if getattr(task, name, None)}
 
 
 def headline(task: Task, output: Tensor, target: Tensor) -> float:

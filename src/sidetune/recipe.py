@@ -45,6 +45,7 @@ class DataRecipe(Part):
         test_fraction: the same for test.
         class_weights: ``balanced`` weighs a sample by the rarity of its class in training.
         label_smoothing: share of the target spread over all classes in training.
+        focal_gamma: of the focal loss, 2 in its paper; 0: plain cross-entropy. See `sidetune.focal`.
     """
 
     task: TaskKind = "classify"
@@ -54,10 +55,11 @@ class DataRecipe(Part):
     test_fraction: float = Field(0.2, gt=0, lt=1)
     class_weights: Literal["none", "balanced"] = "none"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    focal_gamma: float = Field(0.0, ge=0)
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of `load_dataset`; the others are the task's."""
-        return self.model_dump(exclude={"class_weights", "label_smoothing"})
+        return self.model_dump(exclude={"class_weights", "label_smoothing", "focal_gamma"})
 
 
 class BackboneRecipe(Part):
@@ -215,6 +217,8 @@ class Recipe(Part):
         for later in ("shuffle_window", "order_seed"):
             if fields["train"][later] is None:
                 fields["train"].pop(later)
+        if fields["data"]["focal_gamma"] == 0:
+            fields["data"].pop("focal_gamma")
         return hashlib.sha256(canonical_json(fields).encode()).hexdigest()
 
 

@@ -11,9 +11,10 @@ belongs to the model.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch.nn import functional
 
 from sidetune.data.dataset import Dataset, TaskKind
 from sidetune.errors import ArtifactError, DataError, RecipeError, first_complaint, nearest
+from sidetune.focal import sigmoid_focus, softmax_focus
 
 ClassWeights = Literal["none", "balanced"]
 Floats = tuple[FiniteFloat, ...]
@@ -38,6 +40,7 @@ def build_task(
     *,
     class_weights: ClassWeights = "none",
     label_smoothing: float = 0.0,
+    focal_gamma: float = 0.0,
 ) -> Task:
     """Measure a task on the training rows of a dataset.
 
@@ -50,6 +53,7 @@ def build_task(
             training rows lack keeps weight 1.
         label_smoothing: in [0, 1). Classify: the share of the target spread over all K classes.
             Multilabel: targets are pulled towards 1/2.
+        focal_gamma: 0 or more; above 0 what is right already counts less, see `sidetune.focal`.
 
     Raises:
         DataError: the dataset is of another kind, or the training rows cannot train an output.
@@ -63,19 +67,22 @@ def build_task(
         )
     if not 0.0 <= label_smoothing < 1.0:
         raise RecipeError(f"label_smoothing is {label_smoothing}, expected 0 or more and below 1")
+    if not 0.0 <= focal_gamma < math.inf:
+        raise RecipeError(f"focal_gamma is {focal_gamma}, expected 0 or more")
     if len(train_rows) == 0:
         raise DataError("there are no training samples to measure the task on")
     targets = dataset.targets[train_rows]
     balanced = class_weights == "balanced"
+    options: dict[str, Any] = {"label_smoothing": label_smoothing, "focal_gamma": focal_gamma}
     if kind == "classify":
-        return _measure_classify(targets, dataset.outputs, balanced, label_smoothing)
+        return replace(_measure_classify(targets, dataset.outputs, balanced), **options)
     _check_labelled(targets, dataset.outputs)
     if kind == "multilabel":
-        return _measure_multilabel(targets, dataset.outputs, balanced, label_smoothing)
-    if balanced or label_smoothing:
+        return replace(_measure_multilabel(targets, dataset.outputs, balanced), **options)
+    if balanced or label_smoothing or focal_gamma:
         raise RecipeError(
-            f"class_weights={class_weights!r}, label_smoothing={label_smoothing}: a regression has no "
-            "classes. Leave both at their defaults"
+            f"class_weights={class_weights!r}, label_smoothing={label_smoothing}, focal_gamma={focal_gamma}: "
+            "a regression has no classes. Leave them at their defaults"
         )
     return _measure_regress(targets, dataset.outputs)
 
@@ -134,6 +141,8 @@ class Task(ABC):
         """Plain lists, numbers and strings, for artifacts."""
         values = asdict(cast(Any, self))
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        if plain.get("focal_gamma") == 0:
+            plain.pop("focal_gamma")  # it came later: what was written before, and by others, has none
         return {"kind": self.kind, **plain}
 
     @staticmethod
@@ -147,7 +156,7 @@ class Task(ABC):
         if kind not in TASKS:
             raise ArtifactError(f"the task's kind is {kind!r}.{nearest(kind, TASKS)}")
         expected = {"kind", *(field.name for field in fields(cast(Any, TASKS[kind])))}
-        if set(values) != expected:
+        if set(values) | (expected & {"focal_gamma"}) != expected:
             raise ArtifactError(f"the task has fields {sorted(values)}, expected {sorted(expected)}")
         plain = {
             name: tuple(value) if isinstance(value, list) else value
@@ -176,6 +185,7 @@ class Classify(Task):
         shares: of each class among the training samples.
         class_weights: one a class, or None.
         label_smoothing: share of the target spread over all classes.
+        focal_gamma: multiplies the loss by (1 - p_t)^gamma, p_t of the true class also where it is smoothed.
     """
 
     kind: ClassVar[TaskKind] = "classify"
@@ -184,6 +194,7 @@ class Classify(Task):
     shares: Floats
     class_weights: Floats | None = None
     label_smoothing: float = 0.0
+    focal_gamma: float = 0.0
 
     @property
     def target_mean(self) -> Tensor:
@@ -196,7 +207,7 @@ class Classify(Task):
         return functional.one_hot(target, self.num_outputs).to(torch.float64) - mean
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """``-sum_k t_k log softmax(output)_k``, times the weight of the target's class: (M, B)."""
+        """``-sum_k t_k log softmax(output)_k``, times the target's focus and class weight: (M, B)."""
         output = _widened(output)
         assert output.shape[1:] == (len(target), self.num_outputs), (output.shape, target.shape)
         loss = functional.cross_entropy(
@@ -205,6 +216,8 @@ class Classify(Task):
             reduction="none",
             label_smoothing=self.label_smoothing,
         ).view(output.shape[:2])
+        if self.focal_gamma:
+            loss = loss * softmax_focus(output, target, self.focal_gamma)
         if self.class_weights is None:
             return loss
         return loss * output.new_tensor(self.class_weights)[target]
@@ -227,6 +240,7 @@ class MultiLabel(Task):
         negative_weights: weight of a 0, one a label, or None.
         positive_weights: weight of a 1, one a label, or None.
         label_smoothing: s pulls targets t to (1 - s) t + s / 2.
+        focal_gamma: multiplies a label's loss by (1 - p_t)^gamma, p_t of its value before it is smoothed.
     """
 
     kind: ClassVar[TaskKind] = "multilabel"
@@ -236,6 +250,7 @@ class MultiLabel(Task):
     negative_weights: Floats | None = None
     positive_weights: Floats | None = None
     label_smoothing: float = 0.0
+    focal_gamma: float = 0.0
 
     @property
     def target_mean(self) -> Tensor:
@@ -257,6 +272,8 @@ class MultiLabel(Task):
         loss = functional.binary_cross_entropy_with_logits(
             output, smoothed.expand_as(output), reduction="none"
         )
+        if self.focal_gamma:
+            loss = loss * sigmoid_focus(output, target, self.focal_gamma)
         if self.negative_weights is not None and self.positive_weights is not None:
             negative, positive = map(output.new_tensor, (self.negative_weights, self.positive_weights))
             loss = loss * torch.where(target > 0.5, positive, negative)
@@ -312,23 +329,19 @@ class Regress(Task):
 TASKS: dict[str, type[Task]] = {"classify": Classify, "multilabel": MultiLabel, "regress": Regress}
 
 
-def _measure_classify(
-    targets: NDArray[Any], outputs: tuple[str, ...], balanced: bool, label_smoothing: float
-) -> Classify:
+def _measure_classify(targets: NDArray[Any], outputs: tuple[str, ...], balanced: bool) -> Classify:
     counts = np.bincount(targets, minlength=len(outputs))
     weights = _numbers(_balanced(counts)) if balanced else None
-    return Classify(outputs, _numbers(counts / len(targets)), weights, label_smoothing)
+    return Classify(outputs, _numbers(counts / len(targets)), weights)
 
 
-def _measure_multilabel(
-    targets: NDArray[Any], outputs: tuple[str, ...], balanced: bool, label_smoothing: float
-) -> MultiLabel:
+def _measure_multilabel(targets: NDArray[Any], outputs: tuple[str, ...], balanced: bool) -> MultiLabel:
     counts = np.stack([(targets == 0).sum(0), (targets == 1).sum(0)])
     shares = _numbers(counts[1] / counts.sum(0))
     if not balanced:
-        return MultiLabel(outputs, shares, label_smoothing=label_smoothing)
+        return MultiLabel(outputs, shares)
     weights = np.stack([_balanced(pair) for pair in counts.T], 1)
-    return MultiLabel(outputs, shares, _numbers(weights[0]), _numbers(weights[1]), label_smoothing)
+    return MultiLabel(outputs, shares, _numbers(weights[0]), _numbers(weights[1]))
 
 
 def _measure_regress(targets: NDArray[Any], outputs: tuple[str, ...]) -> Regress:
