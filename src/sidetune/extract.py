@@ -374,4 +374,6 @@ def _stored(images: Tensor, backbone: Backbone, plan: Plan) -> dict[str, Tensor]
 
 def _label(dataset: Dataset, row: int) -> str:
     target = dataset.targets[row]
-    return dataset.outputs[int(target)] if dataset.task == "classify" else str(target.tolist())
+    if dataset.task != "classify":
+        return str(target.tolist())
+    return dataset.outputs[int(target)] if target >= 0 else ""

@@ -131,7 +131,7 @@ def evaluate_run(  # noqa: PLR0913 - what is scored, and with what
         device=device,
     )
     dataset, split = _choose_split(predictor.artifact, Path(data), split, labels)
-    rows = np.arange(len(dataset)) if split == "all" else dataset.rows(split)
+    rows = dataset.rows(split)
     if not len(rows):
         others = " or ".join(name for name in SPLITS if len(dataset.rows(name)))
         raise DataError(f"the split {split!r} of {data} is empty. Type: --split {others}, or --split all")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-from sidetune.data.csv_table import read_csv_table
+from sidetune.data.csv_table import read_csv_columns, read_csv_table
 from sidetune.data.dataset import SPLITS, Dataset, Split, TaskKind, sample_key
 from sidetune.data.folders import list_images, read_folders
 from sidetune.data.preprocess import Preprocess, load_image, open_image
@@ -23,6 +23,7 @@ __all__ = [
     "Split",
     "TaskKind",
     "list_images",
+    "load_columns",
     "load_dataset",
     "load_image",
     "open_image",
@@ -87,3 +88,42 @@ def load_dataset(
         )
     dataset = read_vtab(path) if is_vtab(path) else read_folders(path, carving=carving)
     return replace(dataset, name=path.resolve().name)
+
+
+def load_columns(
+    path: Path,
+    *,
+    labels: Sequence[str],
+    split_seed: int = 0,
+    val_fraction: float = 0.2,
+    test_fraction: float = 0.2,
+    to_train: bool = True,
+) -> tuple[Dataset, ...]:
+    """Read several class columns of one CSV file: a `Dataset` a column, all of the same rows and splits.
+
+    An empty cell means that the image is unlabelled in that column: its target is -1, and `Dataset.rows`
+    leaves it out. Splits that the CSV does not have are carved once, stratified by the first column.
+
+    Args:
+        path: of the ``.csv`` file.
+        labels: the columns, one or more.
+        split_seed: draws the carved splits.
+        val_fraction: share of the training rows, before anything is carved, that becomes val.
+        test_fraction: the same for test.
+        to_train: refuse a class that is not in train, and a column without a class in val.
+
+    Returns:
+        In the order of `labels`, each with the classes of its column, named ``table/column``.
+
+    Raises:
+        DataError: the data is not there, or a column is not what classifying needs.
+    """
+    if path.suffix.lower() != ".csv" or not path.is_file():
+        raise DataError(
+            f"{path} is no .csv file, got --labels {','.join(labels)}; label columns are those of a table. "
+            f"Type: sidetune fit TABLE.csv --labels {','.join(labels)}"
+        )
+    carving = Carving(val=val_fraction, test=test_fraction, seed=split_seed)
+    datasets = read_csv_columns(path, labels=labels, carving=carving, to_train=to_train)
+    names = [f"{path.stem}/{label.strip()}" for label in labels]
+    return tuple(replace(dataset, name=name) for dataset, name in zip(datasets, names, strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from sidetune.errors import DataError, nearest
 
 RESERVED = ("path", "split", "group", "fold")
 DIGITS = 6  # of a fold's number
+OR_NUMBERS = "give numbers with --task regress"
 TRUTH = {"1": 1.0, "true": 1.0, "yes": 1.0, "0": 0.0, "false": 0.0, "no": 0.0, "": math.nan}
 
 
@@ -42,39 +44,86 @@ def read_csv_table(
     """
     columns = _label_columns(task, labels)
     table = read_table(file, required=("path", *columns), optional=RESERVED)
-    paths = _paths(table)
-    split = _splits(table)
-    targets, outputs = _targets(table, task, columns, split)
-    dataset = Dataset(
-        root=file.parent,
-        paths=paths,
-        task=task,
-        targets=targets,
-        outputs=outputs,
-        split=split,
-        group=_groups(table, split),
-        fold=_folds(table),
-    )
-    given = set(split.tolist())
-    # Whoever names val and not test has chosen to have no test split.
-    missing: list[Split] = [] if "val" in given else ["val"] if "test" in given else ["val", "test"]
-    dataset = carve(dataset, missing=missing, carving=carving)
+    dataset = _bare(table, task)
+    if task == "classify":
+        targets, outputs = _classes(table, columns[0], dataset.split)
+        dataset = replace(dataset, targets=targets, outputs=outputs)
+    else:
+        dataset = replace(dataset, targets=_numbers(table, columns, task), outputs=columns)
+    dataset = carve(dataset, missing=_missing(dataset), carving=carving)
     if to_train:
         _check_training(table, dataset)
     return dataset
 
 
-def _label_columns(task: TaskKind, labels: Sequence[str] | None) -> tuple[str, ...]:
-    columns = ("label",) if labels is None else tuple(label.strip() for label in labels)
-    if not columns or len(set(columns)) != len(columns) or set(columns) & set(RESERVED):
-        raise DataError(
-            f"--labels is {','.join(columns)!r}; expected different columns, none of them "
-            f"{', '.join(RESERVED)}. Type: --labels a,b"
+def read_csv_columns(
+    file: Path, *, labels: Sequence[str], carving: Carving, to_train: bool = True
+) -> tuple[Dataset, ...]:
+    """Read several class columns of a CSV file: a `Dataset` a column, of the same rows and splits.
+
+    As `read_csv_table` for classify, but for empty cells: such a row is unlabelled in that column. Splits
+    that are missing are carved once, stratified by the first column, in which rows without a class are a
+    stratum of their own.
+
+    Raises:
+        DataError: with the line number where there is one, and the column.
+    """
+    columns = _distinct(labels)
+    table = read_table(file, required=("path", *columns), optional=RESERVED)
+    bare = _bare(table, "classify")
+    classes = [_classes(table, column, bare.split, sparse=True) for column in columns]
+    targets, outputs = classes[0]
+    strata = np.where(targets < 0, len(outputs), targets)
+    drawn = carve(replace(bare, targets=strata, outputs=outputs), missing=_missing(bare), carving=carving)
+    datasets = tuple(
+        replace(
+            drawn, targets=targets, outputs=outputs, labelled=None if (targets >= 0).all() else targets >= 0
         )
+        for targets, outputs in classes
+    )
+    if to_train:
+        for column, dataset in zip(columns, datasets, strict=True):
+            _check_column(table, column, dataset)
+    return datasets
+
+
+def _bare(table: Table, task: TaskKind) -> Dataset:
+    """Everything but targets."""
+    paths, split = _paths(table), _splits(table)
+    return Dataset(
+        root=table.file.parent,
+        paths=paths,
+        task=task,
+        targets=np.zeros(0, dtype=np.int64),
+        outputs=(),
+        split=split,
+        group=_groups(table, split),
+        fold=_folds(table),
+    )
+
+
+def _missing(dataset: Dataset) -> list[Split]:
+    """The splits to carve. Whoever names val and not test has chosen to have no test split."""
+    given = set(dataset.split.tolist())
+    return [] if "val" in given else ["val"] if "test" in given else ["val", "test"]
+
+
+def _label_columns(task: TaskKind, labels: Sequence[str] | None) -> tuple[str, ...]:
+    columns = _distinct(("label",) if labels is None else labels)
     if task == "classify" and len(columns) > 1:
         raise DataError(
             f"--task classify takes one label column, got {len(columns)}: {', '.join(columns)}. For K "
             "outputs of one network type --task multilabel (0/1 columns) or --task regress (numbers)"
+        )
+    return columns
+
+
+def _distinct(labels: Sequence[str]) -> tuple[str, ...]:
+    columns = tuple(label.strip() for label in labels)
+    if not columns or len(set(columns)) != len(columns) or set(columns) & set(RESERVED):
+        raise DataError(
+            f"--labels is {','.join(columns)!r}; expected different columns, none of them "
+            f"{', '.join(RESERVED)}. Type: --labels a,b"
         )
     return columns
 
@@ -117,38 +166,35 @@ def _splits(table: Table) -> NDArray[np.str_]:
     return split
 
 
-def _targets(
-    table: Table, task: TaskKind, columns: tuple[str, ...], split: NDArray[np.str_]
-) -> tuple[NDArray[np.int64] | NDArray[np.float32], tuple[str, ...]]:
-    """Targets and the names of the outputs: (n,) and the classes, or (n, K) and the columns."""
-    if task == "classify":
-        return _classes(table, columns[0], split)
-    return _numbers(table, columns, task), columns
-
-
-def _classes(table: Table, column: str, split: NDArray[np.str_]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+def _classes(
+    table: Table, column: str, split: NDArray[np.str_], *, sparse: bool = False
+) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """(n,) class indices and the classes of train; where `sparse`, an empty cell is -1."""
     labels = table.columns[column]
     for row, label in enumerate(labels):
-        if not label:
+        if not label and not sparse:
             raise table.error(
                 row,
                 f"{column} is empty; expected a class name in every row. Remove the rows without one; or, if "
                 f"the column is 0/1 or yes/no, type: --task multilabel --labels {column}, where an empty "
                 "cell is unlabelled",
             )
-    known = sorted({label for label, part in zip(labels, split, strict=True) if part == "train"})
+    known = sorted({label for label, part in zip(labels, split, strict=True) if part == "train" and label})
     if len(known) < 2:
+        where = f"{table.file}: column {column!r}" if sparse else f"{table.file}"
+        found = f"one class in train, {quoted(known[0])}" if known else "no class in train"
         raise DataError(
-            f"{table.file} has one class in train, {quoted(known[0])}; classification needs at least two "
-            "classes. Add rows of another, or give numbers with --task regress"
+            f"{where} has {found}; classification needs at least two "
+            f"classes. Add rows of another, or {'leave the column out' if sparse else OR_NUMBERS}"
         )
-    index = {label: k for k, label in enumerate(known)}
+    index = {label: k for k, label in enumerate(known)} | ({"": -1} if sparse else {})
     for row, label in enumerate(labels):
         if label not in index:
+            which = f" of column {column!r}" if sparse else ""
             raise table.error(
                 row,
-                f"class {quoted(label)} is in {split[row]} but never in train, so nothing can learn it."
-                f"{nearest(label, known)}",
+                f"class {quoted(label)}{which} is in {split[row]} but never in train, so nothing can learn "
+                f"it.{nearest(label, known)}",
             )
     return np.array([index[label] for label in labels], dtype=np.int64), tuple(known)
 
@@ -232,3 +278,19 @@ def _check_training(table: Table, dataset: Dataset) -> None:
                 f"{table.file}: column {name!r} is {known[0]:.0f} in every labelled row of {where}{advice} "
                 "leave it out of --labels"
             )
+
+
+def _check_column(table: Table, column: str, dataset: Dataset) -> None:
+    """Every class of a column is in train, and the column in val: carving looked at the first alone."""
+    drawn = " as it was drawn; give a split column, or another data.split_seed" if dataset.carved else ""
+    missing = set(range(len(dataset.outputs))) - set(dataset.targets[dataset.rows("train")].tolist())
+    if missing:
+        name = dataset.outputs[min(missing)]
+        raise DataError(
+            f"{table.file}: class {quoted(name)} of column {column!r} is not in train{drawn}. Add images of "
+            "it, or leave it out"
+        )
+    if (dataset.split == "val").any() and not len(dataset.rows("val")):
+        raise DataError(
+            f"{table.file}: column {column!r} has no class in val{drawn}. Add some, or leave the column out"
+        )

@@ -36,15 +36,17 @@ class Dataset:
         root: the folder that relative paths are relative to.
         paths: as read from the folder or list: relative to root, or absolute.
         task: what the targets are.
-        targets: classify: (n,) int64 class indices. multilabel: (n, K) float32 of 0 and 1, NaN where
-            unlabelled. regress: (n, K) float32, NaN where unlabelled.
+        targets: classify: (n,) int64 class indices, -1 where unlabelled. multilabel: (n, K) float32 of 0
+            and 1, NaN where unlabelled. regress: (n, K) float32, NaN where unlabelled.
         outputs: K names: class names, or the label columns.
         split: (n,) of "train", "val" and "test".
         group: (n,) group names; a group never straddles splits. None where there are none.
         fold: (n,) fold numbers as the CSV gives them, -1 where a cell is empty. None where there are none.
         carved: the splits that the data did not have and that were drawn from its training samples.
         ignored: visible files beside the images that were left out because they are no images.
-        name: what people call it: the folder's name, or the table's without its ending.
+        name: what people call it: the folder's name, or the table's without its ending; of one of several
+            label columns ``table/column``.
+        labelled: (n,) classify: which samples have a class in this label column. None: all.
     """
 
     root: Path
@@ -58,6 +60,7 @@ class Dataset:
     carved: tuple[Split, ...] = ()
     ignored: int = 0
     name: str = ""
+    labelled: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -66,9 +69,12 @@ class Dataset:
         """The full path of a sample."""
         return self.root / self.paths[index]
 
-    def rows(self, split: Split) -> NDArray[np.int64]:
-        """Indices of a split's samples, ascending."""
-        return np.flatnonzero(self.split == split).astype(np.int64)
+    def rows(self, split: Split | Literal["all"]) -> NDArray[np.int64]:
+        """Indices of a split's samples, or of all, ascending; without those that are not `labelled`."""
+        inside = np.ones(len(self), dtype=np.bool_) if split == "all" else self.split == split
+        if self.labelled is not None:
+            inside = inside & self.labelled
+        return np.flatnonzero(inside).astype(np.int64)
 
     def fingerprint(self, keys: tuple[str, ...]) -> str:
         """sha256 over sample keys, targets, output names and splits: what a run was fitted on."""

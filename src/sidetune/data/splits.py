@@ -73,7 +73,8 @@ def _check_sizes(dataset: Dataset, rows: NDArray[np.int64], wanted: Sequence[Spl
         if found < needed:
             raise DataError(f"got {found} groups; expected at least {needed}, one each for {sides}")
     elif dataset.task == "classify" and wanted:
-        counts = np.bincount(dataset.targets[rows].astype(np.int64), minlength=len(dataset.outputs))
+        num_classes = len(dataset.outputs)  # a target past them stands for no class
+        counts = np.bincount(dataset.targets[rows].astype(np.int64), minlength=num_classes)[:num_classes]
         few = np.flatnonzero(counts < needed)
         if len(few):
             count = int(counts[few[0]])
