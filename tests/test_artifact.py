@@ -104,7 +104,7 @@ def test_a_missing_file_is_named(runs, tmp_path, name, message):
 )
 def test_another_format_version_is_refused(runs, tmp_path, version, remedy):
     message = error_of(edited(runs.copy(tmp_path / "run"), format=version))
-    assert message.endswith(f"artifact.json has format {version}, expected 2. Type: {remedy}")
+    assert message.endswith(f"artifact.json has format {version}, expected 2 or 3. Type: {remedy}")
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, "warm", None])

@@ -187,9 +187,10 @@ def test_a_device_that_is_not_there_is_refused_first(tmp_path):
 
 def test_predicting_leaves_no_graph(runs, image_folder):
     predictor = load(runs().folder)
-    assert not predictor.model.training
+    (voice,) = predictor.committee.voices
+    assert not voice.model.training
     predictor.predict([image_folder / "class0" / "0000.png"])
-    assert all(parameter.grad is None for parameter in predictor.model.parameters())
+    assert all(parameter.grad is None for parameter in voice.model.parameters())
     assert torch.is_grad_enabled()
 
 

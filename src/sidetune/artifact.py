@@ -39,6 +39,7 @@ from sidetune.sides import SIDES, SOLVED
 from sidetune.tasks import Task
 
 FORMAT = 2
+ENSEMBLE_FORMAT = 3  # of a run that several members answer for: `sidetune.ensemble`
 AGAIN = "Type: the fit command with a new --out"
 COPY = f"Copy the whole run folder again, or fit anew. {AGAIN}"
 
@@ -105,8 +106,13 @@ class Artifact:
         Raises:
             ArtifactError: there is none, it is damaged, or it has another format version.
         """
-        fields = _read_fields(folder)
-        with _refused(folder / "artifact.json"):
+        fields = read_fields(folder)
+        if fields["format"] == ENSEMBLE_FORMAT:
+            raise ArtifactError(
+                f"{folder} holds an ensemble, expected one side. Type: sidetune predict {folder}, or the "
+                f"path of one of its members, under {folder / 'members'}"
+            )
+        with refused(folder / "artifact.json"):
             spec = Spec.from_json(fields["spec"])
             recipe = Recipe.build(fields["recipe"])
             task = Task.from_json(fields["task"])
@@ -114,7 +120,7 @@ class Artifact:
             if lacking := set(spec.names) - set(rest.check_values):
                 raise ValueError(f"check_values lack {', '.join(sorted(lacking))}")
         tensors = _read_weights(folder / "side.safetensors", rest.weights)
-        with _refused(folder / "artifact.json"):
+        with refused(folder / "artifact.json"):
             norm = _stored_norm(tensors, rest.norm_eps)
             _check_shapes(recipe, spec, task.num_outputs, norm, tensors)
             model = build_model(recipe, spec, task.num_outputs, norm)
@@ -135,8 +141,12 @@ class Artifact:
 
 
 @contextmanager
-def _refused(path: Path) -> Iterator[None]:
-    """What does not fit inside is damage."""
+def refused(path: Path) -> Iterator[None]:
+    """What does not fit inside is damage.
+
+    Raises:
+        ArtifactError: in place of what came out of reading.
+    """
     try:
         yield
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -232,7 +242,12 @@ def not_a_run(folder: Path) -> str:
     return f"{said}{hint} Type: sidetune fit DATA --out {folder}, or the path of a finished run"
 
 
-def _read_fields(folder: Path) -> dict[str, Any]:
+def read_fields(folder: Path) -> dict[str, Any]:
+    """What a run's artifact.json holds.
+
+    Raises:
+        ArtifactError: there is none, it is damaged, or of a version that is not read here.
+    """
     path = folder / "artifact.json"
     if not path.exists():
         raise ArtifactError(not_a_run(folder))
@@ -240,11 +255,13 @@ def _read_fields(folder: Path) -> dict[str, Any]:
         fields = read_json(path)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} is damaged: {error}. {AGAIN}") from error
-    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-        value = fields.get("format") if isinstance(fields, dict) else type(fields).__name__
-        newer = isinstance(value, int) and value > FORMAT
+    value = fields.get("format") if isinstance(fields, dict) else type(fields).__name__
+    if not isinstance(fields, dict) or not isinstance(value, int) or value not in (FORMAT, ENSEMBLE_FORMAT):
+        newer = isinstance(value, int) and value > ENSEMBLE_FORMAT
         remedy = "Type: pip install -U sidetune" if newer else AGAIN
-        raise ArtifactError(f"{path} has format {repr(value)[:40]}, expected {FORMAT}. {remedy}")
+        raise ArtifactError(
+            f"{path} has format {repr(value)[:40]}, expected {FORMAT} or {ENSEMBLE_FORMAT}. {remedy}"
+        )
     return fields
 
 

@@ -61,6 +61,7 @@ class Track:
         model: of the best epoch where that is asked for; of the last once it has ended.
         ended: it has left the fleet.
         dropped: it left because its loss was not finite.
+        wave: number of that in which it trains.
     """
 
     history: list[Epoch] = field(default_factory=list)
@@ -68,6 +69,7 @@ class Track:
     model: SideModel | None = None
     ended: bool = False
     dropped: bool = False
+    wave: int = 0
 
 
 @dataclass
@@ -120,6 +122,7 @@ def save_checkpoint(path: Path, run_hash: str, fleet: Fleet, saved: Saved) -> No
                 "best": None if track.best == -math.inf else track.best,
                 "ended": track.ended,
                 "dropped": track.dropped,
+                "wave": track.wave,
             }
             for name, track in saved.tracks.items()
         ],
@@ -191,6 +194,7 @@ class _Track(BaseModel):
     best: float | None
     ended: bool
     dropped: bool
+    wave: NonNegativeInt
 
     def track(self, member: Member, fleet: Fleet, tensors: Mapping[str, Tensor]) -> Track:
         """With the model that the file holds, if any."""
@@ -201,7 +205,7 @@ class _Track(BaseModel):
             model = fleet.build([member.recipe], member.task.num_outputs).cpu().eval()
             model.load_state_dict(found)
         best = -math.inf if self.best is None else self.best
-        return Track(list(self.history), best, model, self.ended, self.dropped)
+        return Track(list(self.history), best, model, self.ended, self.dropped, self.wave)
 
 
 class _Progress(BaseModel):

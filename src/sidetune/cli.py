@@ -27,11 +27,15 @@ from sidetune.usage import (
     BackboneName,
     Data,
     Device,
+    EnsembleOption,
     EvalLabels,
+    Folds,
     Json,
     Labels,
+    Members,
     MoreViews,
     Out,
+    OwnOrder,
     Quiet,
     RunFolder,
     ServePrecision,
@@ -44,6 +48,7 @@ from sidetune.usage import (
     columns,
     example,
     first_line,
+    number_or_word,
     print_names,
 )
 from sidetune.usage import print_json as _print_json
@@ -137,6 +142,10 @@ def fit(
             help="Where features are kept; default: under $SIDETUNE_STORES, or .sidetune/stores.",
         ),
     ] = None,
+    members: Members = None,
+    folds: Folds = None,
+    ensemble: EnsembleOption = False,
+    own_order: OwnOrder = False,
     settings: Settings = None,
     device: Device = "auto",
     strict: Strict = False,
@@ -152,8 +161,9 @@ def fit(
         "views": more_views,
         "average_views": average_views,
     }
+    fleet = {"members": members, "folds": number_or_word(folds), "ensemble": ensemble, "own_order": own_order}
     recipe = _recipe(
-        backbone, size, weights, settings, task=task, labels=labels, side=side, features=features
+        backbone, size, weights, settings, task=task, labels=labels, side=side, features=features, fleet=fleet
     )
     if not quiet:
         say(choices(recipe, device))
@@ -344,6 +354,7 @@ def _recipe(
     labels: str | None,
     side: str = "losa",
     features: dict[str, Any] | None = None,
+    fleet: dict[str, Any] | None = None,
 ) -> Any:  # noqa: ANN401 - Recipe, imported late so that --help is quick
     from sidetune.recipe import Recipe
 
@@ -352,6 +363,7 @@ def _recipe(
         "backbone": {"name": backbone, "size": size, "weights": weights},
         "features": features or {},
         "side": {"name": side},
+        "fleet": fleet or {},
     }
     return Recipe.build(fields, settings or ())
 

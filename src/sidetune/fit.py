@@ -16,7 +16,7 @@ RUN/checkpoint.safetensors if training had come that far.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,12 @@ from sidetune.errors import DataError, RequestError
 from sidetune.extract import extract, require_readable, sample_keys
 from sidetune.files import locked, write_json
 from sidetune.findings import collect
+from sidetune.fleet_run import write_fleet
 from sidetune.job import Job
 from sidetune.leaks import Leaks, find_leaks
 from sidetune.memory import PeakMemory
 from sidetune.methods import Row, fit_methods, score
+from sidetune.model import SideModel
 from sidetune.progress import say
 from sidetune.recipe import BackboneRecipe, Recipe
 from sidetune.report import write_report
@@ -54,7 +56,7 @@ from sidetune.runs import (
 )
 from sidetune.sides import SOLVED
 from sidetune.sources import LiveSource, Source, StoredSource
-from sidetune.tasks import build_task
+from sidetune.tasks import Task, build_task
 
 
 def fit(  # noqa: PLR0913 - what, where, how; each has its option on the command line
@@ -259,21 +261,39 @@ def _write(job: Job, rows: Sequence[Row], leaks: Leaks | None, fingerprint: str,
     predictions = {name: (job.split[name], values) for name, values in own.predictions.items()}
     metrics = _metrics(job, rows, peak_memory, seconds)
     write_run(job.out, metrics, own.fitted.history, job.dataset, job.task, predictions)
-    artifact = Artifact(
-        own.fitted.model.cpu().eval(),
-        own.fitted.recipe,
-        job.task,
-        own.fitted.model.side.spec,
-        job.backbone.identity,
-        job.backbone.variant,
-        None if job.source.final_norm is None else job.source.final_norm.eps,
-        job.backbone.check_values(),
-        own.temperature,
-        fingerprint,
-        {"val": own.val.scores, "test": None if own.test is None else own.test.scores},
+    artifact, scores = (
+        _artifact_of(job, fingerprint),
+        {"val": own.val.scores, "test": own.test and own.test.scores},
     )
-    artifact.save(job.out)
+    if own.fitted.fleet is not None:
+        write_fleet(job, own.fitted.fleet, artifact, scores)
+    else:
+        fitted = own.fitted
+        artifact(fitted.model.cpu().eval(), fitted.recipe, job.task, own.temperature, scores).save(job.out)
     _write_end(job.out)
+
+
+def _artifact_of(job: Job, fingerprint: str) -> Callable[..., Artifact]:
+    """Artifacts of a job, given what is a network's own."""
+
+    def artifact(
+        model: SideModel, recipe: Recipe, task: Task, temperature: float, scores: dict[str, Any]
+    ) -> Artifact:
+        return Artifact(
+            model,
+            recipe,
+            task,
+            model.side.spec,
+            job.backbone.identity,
+            job.backbone.variant,
+            None if job.source.final_norm is None else job.source.final_norm.eps,
+            job.backbone.check_values(),
+            temperature,
+            fingerprint,
+            scores,
+        )
+
+    return artifact
 
 
 def _metrics(job: Job, rows: Sequence[Row], peak_memory: int, findings: float) -> dict[str, Any]:

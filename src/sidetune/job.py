@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from sidetune.recipe import Recipe
 from sidetune.sources import Source
 from sidetune.summary import Summary
 from sidetune.tasks import Task
+
+if TYPE_CHECKING:
+    from sidetune.fleet_fit import FleetResult
 
 MANY_OUTPUTS = 200
 
@@ -83,6 +86,7 @@ class Fitted:
         outputs: split -> the head's outputs (n, K), on the CPU.
         history: one `Epoch` an epoch; none for what was solved.
         left_out: ridge: outputs (n, K) of the training rows, each fitted on all the others.
+        fleet: where several side networks were trained.
     """
 
     name: str
@@ -95,3 +99,4 @@ class Fitted:
     outputs: Callable[[str], Tensor]
     history: Sequence[Epoch] = ()
     left_out: Tensor | None = None
+    fleet: FleetResult | None = None

@@ -18,9 +18,11 @@ from torch import Tensor
 from sidetune.calibration import fit_temperature
 from sidetune.evaluate import Evaluation, evaluate
 from sidetune.figures import duration, label, number
+from sidetune.fleet_fit import fit_fleet
 from sidetune.job import Fitted, Job
 from sidetune.memory import PeakMemory
 from sidetune.probes import Pooled, Probe, fit_linear, fit_ridge
+from sidetune.recipe import FleetRecipe
 from sidetune.side_fit import fit_side
 from sidetune.sides import SOLVED
 from sidetune.sides.linear import LinearRecipe
@@ -31,7 +33,7 @@ def fit_methods(job: Job) -> Iterator[Fitted]:
     """The opponents, then the run's own side: its row comes last."""
     yield from _solve_probes(job)
     if job.recipe.side.name not in SOLVED:
-        yield fit_side(job)
+        yield fit_side(job) if job.recipe.fleet == FleetRecipe() else fit_fleet(job)
 
 
 def _solve_probes(job: Job) -> Iterator[Fitted]:
@@ -116,9 +118,7 @@ def score(job: Job, fitted: Fitted) -> Row:
     likeliest as it is.
     """
     started = time.monotonic()
-    outputs = {name: fitted.outputs(name) for name in ("val", "test")}
-    temperature = fit_temperature(job.task, outputs["val"], job.targets[job.split["val"]])
-    predictions = {name: job.task.predictions(values / temperature) for name, values in outputs.items()}
+    temperature, predictions = _predictions(job, fitted)
     found = {
         name: evaluate(job.task, values.double().numpy(), job.dataset.targets[job.split[name]])
         for name, values in predictions.items()
@@ -130,3 +130,12 @@ def score(job: Job, fitted: Fitted) -> Row:
     job.say(f"{fitted.name}: {words}, {', '.join(map(str.strip, shown))} ({duration(fitted.seconds)})")
     seconds = time.monotonic() - started
     return Row(fitted, predictions, temperature, found["val"], found.get("test"), seconds)
+
+
+def _predictions(job: Job, fitted: Fitted) -> tuple[float, dict[str, Tensor]]:
+    """The temperature, and what is predicted for each split; members of a fleet have their own."""
+    if fitted.fleet is not None and fitted.fleet.predictions is not None:
+        return 1.0, {name: fitted.fleet.predictions(name) for name in ("val", "test")}
+    outputs = {name: fitted.outputs(name) for name in ("val", "test")}
+    temperature = fit_temperature(job.task, outputs["val"], job.targets[job.split["val"]])
+    return temperature, {name: job.task.predictions(values / temperature) for name, values in outputs.items()}

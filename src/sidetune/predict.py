@@ -24,6 +24,7 @@ from sidetune.backbones import BACKBONES, build_backbone
 from sidetune.backbones.base import Backbone
 from sidetune.data import SPLITS, Dataset, Split, load_dataset
 from sidetune.data.views import Picture, pictures, views
+from sidetune.ensemble import Ensemble, Seat
 from sidetune.errors import ArtifactError, BackboneError, DataError, RequestError, nearest, without_remedy
 from sidetune.evaluate import Evaluation, evaluate
 from sidetune.extract import DECODERS, decoded, key_of, sample_keys
@@ -58,10 +59,10 @@ def load(
         RequestError: no such device, or weights that do not fit.
     """
     place = find_device(device)
-    artifact = Artifact.read(Path(run))
+    ensemble = Ensemble.read(Path(run))
     if backbone is None:
-        backbone = _build(artifact.recipe.backbone, weights, precision)
-    return Predictor(artifact, backbone.to(place), num_views=num_views)
+        backbone = _build(ensemble.artifact.recipe.backbone, weights, precision)
+    return Predictor(ensemble, backbone.to(place), num_views=num_views)
 
 
 def _build(recipe: BackboneRecipe, weights: str | Path | None, precision: str | None) -> Backbone:
@@ -203,10 +204,10 @@ class Prediction:
 
 
 class Predictor:
-    """An artifact on its backbone.
+    """Trained sides on their backbone: one, or an ensemble that answers in one pass.
 
     Args:
-        artifact: what was trained.
+        trained: an artifact, or an ensemble of them.
         backbone: must have the artifact's identity and give its taps.
         num_views: more views of each image, whose outputs are averaged with its own; None: as the run
             was scored. See `sidetune.data.views`.
@@ -216,16 +217,21 @@ class Predictor:
         RequestError: fewer than no views.
     """
 
-    def __init__(self, artifact: Artifact, backbone: Backbone, *, num_views: int | None = None) -> None:
-        self.artifact, self.backbone = artifact, backbone
+    def __init__(
+        self, trained: Artifact | Ensemble, backbone: Backbone, *, num_views: int | None = None
+    ) -> None:
+        if isinstance(trained, Artifact):
+            trained = Ensemble((Seat(".", trained, 1.0),), trained.scores)
+        self.ensemble = trained
+        self.artifact, self.backbone = self.ensemble.artifact, backbone
         self._check()
-        features = artifact.recipe.features
+        features = self.artifact.recipe.features
         if num_views is None:
             num_views = features.views if features.average_views else 0
         if num_views < 0:
             raise RequestError(f"got --views {num_views}, expected 0 or more. Type: --views 4")
         self.views = views(num_views, flip=features.flip)
-        self.model = artifact.model.to(backbone.device)
+        self.committee = self.ensemble.committee(backbone.device)
 
     def predict(self, paths: Sequence[str | Path], *, abstain_below: float | None = None) -> list[Prediction]:
         """One `Prediction` an image file, in order; unreadable files have an error instead.
@@ -276,15 +282,16 @@ class Predictor:
     def _predictions(self, files: Sequence[Path]) -> tuple[Tensor, dict[int, str]]:
         """Predictions (n, K) on the CPU, and number of a file -> why it could not be read."""
         shown = self._pictures(files)
-        outputs: list[Tensor] = [torch.zeros(0, self.artifact.task.num_outputs)]
+        voices, num_outputs = len(self.committee.voices), self.artifact.task.num_outputs
+        outputs: list[Tensor] = [torch.zeros(voices, 0, num_outputs)]
         unreadable: dict[int, str] = {}
         with ThreadPoolExecutor(DECODERS) as pool, torch.inference_mode():
             for first, images, bad in decoded(shown, self.backbone.preprocess, pool):
-                features = self.backbone(images).select(self.artifact.spec.names)
-                outputs.append(self.model(features.to(self.backbone.device, torch.float32))[0].float().cpu())
+                features = self.backbone(images).to(self.backbone.device, torch.float32)
+                outputs.append(self.committee.outputs(features))
                 unreadable |= {(first + slot) // len(self.views): reason for slot, reason in bad.items()}
-        averaged = torch.cat(outputs).unflatten(0, (len(files), len(self.views))).mean(1)
-        return self.artifact.task.predictions(averaged / self.artifact.temperature), unreadable
+        averaged = torch.cat(outputs, 1).unflatten(1, (len(files), len(self.views))).mean(2)
+        return self.committee.predictions(averaged), unreadable
 
     def _pictures(self, files: Sequence[Path]) -> list[Picture]:
         if len(self.views) == 1:
@@ -343,7 +350,8 @@ class Predictor:
                 + ". Type: --weights with the path of the weights that it was trained on, or, in Python, "
                 "sidetune.load(RUN, backbone=...)"
             )
-        lacking = [name for name in self.artifact.spec.names if name not in self.backbone.spec.names]
+        read = dict.fromkeys(name for seat in self.ensemble.seats for name in seat.artifact.spec.names)
+        lacking = [name for name in read if name not in self.backbone.spec.names]
         if lacking:
             raise ArtifactError(
                 f"the backbone reads the taps {', '.join(self.backbone.spec.names)} and lacks "

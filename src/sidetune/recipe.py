@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 import yaml
@@ -164,6 +164,24 @@ class TrainRecipe(Part):
         return self.model_copy(update={"epochs": min(100, max(10, 30_000 // num_images))})
 
 
+class FleetRecipe(Part):
+    """Several side networks in one run. See `sidetune.members`.
+
+    Args:
+        members: what they differ in, as ``lr=1e-3,3e-3;seed=0,1``: every combination trains; ``--members``.
+        folds: cross-validation over training and validation samples: how many folds, or ``column`` for
+            those of the CSV. A network a fold, and out-of-fold scores. ``--folds``.
+        ensemble: choose members, greedily and with weights, whose mean prediction is best on what they were
+            not trained on; else the best one answers. ``--ensemble``.
+        own_order: members of another seed read batches in another order; else in one, which is read once.
+    """
+
+    members: str | None = None
+    folds: Annotated[int, Field(ge=2)] | Literal["column"] | None = None
+    ensemble: bool = False
+    own_order: bool = False
+
+
 class Recipe(Part):
     """A whole run, but for where the data are and where the result goes."""
 
@@ -173,6 +191,7 @@ class Recipe(Part):
     side: AnySideRecipe = LosaRecipe()
     head: HeadRecipe = HeadRecipe()
     train: TrainRecipe = TrainRecipe()
+    fleet: FleetRecipe = FleetRecipe()
 
     @classmethod
     def build(cls, fields: dict[str, Any], settings: Sequence[str] = ()) -> Self:
@@ -203,6 +222,7 @@ class Recipe(Part):
                 "features.average_views is true and features.views is 0: there is one view, nothing to "
                 "average. Type: --views 4 --average-views"
             )
+        _check_fleet(recipe)
         return recipe
 
     @property
@@ -217,9 +237,26 @@ class Recipe(Part):
         for later in ("shuffle_window", "order_seed"):
             if fields["train"][later] is None:
                 fields["train"].pop(later)
+        if self.fleet == FleetRecipe():
+            fields.pop("fleet")
         if fields["data"]["focal_gamma"] == 0:
             fields["data"].pop("focal_gamma")
         return hashlib.sha256(canonical_json(fields).encode()).hexdigest()
+
+
+def _check_fleet(recipe: Recipe) -> None:
+    """What cannot be asked of one run together."""
+    fleet = recipe.fleet
+    if fleet.ensemble and fleet.members is None and fleet.folds is None:
+        raise RecipeError(
+            "fleet.ensemble is true and there is one member: nothing to choose from. "
+            "Type: --ensemble --members 'lr=1e-3,3e-3;seed=0,1', or --ensemble --folds 5"
+        )
+    if fleet.folds is not None and recipe.train.select == "best":
+        raise RecipeError(
+            "train.select is 'best' and there are folds: the epoch would be chosen on what scores it. "
+            "Type: --set train.select=last"
+        )
 
 
 def _not_a_setting(setting: str, name: str, text: str) -> str:
@@ -232,7 +269,7 @@ def _not_a_setting(setting: str, name: str, text: str) -> str:
 
 def _value(setting: str, text: str) -> Any:  # noqa: ANN401 - any YAML value
     try:
-        return yaml.load(text, Loader=_NoAliases)
+        return yaml.load(text, Loader=NoAliases)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = _short(" ".join(str(error).split()))[1:-1]
         raise RecipeError(
@@ -240,10 +277,11 @@ def _value(setting: str, text: str) -> Any:  # noqa: ANN401 - any YAML value
         ) from None
 
 
-class _NoAliases(yaml.SafeLoader):
+class NoAliases(yaml.SafeLoader):
     """YAML without aliases: nine lines of them stand for a billion values."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:  # noqa: ANN401 - as there
+        """As there, but for aliases."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("an alias, *name, is not taken")
         return super().compose_node(parent, index)

@@ -96,7 +96,7 @@ def fit_side(job: Job) -> Fitted:
         trained = train(
             fleet,
             [member],
-            validate=partial(_validate, job),
+            validate=partial(validate, job),
             checkpoint=job.out / "checkpoint.safetensors",
             run_hash=job.recipe.hash,
             quiet=job.quiet,
@@ -178,7 +178,8 @@ def mean_outputs(
     return {name: torch.stack([one[name] for one in of_views]).mean(0) for name in of_views[0]}
 
 
-def _validate(job: Job, fleet: Fleet) -> dict[str, Scores]:
+def validate(job: Job, fleet: Fleet) -> dict[str, Scores]:
+    """Scores of every member on validation."""
     outputs = mean_outputs(job, fleet, job.split["val"])
     return {name: _scores(job, output) for name, output in outputs.items()}
 

@@ -33,10 +33,12 @@ class Trained:
     Args:
         model: as it was selected, on the CPU, in eval mode; None: its loss was not finite.
         history: one `Epoch` an epoch.
+        wave: number of that in which it trained.
     """
 
     model: SideModel | None
     history: list[Epoch]
+    wave: int = 0
 
 
 def train(
@@ -118,7 +120,8 @@ class _Loop:
         """Let members train that have not begun."""
         self.fleet.restart()
         self.fleet.add(wave)
-        self.saved.tracks |= {member.name: Track() for member in wave}
+        number = 1 + max((track.wave for track in self.saved.tracks.values()), default=-1)
+        self.saved.tracks |= {member.name: Track(wave=number) for member in wave}
 
     def seconds(self) -> float:
         """That this epoch has taken so far."""
@@ -189,7 +192,7 @@ class _Loop:
     def result(self, name: str) -> Trained:
         """Of a member that has ended."""
         track = self.saved.tracks[name]
-        return Trained(None if track.dropped else track.model, track.history)
+        return Trained(None if track.dropped else track.model, track.history, track.wave)
 
     def note(self) -> str:
         """Where training stands, for people."""

@@ -12,6 +12,7 @@ import typer
 
 # Groups of options in --help; an option without one is about the result.
 IMAGES, BACKBONE, RECIPE = "Images and labels", "Backbone and features", "Side network and recipe"
+FLEET = "Several networks in one pass"
 Json = Annotated[bool, typer.Option("--json", metavar="", help="One JSON object on the last line of stdout.")]
 
 Task = Annotated[
@@ -60,6 +61,34 @@ Settings = Annotated[
         metavar="PART.FIELD=VALUE",
         rich_help_panel=RECIPE,
         help="Any field of the recipe, as side.rank=16; may be repeated.",
+    ),
+]
+Members = Annotated[
+    str | None,
+    typer.Option(
+        metavar="A=X,Y;B=U,V",
+        rich_help_panel=FLEET,
+        help="Train every combination, as 'lr=1e-3,3e-3;seed=0,1'.",
+    ),
+]
+Folds = Annotated[
+    str | None,
+    typer.Option(
+        metavar="K",
+        rich_help_panel=FLEET,
+        help="Cross-validation in K folds, or column: the CSV's own.",
+    ),
+]
+EnsembleOption = Annotated[
+    bool,
+    typer.Option(
+        "--ensemble", metavar="", rich_help_panel=FLEET, help="Keep the members that answer best together."
+    ),
+]
+OwnOrder = Annotated[
+    bool,
+    typer.Option(
+        "--own-order", metavar="", rich_help_panel=FLEET, help="Each seed reads batches in its own order."
     ),
 ]
 ServePrecision = Annotated[
@@ -124,6 +153,11 @@ def example(arguments: Sequence[str]) -> str | None:
     """
     words = [word for word in arguments if not word.startswith("-")]
     return EXAMPLES.get(" ".join(words[:2])) or EXAMPLES.get(words[0] if words else "")
+
+
+def number_or_word(text: str | None) -> int | str | None:
+    """``5`` as a number, ``column`` as it is."""
+    return int(text) if text is not None and text.strip().isdecimal() else text
 
 
 def columns(labels: str | None) -> list[str] | None:

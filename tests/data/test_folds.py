@@ -48,6 +48,33 @@ def test_sizes_differ_by_one_of_every_class_too(counts: list[int], num_folds: in
     assert np.array_equal(fold, draw_folds(targets, num_folds=num_folds, seed=seed))
 
 
+@pytest.mark.parametrize(
+    ("classes", "images", "num_folds", "sizes", "left"),
+    [
+        (2, 2, 2, (2, 2), (1, 1)),
+        (10, 2, 5, (4, 4), (1, 2)),
+        (10, 3, 5, (6, 6), (2, 3)),
+        (10, 4, 3, (13, 14), (2, 3)),
+        (10, 5, 5, (10, 10), (4, 4)),
+        (100, 5, 5, (100, 100), (4, 4)),
+        (100, 10, 5, (200, 200), (8, 8)),
+    ],
+)
+def test_small_balanced_sets_lose_as_few_images_of_a_class_as_can_be(
+    classes: int, images: int, num_folds: int, sizes: tuple[int, int], left: tuple[int, int]
+) -> None:
+    """The table of docs/log.md: sizes of folds, and images of a class that are left to train on."""
+    targets = np.repeat(np.arange(classes), images)
+    found_sizes, found_left = set(), set()
+    for seed in range(20):
+        fold = draw_folds(targets, num_folds=num_folds, seed=seed)
+        found_sizes |= set(np.bincount(fold).tolist())
+        for one in range(num_folds):
+            found_left |= set(np.bincount(targets[fold != one], minlength=classes).tolist())
+    assert (min(found_sizes), max(found_sizes)) == sizes
+    assert (min(found_left), max(found_left)) == left
+
+
 @settings(max_examples=200, deadline=None)
 @given(PAIRS, NUM_FOLDS, SEEDS)
 def test_groups_are_whole_and_classes_in_two_folds(

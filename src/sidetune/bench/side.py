@@ -13,12 +13,12 @@ from dataclasses import replace
 import torch
 
 from sidetune.bench.cases import CASES, GEMM, SECOND, Case, floor_rows, machine_cases
-from sidetune.bench.kept import kept_bytes
 from sidetune.bench.peak import peak_bytes
 from sidetune.bench.rows import Bench, Row, describe_machine
 from sidetune.bench.setting import Setting, batches, noise
 from sidetune.bench.timing import in_turn
 from sidetune.features import Features
+from sidetune.kept import kept_bytes
 from sidetune.progress import Progress
 from sidetune.threads import torch_threads
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from sidetune.bench.kept import kept_bytes
+from sidetune.kept import kept_bytes
 
 FLOATS = 1000  # a tensor of so many is 4,000 bytes
 

@@ -1,0 +1,316 @@
+"""A run of several side networks: variations times folds, trained in one pass; then who answers.
+
+    Entry       one network: a variation, and the fold that it does not see
+    Candidate   the entries of one variation. With folds, each sample is predicted by the entry that did
+                not train on it (out of fold), and a new image by the mean of all its entries
+    chosen      the best candidate on held-out samples, or those that `select_greedily` picks, with weights
+
+What is held out is the validation split, or with folds every sample of training and validation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sidetune.bucket import Member
+from sidetune.calibration import fit_temperature
+from sidetune.checkpoint import Scores
+from sidetune.data.folds import dataset_folds, given_folds
+from sidetune.ensemble import Committee, Voice
+from sidetune.errors import DivergedError
+from sidetune.evaluate import evaluate, scores
+from sidetune.figures import label, number
+from sidetune.fleet import Fleet
+from sidetune.job import Fitted, Job
+from sidetune.members import Variation, variations
+from sidetune.memory import PeakMemory
+from sidetune.selection import select_greedily
+from sidetune.side_fit import new_member, open_fleet, validate
+from sidetune.tasks import build_task
+from sidetune.train import Trained, train
+from sidetune.waves import members_at_once
+
+SHOWN = 5  # candidates that are said when all have ended
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One network of a run's fleet.
+
+    Args:
+        member: as it trains.
+        variation: what it is one of.
+        fold: that it does not train on; None: there are none.
+        trained: what became of it.
+    """
+
+    member: Member
+    variation: Variation
+    fold: int | None
+    trained: Trained
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A variation, trained: what can be chosen.
+
+    Args:
+        variation: whose recipe it is.
+        entries: one, or one a fold.
+        predictions: (n, K) for the samples that are held out.
+        temperature: fitted on these samples.
+        scores: of these predictions.
+        weight: in the answer of the run; 0: it has no part in it.
+    """
+
+    variation: Variation
+    entries: tuple[Entry, ...]
+    predictions: Tensor
+    temperature: float
+    scores: Scores
+    weight: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class FleetResult:
+    """What a run's fleet leaves behind.
+
+    Args:
+        entries: every network, those that diverged too.
+        ranked: candidates, those that answer first, then by their scores.
+        voices: the networks that answer.
+        predictions: split -> (n, K), where several answer; None: the one does.
+    """
+
+    entries: tuple[Entry, ...]
+    ranked: tuple[Candidate, ...]
+    voices: tuple[Voice, ...]
+    predictions: Callable[[str], Tensor] | None
+
+
+def fit_fleet(job: Job) -> Fitted:
+    """Train every variation and fold of a job's recipe in one fleet, and choose who answers."""
+    varied = variations(job.recipe)
+    rows, folds = _rows_and_folds(job)
+    planned = [
+        (_member(job, one, rows, folds, fold), one, fold)
+        for one in varied
+        for fold in ([None] if folds is None else np.unique(folds).tolist())
+    ]
+    members = [member for member, _, _ in planned]
+    fleet = open_fleet(job, [one.recipe for one in varied], rows)
+    at_once = members_at_once(job, fleet, members)
+    with PeakMemory() as memory:
+        trained = train(
+            fleet,
+            members,
+            validate=partial(validate, job) if folds is None else _no_scores,
+            at_once=at_once,
+            checkpoint=job.out / "checkpoint.safetensors",
+            run_hash=job.recipe.hash,
+            quiet=job.quiet,
+        )
+    entries = [Entry(member, one, fold, trained[member.name]) for member, one, fold in planned]
+    held = job.split["val"] if folds is None else rows
+    candidates = _candidates(job, entries, held, folds)
+    chosen = _choose(job, candidates, held)
+    return _fitted(job, entries, chosen, held, memory.peak)
+
+
+def _rows_and_folds(job: Job) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+    """What an epoch reads; and with folds, the fold of each of these rows."""
+    asked = job.recipe.fleet.folds
+    if asked is None:
+        return job.split["train"], None
+    rows = np.sort(np.concatenate([job.split["train"], job.split["val"]]))
+    if asked == "column":
+        return rows, given_folds(job.dataset, rows)
+    if job.dataset.fold is not None:
+        job.say(f"{asked} folds are drawn; the data's own column is used with: --folds column")
+    return rows, dataset_folds(job.dataset, rows, num_folds=asked, seed=job.recipe.data.split_seed)
+
+
+def _member(
+    job: Job,
+    variation: Variation,
+    rows: NDArray[np.int64],
+    folds: NDArray[np.int64] | None,
+    fold: int | None,
+) -> Member:
+    own = rows if folds is None else rows[folds != fold]
+    data = variation.recipe.data
+    task = build_task(
+        data.task,
+        job.dataset,
+        own,
+        class_weights=data.class_weights,
+        label_smoothing=data.label_smoothing,
+        focal_gamma=data.focal_gamma,
+    )
+    name = variation.label if fold is None else f"{variation.label} fold={fold}"
+    return new_member(job, variation.recipe, name=name, rows=own, task=task)
+
+
+def _no_scores(fleet: Fleet) -> dict[str, Scores]:
+    """Folds are scored at their ends alone: every sample would be read once more an epoch."""
+    return {}
+
+
+def _candidates(
+    job: Job, entries: Sequence[Entry], held: NDArray[np.int64], folds: NDArray[np.int64] | None
+) -> list[Candidate]:
+    """Each variation with what it predicts for the samples that are held out.
+
+    Raises:
+        DivergedError: no variation is whole.
+    """
+    whole = [entry for entry in entries if entry.trained.model is not None]
+    outputs = dict(zip(map(id, whole), _outputs(job, [_voice(e) for e in whole], held), strict=True))
+    by_variation: dict[str, list[Entry]] = {}
+    for entry in entries:
+        by_variation.setdefault(entry.variation.label, []).append(entry)
+    found = []
+    for name, own in by_variation.items():
+        if any(id(entry) not in outputs for entry in own):
+            job.say(f"{name} has diverged and cannot be chosen")
+            continue
+        found.append(_candidate(job, own, [outputs[id(entry)] for entry in own], held, folds))
+    if not found:
+        raise DivergedError("every variation has a network that diverged. Type: --set train.lr=3e-4")
+    return found
+
+
+def _candidate(
+    job: Job,
+    entries: Sequence[Entry],
+    outputs: Sequence[Tensor],
+    held: NDArray[np.int64],
+    folds: NDArray[np.int64] | None,
+) -> Candidate:
+    targets = job.dataset.targets[held]
+    mine = [slice(None) if folds is None else torch.from_numpy(folds == entry.fold) for entry in entries]
+    output_nK = torch.empty_like(outputs[0])
+    for entry_rows, own in zip(mine, outputs, strict=True):
+        output_nK[entry_rows] = own[entry_rows]
+    temperature = fit_temperature(job.task, output_nK, torch.from_numpy(targets))
+    predictions = torch.empty_like(output_nK)
+    for entry, entry_rows in zip(entries, mine, strict=True):
+        predictions[entry_rows] = entry.member.task.predictions(output_nK[entry_rows] / temperature)
+    scored = scores(job.task, predictions.double().numpy(), targets)
+    return Candidate(entries[0].variation, tuple(entries), predictions, temperature, scored)
+
+
+def _choose(job: Job, candidates: Sequence[Candidate], held: NDArray[np.int64]) -> list[Candidate]:
+    """All candidates, the best first, each with its weight in the answer."""
+    headline, targets = job.task.headline, job.dataset.targets[held]
+    found = torch.stack([one.predictions for one in candidates]).double().numpy()
+    if job.recipe.fleet.ensemble:
+        counts = select_greedily(found, targets, job.task)
+        weights = counts / counts.sum()
+    else:
+        weights = np.zeros(len(candidates))
+        weights[np.argmax([_or_least(one.scores[headline]) for one in candidates])] = 1.0
+    weighted = [replace(one, weight=float(weight)) for one, weight in zip(candidates, weights, strict=True)]
+    order = sorted(weighted, key=lambda one: (one.weight, _or_least(one.scores[headline])), reverse=True)
+    if len(order) > 1:
+        words, unit = label(headline)
+        for one in order[:SHOWN]:
+            part = f", weight {one.weight:.2f}" if one.weight else ""
+            job.say(f"  {one.variation.label}: {words} {number(headline, one.scores[headline])} {unit}{part}")
+        if len(order) > SHOWN:
+            job.say(f"  and {len(order) - SHOWN} more: {job.out / 'members.csv'}")
+    return order
+
+
+def _or_least(score: float | None) -> float:
+    return -np.inf if score is None else score
+
+
+def _fitted(
+    job: Job,
+    entries: Sequence[Entry],
+    ranked: Sequence[Candidate],
+    held: NDArray[np.int64],
+    peak_memory: int,
+) -> Fitted:
+    chosen = [one for one in ranked if one.weight]
+    voices = [
+        replace(_voice(entry), temperature=one.temperature, weight=one.weight / len(one.entries))
+        for one in chosen
+        for entry in one.entries
+    ]
+    mean_nK = torch.stack([one.weight * one.predictions for one in chosen]).sum(0)
+    held_out = evaluate(job.task, mean_nK.double().numpy(), job.dataset.targets[held])
+    first = chosen[0].entries[0]
+    assert first.trained.model is not None
+    recipe = first.member.recipe
+    answers = partial(_predictions, job, voices, mean_nK, held) if len(voices) > 1 else None
+    return Fitted(
+        recipe.side.name if len(voices) == 1 else f"{len(voices)} members",
+        first.trained.model,
+        recipe,
+        sum(voice.model.num_parameters() for voice in voices),
+        seconds=sum(_seconds(entries)),
+        peak_memory=peak_memory,
+        detail={
+            "epochs": recipe.train.epochs,
+            "lr": recipe.train.lr,
+            "members": len(entries),
+            "answering": len(voices),
+            "held_out": held_out.to_json(),
+        },
+        outputs=partial(_first_outputs, job, voices),
+        history=first.trained.history,
+        fleet=FleetResult(tuple(entries), tuple(ranked), tuple(voices), answers),
+    )
+
+
+def _seconds(entries: Sequence[Entry]) -> list[float]:
+    """That each epoch took for all members: of each wave, what its longest member saw."""
+    longest: dict[int, list[float]] = {}
+    for entry in entries:
+        seconds = [epoch.seconds for epoch in entry.trained.history]
+        wave = entry.trained.wave
+        if len(seconds) > len(longest.get(wave, [])):
+            longest[wave] = seconds
+    return [one for seconds in longest.values() for one in seconds]
+
+
+def _voice(entry: Entry) -> Voice:
+    assert entry.trained.model is not None
+    return Voice(entry.trained.model, entry.member.recipe, entry.member.task)
+
+
+def _outputs(job: Job, voices: Sequence[Voice], rows: NDArray[np.int64]) -> Tensor:
+    """Outputs of every voice for some rows, averaged over the views that are scored: (voices, n, K)."""
+    if not len(rows):
+        return torch.zeros(len(voices), 0, job.task.num_outputs)
+    committee, of_views = Committee(voices, job.backbone.device), []
+    spec = job.source.spec.select([name for name in job.source.spec.names if name in committee.taps])
+    with torch.no_grad():
+        for view in job.scored_views:
+            batches = job.source.batches(rows, spec, view)
+            parts = [committee.outputs(batch.to(job.backbone.device)) for batch in batches]
+            of_views.append(torch.cat(parts, 1))
+    return torch.stack(of_views).mean(0)
+
+
+def _first_outputs(job: Job, voices: Sequence[Voice], split: str) -> Tensor:
+    return _outputs(job, voices[:1], job.split[split])[0]
+
+
+def _predictions(
+    job: Job, voices: Sequence[Voice], mean_nK: Tensor, held: NDArray[np.int64], split: str
+) -> Tensor:
+    """What the voices answer for a split; for samples that some were trained on, what the others said."""
+    if split == "val":
+        return mean_nK[torch.from_numpy(np.searchsorted(held, job.split["val"]))]
+    committee = Committee(voices, job.backbone.device)
+    return committee.predictions(_outputs(job, voices, job.split[split]))

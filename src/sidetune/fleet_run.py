@@ -1,0 +1,98 @@
+"""What a fleet leaves in a run folder beside what every run does.
+
+RUN/members/<hash>/     an artifact and a history a network
+RUN/members.csv         a line a network, those that answer first
+RUN/artifact.json       the one that answers, or the ensemble
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sidetune.artifact import Artifact
+from sidetune.ensemble import Ensemble, Seat
+from sidetune.files import csv_text, write_text
+from sidetune.fleet_fit import Candidate, Entry, FleetResult
+from sidetune.job import Job
+
+ArtifactOf = Callable[..., Artifact]
+
+
+def write_fleet(job: Job, fleet: FleetResult, artifact: ArtifactOf, scores: dict[str, Any]) -> None:
+    """Write members, their table, and who answers, artifact.json last.
+
+    Args:
+        job: whose run it is.
+        fleet: trained.
+        artifact: (model, recipe, task, temperature, scores) -> an artifact of the run.
+        scores: of the run, by split.
+    """
+    seats: list[Seat] = []
+    for one in fleet.ranked:
+        for entry in one.entries:
+            own = artifact(
+                entry.trained.model,
+                entry.member.recipe,
+                entry.member.task,
+                one.temperature,
+                {"val": one.scores, "test": None},
+            )
+            folder = Path("members") / member_hash(job, entry)
+            (job.out / folder).mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps(epoch.to_json()) for epoch in entry.trained.history]
+            write_text(job.out / folder / "history.jsonl", "".join(f"{line}\n" for line in lines))
+            own.save(job.out / folder)
+            if one.weight:
+                seats.append(Seat(folder.as_posix(), own, one.weight / len(one.entries)))
+    write_text(job.out / "members.csv", csv_text(_table(job, fleet)))
+    if len(seats) > 1:
+        Ensemble(tuple(seats), scores).save(job.out)
+    else:
+        own = seats[0].artifact
+        artifact(own.model, own.recipe, own.task, own.temperature, scores).save(job.out)
+
+
+def member_hash(job: Job, entry: Entry) -> str:
+    """What a network of a run is known by: its recipe, and its fold."""
+    folds = "" if entry.fold is None else f"/{job.recipe.fleet.folds}/{entry.fold}"
+    return hashlib.sha256(f"{entry.variation.recipe.hash}{folds}".encode()).hexdigest()[:16]
+
+
+def _table(job: Job, fleet: FleetResult) -> list[list[Any]]:
+    """Header and a line a network: those of the best candidate first, those that diverged last."""
+    settings = list(dict.fromkeys(key for entry in fleet.entries for key in entry.variation.choices))
+    metrics = [job.task.headline, "log_loss"] if job.task.kind != "regress" else [job.task.headline, "rmse"]
+    header = ["member", *settings, "fold", "epochs", "loss", *metrics, "temperature", "weight", "folder"]
+    rows: list[list[Any]] = [header]
+    done = set()
+    for one in fleet.ranked:
+        for entry in one.entries:
+            done.add(entry.member.name)
+            rows.append(_line(job, entry, one, settings, metrics))
+    rows += [
+        _line(job, entry, None, settings, metrics) for entry in fleet.entries if entry.member.name not in done
+    ]
+    return rows
+
+
+def _line(job: Job, entry: Entry, of: Candidate | None, settings: list[str], metrics: list[str]) -> list[Any]:
+    history = entry.trained.history
+    about = [
+        entry.member.name,
+        *(entry.variation.choices.get(key, "") for key in settings),
+        "" if entry.fold is None else entry.fold,
+        len(history),
+    ]
+    if entry.trained.model is None:
+        return [*about, "diverged", *[""] * len(metrics), "", 0, ""]
+    loss = f"{history[-1].loss:.6g}"
+    if of is None:  # another fold of it has diverged
+        return [*about, loss, *[""] * len(metrics), "", 0, ""]
+    scored = ["" if of.scores.get(name) is None else f"{of.scores[name]:.6g}" for name in metrics]
+    weight = of.weight / len(of.entries)
+    folder = f"members/{member_hash(job, entry)}"
+    return [*about, loss, *scored, f"{of.temperature:.6g}", f"{weight:.6g}", folder]

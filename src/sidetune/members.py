@@ -1,0 +1,139 @@
+"""``--members 'lr=1e-3,3e-3;seed=0,1'``: what members of a fleet differ in, every combination of it.
+
+A name is a setting as ``--set`` takes it, or its last part where that is plain: ``rank`` is ``side.rank``,
+``side`` is ``side.name``. Data, backbone and features are what all members share.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from sidetune.errors import RecipeError, nearest
+from sidetune.recipe import NoAliases, Recipe
+from sidetune.sides import SIDES, SOLVED
+
+OWN: dict[str, tuple[str, ...]] = {  # what a member may have of its own; None of data, backbone and features
+    "data": ("class_weights", "label_smoothing", "focal_gamma"),
+    "head": ("norm",),
+    "train": (
+        *("epochs", "batch_size", "lr", "weight_decay", "warmup", "clip_norm", "select", "precision"),
+        *("seed", "order_seed"),
+    ),
+}
+EXAMPLE = "Type: --members 'lr=1e-3,3e-3;seed=0,1'"
+
+
+@dataclass(frozen=True)
+class Variation:
+    """One of the recipes of a fleet.
+
+    Args:
+        label: what sets it apart, as it was typed: ``lr=1e-3 seed=0``; the side's name where nothing does.
+        recipe: whole, for one member.
+        choices: setting -> value, of those that vary.
+    """
+
+    label: str
+    recipe: Recipe
+    choices: dict[str, Any]
+
+
+def variations(recipe: Recipe) -> list[Variation]:
+    """The recipes that a run's fleet trains: one where ``fleet.members`` says nothing.
+
+    Raises:
+        RecipeError: a setting is unknown, shared by all members, or does not fit; or two members are equal.
+    """
+    alone = Recipe.build({**recipe.model_dump(mode="json"), "fleet": {}})
+    if recipe.fleet.members is None:
+        return [Variation(recipe.side.name, alone, {})]
+    axes = _axes(recipe.fleet.members)
+    found: dict[str, Variation] = {}
+    for values in itertools.product(*axes.values()):
+        choices = dict(zip(axes, values, strict=True))
+        label = " ".join(f"{_short(key)}={_text(value)}" for key, value in choices.items())
+        one = _varied(alone, choices, own_order=recipe.fleet.own_order)
+        if one.hash in found:
+            raise RecipeError(
+                f"--members: {found[one.hash].label} and {label} are one recipe. Leave one of the two out"
+            )
+        found[one.hash] = Variation(label, one, choices)
+    return list(found.values())
+
+
+def _axes(text: str) -> dict[str, list[Any]]:
+    """Setting -> its values."""
+    axes: dict[str, list[Any]] = {}
+    for part in filter(None, (one.strip() for one in text.split(";"))):
+        name, separator, values = part.partition("=")
+        if not separator or not values.strip():
+            raise RecipeError(f"--members got {part!r}, expected setting=value,value. {EXAMPLE}")
+        key = _setting(name.strip())
+        if key in axes:
+            raise RecipeError(f"--members names {key} twice. Join their values with commas")
+        try:
+            axes[key] = yaml.load(f"[{values}]", Loader=NoAliases)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise RecipeError(f"--members: {part!r} cannot be read. {EXAMPLE}") from error
+    if not axes:
+        raise RecipeError(f"--members is empty. {EXAMPLE}")
+    return axes
+
+
+def _setting(name: str) -> str:
+    """The whole name of a setting that members may have of their own."""
+    sides = sorted({field for side in SIDES.values() for field in _side_fields(side.__name__.lower())})
+    own = [f"{part}.{field}" for part, fields in OWN.items() for field in fields]
+    own += [f"side.{field}" for field in sides]
+    short = {key.rpartition(".")[2]: key for key in own} | {"side": "side.name"}
+    short.pop("name", None)
+    if name in own:
+        return name
+    if name in short:
+        return short[name]
+    everything = [f"{part}.{field}" for part, fields in Recipe().model_dump().items() for field in fields]
+    if name in everything or name in {key.rpartition(".")[2] for key in everything}:
+        raise RecipeError(
+            f"--members got {name!r}, which all members of a run share. Type: --set {name}=.., or fit twice"
+        )
+    raise RecipeError(f"--members: no setting {name!r}.{nearest(name, sorted(short))} {EXAMPLE}")
+
+
+def _side_fields(name: str) -> Sequence[str]:
+    """The settings of a side, by its name."""
+    if name not in SIDES:
+        return ()
+    return tuple(Recipe.build({"side": {"name": name}}).side.model_dump())
+
+
+def _varied(recipe: Recipe, choices: dict[str, Any], *, own_order: bool) -> Recipe:
+    fields = recipe.model_dump(mode="json")
+    side = choices.get("side.name", fields["side"]["name"])
+    if side != fields["side"]["name"]:
+        fields["side"] = {"name": side}  # another side has other settings
+    for key, value in choices.items():
+        part, _, field = key.partition(".")
+        fields[part][field] = value
+    train = fields["train"]
+    if not own_order and train["order_seed"] is None and train["seed"] != recipe.train.seed:
+        train["order_seed"] = recipe.train.seed  # one order for all: a batch is read once
+    varied = Recipe.build(fields)
+    if varied.side.name in SOLVED:
+        raise RecipeError(
+            f"--members got side={varied.side.name}, which is solved, not trained; every run scores it. "
+            "Type: --members 'side=losa,last'"
+        )
+    return varied
+
+
+def _short(key: str) -> str:
+    return "side" if key == "side.name" else key.rpartition(".")[2]
+
+
+def _text(value: Any) -> str:  # noqa: ANN401 - any YAML value
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
