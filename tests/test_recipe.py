@@ -168,8 +168,10 @@ OTHERS = {
         "select": "best",
         "precision": "bf16",
         "seed": 1,
+        "order_seed": 3,
         "shuffle_window": 3,
     },
+    "fleet": {"members": "lr=1e-3,3e-3", "folds": 5, "ensemble": True, "own_order": True},
 }
 FIELDS = [
     (part, field) for part, fields in Recipe().model_dump(mode="json").items() for field in sorted(fields)
@@ -178,7 +180,8 @@ FIELDS = [
 
 @pytest.mark.parametrize(("part", "field"), FIELDS, ids=".".join)
 def test_every_field_but_the_path_of_the_weights_and_the_form_changes_the_hash(part, field):
-    given = {"views": 2} if field == "average_views" else {}  # one view has no average
+    # one view has no average, and one member is no ensemble
+    given = {"average_views": {"views": 2}, "ensemble": {"folds": 3}}.get(field, {})
     plain = Recipe.build({part: given})
     changed = Recipe.build({part: {**given, field: OTHERS[part][field]}})
     assert changed != plain

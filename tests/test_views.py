@@ -98,7 +98,7 @@ def test_answers_are_averages_of_outputs_over_the_views(run, image_folder):
         for view in views(3):
             image = view(open_image(path), key.rpartition("@")[2])
             features = predictor.backbone(predictor.backbone.preprocess(image)[None])
-            outputs.append(predictor.model(features.select(predictor.artifact.spec.names))[0, 0])
+            outputs.append(predictor.committee.outputs(features)[0, 0])
     expected = (torch.stack(outputs).mean(0) / predictor.artifact.temperature).softmax(0)
     found = predictor.predict([path])[0]
     assert found.path.endswith("0001.png")
