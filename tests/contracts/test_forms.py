@@ -124,6 +124,35 @@ def test_a_constant_on_all_channels_does_not_cost_precision() -> None:
         )
 
 
+@pytest.mark.parametrize("name", [name for name in FAST if ROWS[name].side == "losa"])
+@pytest.mark.parametrize("rows", [3, 6], ids=["a layer", "two layers"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_blocks_of_layers_and_groups_of_members_change_nothing(
+    name: str, rows: int, masked: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sidetune.sides.losa_fast.BLOCK_ROWS", rows)
+    monkeypatch.setattr("sidetune.sides.losa_fast.MOST_MEMBERS", 2)
+    for least in ("WIDE", "DEEP"):  # every product by the library that large ones go to
+        monkeypatch.setattr(f"sidetune.sides.products.{least}", 1)
+    features = make_features(batch=9, dtype=dtype)
+    features = with_mask(features) if masked else features
+    for key, textbook, fast in both(name, features, (0, 1, 2), dtype, drop_path=[0.3, 0.0, 0.5]):
+        assert (fast - textbook).norm() <= (1e-5 if dtype == torch.float32 else 1e-12) * textbook.norm(), key
+
+
+@every_fast
+def test_members_of_a_fleet_are_what_they_are_alone(name: str) -> None:
+    features, fleet = make_features(), draw_all(make_model(name, (0, 1, 2, 3, 4)))
+    found = fleet(features)
+    for member in range(5):
+        solo = make_model(name, (member,))
+        for one, many in zip(solo.parameters(), fleet.parameters(), strict=True):
+            one.data.copy_(many[member : member + 1])
+        solo.side.tap_scale.copy_(fleet.side.tap_scale)
+        torch.testing.assert_close(found[member], solo(features)[0], rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("name", ["losa", "last"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 def test_chunks_on_threads_change_nothing(

@@ -8,8 +8,9 @@ nothing else that happens.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from sidetune.threads import single_threads, torch_threads
 
+Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
 CACHE_BYTES = 28 * 2**20  # of one chunk's scratch
@@ -64,17 +66,56 @@ def over_chunks(
         sample_bytes: scratch that one sample takes.
         device: where the work is done; on a GPU the batch is one chunk.
     """
-    threads = (_given or torch.get_num_threads()) if device.type == "cpu" else 1
-    chunks = split(batch, sample_bytes, threads) if device.type == "cpu" else [slice(0, batch)]
-    inference = torch.is_inference_mode_enabled()  # a thread does not inherit it
+    return list(on_threads(work, over_rows(batch, sample_bytes, device), device))
 
-    def quietly(rows: slice) -> Result:
+
+def over_rows(batch: int, sample_bytes: int, device: torch.device) -> list[slice]:
+    """The rows of the chunks of a batch. Args as for `over_chunks`."""
+    return split(batch, sample_bytes, _threads(device)) if device.type == "cpu" else [slice(0, batch)]
+
+
+def on_threads(
+    work: Callable[[Piece], Result], pieces: Sequence[Piece], device: torch.device
+) -> Iterator[Result]:
+    """Do pieces of work outside autograd and autocast: results in their order, each as soon as it is there.
+
+    Args:
+        work: called with a piece, from any thread.
+        pieces: of the work.
+        device: where it is done.
+    """
+    threads, inference = _threads(device), torch.is_inference_mode_enabled()  # a thread does not inherit it
+
+    def quietly(piece: Piece) -> Result:
         with torch.inference_mode(inference), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            return work(rows)
+            return work(piece)
 
-    if threads == 1 or len(chunks) == 1:
-        return [quietly(rows) for rows in chunks]
-    return list(_pool(threads).map(quietly, chunks))
+    if threads == 1 or len(pieces) == 1:
+        return map(quietly, pieces)
+    return _pool(threads).map(quietly, pieces)
+
+
+def _threads(device: torch.device) -> int:
+    return (_given or torch.get_num_threads()) if device.type == "cpu" else 1
+
+
+class Scratch:
+    """Memory that chunks use one after another: fresh memory costs as much as what is computed in it.
+
+    Args:
+        like: has the type and the device of what is taken.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._taken: dict[str, Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """A tensor of this shape that holds anything, in the memory that the last of this name had."""
+        numel = math.prod(shape)
+        if name not in self._taken or self._taken[name].numel() < numel:
+            self._taken[name] = self._like.new_empty(numel)
+        return self._taken[name][:numel].view(shape)
 
 
 def split(batch: int, sample_bytes: int, threads: int) -> list[slice]:

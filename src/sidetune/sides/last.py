@@ -70,8 +70,10 @@ class Last(Side):
         heads: divides R.
         keep_last: whether z_L is part of the final tokens.
         every: read every k-th block, counted back from L; blocks left out enter no sum.
-        drop_path: probability that a sample skips an LSA branch in training; one, or one a member.
+        drop_path: probability that a sample skips an LSA branch in training.
         form: ``fast`` or ``textbook``: the same outputs and gradients.
+
+    `drop_path` may be one rate a member.
 
     Raises:
         SideError: no embedding or block taps, unequal shapes, heads do not divide R, or

@@ -76,8 +76,10 @@ class Losa(Side):
         first_state: y_0.
         a: scale of both mixers.
         every: read every k-th block, counted back from L.
-        drop_path: probability that a sample skips a layer's g_l in training; one, or one a member.
+        drop_path: probability that a sample skips a layer's g_l in training.
         form: ``fast`` or ``textbook``: the same outputs and gradients.
+
+    `drop_path` may be one rate a member.
 
     Raises:
         SideError: no block taps, unequal shapes, y_0 = z_0 without an embedding tap, or drop-path's rates

@@ -1,188 +1,152 @@
-"""The codes of one member of factored LoSA on a chunk: what finished mixers make of later ones.
+"""The codes of some members of factored LoSA on a chunk: what finished mixers make of later ones.
 
-See `sidetune.sides.losa_fast`, whose names are used here: a mixer contracts an axis Y and keeps X, its codes
-stand as (C, J, X) and its ups as (J, Y), J = L*R.
+See `sidetune.sides.losa_fast`, whose names are used here. A mixer contracts an axis Y and keeps X; codes
+stand as (M, J, C, X) and ups as (M, J, Y), J = L*R, so that a product of all samples of a member is one
+product of two matrices. A product of R rows is thin. Layers are therefore worked on in blocks: what earlier
+blocks make of a block is one product of all its rows, and only within a block it goes layer by layer, all
+members at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sidetune.sides.chunks import of_rows
+from sidetune.sides.chunks import Scratch, of_rows
+from sidetune.sides.products import add_times_transposed, each_times_transposed
 
 if TYPE_CHECKING:
-    from sidetune.sides.losa_fast import Call, Kind
+    from sidetune.sides.losa_fast import Call, Kind, Piece
 
 
-class MemberCodes:
-    """One member on C samples: all that its codes and its matrices make of each other.
+class Block(NamedTuple):
+    """Layers ``first`` .. ``end - 1``, and their codes ``begin`` .. ``stop - 1`` of J."""
 
-    Views of all layers are made at once: a view costs Python as much as one of the small products.
+    first: int
+    end: int
+    begin: int
+    stop: int
+
+
+class Codes:
+    """Some members on C samples: all that their codes and their matrices make of each other.
+
+    Args:
+        call: what all chunks share.
+        arguments: of the GELUs, of each kind: (M, J, C, X), written by `mix`.
+        piece: which of the call's members, which rows of the batch.
+        scratch: where codes stand.
     """
 
-    def __init__(self, call: Call, m: int, kept: dict[Kind, Tensor], rows: slice) -> None:
-        self.call, self.size = call, rows.stop - rows.start
-        pool_QPN, keep_LMB = call.frozen.pool_QPN, call.frozen.keep_LMB
-        self.pool_CPN = of_rows(pool_QPN, 0, rows).expand(self.size, -1, -1)
-        self.keep_CJ1: Tensor | None = None
-        if keep_LMB is not None:
-            self.keep_CJ1 = keep_LMB[:, m, rows].T.repeat_interleave(call.rank, 1)[..., None]
-        each = (self.size, -1, -1)
-        self.up_JY = {kind: one.up_MJY[m] for kind, one in call.mixers.items()}
-        self.down_QJY = {kind: of_rows(one.down_MQJY[m], 0, rows) for kind, one in call.mixers.items()}
-        self.gram_CJJ = {
-            kind: of_rows(one.gram_MQJJ[m], 0, rows).expand(each) for kind, one in call.mixers.items()
-        }
-        self.down_CJY = {kind: down.expand(each) for kind, down in self.down_QJY.items()}
-        self.arguments_LCRX = {kind: one[:, m, rows] for kind, one in kept.items()}
-        self.arguments = {kind: one.unbind() for kind, one in self.arguments_LCRX.items()}
-        self.codes_CJX = {
-            kind: one.new_empty(self.size, call.codes, one.shape[-1])
-            for kind, one in self.arguments_LCRX.items()
-        }
-        self.own_codes = {kind: self._by_layer(codes) for kind, codes in self.codes_CJX.items()}
-        self.own_down = {kind: self._by_layer(down) for kind, down in self.down_CJY.items()}
+    def __init__(self, call: Call, arguments: dict[Kind, Tensor], piece: Piece, scratch: Scratch) -> None:
+        members, rows = piece
+        self.call, self.arguments, self.scratch = call, arguments, scratch
+        self.size = rows.stop - rows.start
+        self.kinds, self.rank = call.frozen.kinds, call.rank
+        self.up_MJY = {kind: one.up_MJY[members] for kind, one in call.mixers.items()}
+        self.down_MJY = {kind: one.down_MJY[members] for kind, one in call.mixers.items()}
+        self.gram_MQJJ = {kind: of_rows(one.gram_MQJJ[members], 1, rows) for kind, one in call.mixers.items()}
+        keep_LMB, mask_BN = call.frozen.keep_LMB, call.frozen.mask_BN
+        self.keep_LMC = None if keep_LMB is None else keep_LMB[:, members, rows]
+        self.mask_CN = None if mask_BN is None else mask_BN[rows]
+        pool_QPN = of_rows(call.frozen.pool_QPN, 0, rows)
+        self.pool, self.q = (pool_QPN[0], "") if len(pool_QPN) == 1 else (pool_QPN, "c")
+        self.codes = {kind: self.room(f"codes/{kind}", kind) for kind in self.kinds}
+        self.masked: Tensor | None = None
+        if self.mask_CN is not None and "token" in self.kinds:
+            self.masked = self.room("masked", "channel")
 
-    def mix(self, kind: Kind, layer: int, product_CRX: Tensor) -> None:
-        """From W x to the argument of the GELU, which is kept, and the codes.
+    def room(self, name: str, kind: Kind) -> Tensor:
+        """Scratch of the shape of a kind's codes."""
+        return self.scratch.take(name, *self.arguments[kind].shape)
 
-        What W makes of finished codes: (W same_up^T) same + (W other^T) other_up.
-        """
-        first = layer * self.call.rank
-        argument_CRX = self.arguments[kind][layer].copy_(product_CRX)
-        if first:
-            gram_CRJ = self.gram_CJJ[kind].narrow(1, first, self.call.rank).narrow(2, 0, first)
-            argument_CRX.baddbmm_(gram_CRJ, self.codes_CJX[kind].narrow(1, 0, first))
-        other, seen = self._seen(kind, layer)
-        if other is not None and seen:
-            code_CRJ = torch.bmm(self.own_down[kind][layer], self.codes_CJX[other].narrow(1, 0, seen).mT)
-            argument_CRX.flatten(0, 1).addmm_(code_CRJ.flatten(0, 1), self.up_JY[other].narrow(0, 0, seen))
-        self.own_codes[kind][layer].copy_(self._codes(kind, argument_CRX))
+    def again(self) -> None:
+        """The codes from the arguments that are kept; drop-path is not in them."""
+        for kind in self.kinds:
+            self._activate(kind, slice(0, self.call.codes))
+
+    def begin(self, kind: Kind, block: Block) -> None:
+        """Add to the arguments of a block what its mixers make of the codes of earlier blocks."""
+        seen = slice(0, block.begin)
+        self._add_seen(kind, slice(block.begin, block.stop), seen, seen)
+
+    def mix(self, kind: Kind, layer: int, block: Block) -> None:
+        """Add what a mixer makes of the codes of its own block. Then its codes."""
+        first = layer * self.rank
+        own = slice(first, first + self.rank)
+        self._add_seen(kind, own, slice(block.begin, first), slice(block.begin, self.seen_end(kind, first)))
+        self._activate(kind, own)
 
     def drop(self, layer: int) -> None:
         """What later layers see of a layer that drop-path skips."""
-        if self.keep_CJ1 is not None:
-            for codes in self.own_codes.values():
-                codes[layer].mul_(self.keep_CJ1[:, layer * self.call.rank, None])
+        if self.keep_LMC is None:
+            return
+        own = slice(layer * self.rank, (layer + 1) * self.rank)
+        for kind in self.kinds:
+            self.codes[kind][:, own] *= self.keep_LMC[layer][:, None, :, None]
+            self._mask(kind, own)
 
     def pooled(self, first_CND: Tensor | None) -> Tensor:
-        """pool(y_0) + pool(H) U + pool(V) G: (C, P, D)."""
-        out_CPD = torch.bmm(self.pool_CPN, self.codes_CJX["channel"].mT) @ self.up_JY["channel"]
-        if "token" in self.up_JY:
-            out_CPD += torch.bmm(self.pool_CPN @ self.up_JY["token"].T, self.codes_CJX["token"])
+        """pool(y_0) + pool(H) U + pool(V) G: (M, C, P, D)."""
+        pooled = torch.einsum(f"{self.q}pn,mjcn->mjcp", self.pool, self.codes["channel"])
+        out_MCPD = torch.einsum("mjcp,mjd->mcpd", pooled, self.up_MJY["channel"])
+        if "token" in self.kinds:
+            pooled = torch.einsum(f"{self.q}pn,mjn->m{self.q}pj", self.pool, self.up_MJY["token"])
+            out_MCPD = out_MCPD + torch.einsum(f"m{self.q}pj,mjcd->mcpd", pooled, self.codes["token"])
         if first_CND is not None:
-            out_CPD += torch.bmm(self.pool_CPN, first_CND)
-        return out_CPD
+            out_MCPD = out_MCPD + torch.einsum(f"{self.q}pn,cnd->cpd", self.pool, first_CND)
+        return out_MCPD
 
-    def begin_backward(self, d_out_CPD: Tensor) -> None:
-        """The codes again, and the gradients that reach them through the pooled tokens alone."""
-        kinds = self.call.frozen.kinds
-        for kind in kinds:
-            by_layer = self.codes_CJX[kind].unflatten(1, (self.call.layers, -1)).transpose(0, 1)
-            by_layer.copy_(self._codes(kind, self.arguments_LCRX[kind]))
-        self.dropped_CJX = {kind: self._drop(codes) for kind, codes in self.codes_CJX.items()}
-        d_codes_CJX: dict[Kind, Tensor] = {
-            "channel": torch.bmm((d_out_CPD @ self.up_JY["channel"].T).mT, self.pool_CPN)
-        }
-        pooled_CPJ = torch.bmm(self.pool_CPN, self.dropped_CJX["channel"].mT)
-        self.d_up_JY = {"channel": pooled_CPJ.flatten(0, 1).T @ d_out_CPD.flatten(0, 1)}
-        if "token" in self.up_JY:
-            d_codes_CJX["token"] = torch.bmm((self.pool_CPN @ self.up_JY["token"].T).mT, d_out_CPD)
-            d_pooled_CPJ = torch.bmm(d_out_CPD, self.dropped_CJX["token"].mT)
-            self.d_up_JY["token"] = torch.bmm(d_pooled_CPJ.mT, self.pool_CPN).sum(0)
-        self.d_out_codes = {kind: self._by_layer(d_codes_CJX[kind]) for kind in kinds}
-        self.d_arguments_CJX = {kind: torch.empty_like(self.codes_CJX[kind]) for kind in kinds}
-        self.own_d_arguments = {kind: self._by_layer(one) for kind, one in self.d_arguments_CJX.items()}
-        self.d_code_CJJ = {kind: torch.zeros_like(self.gram_CJJ[kind]) for kind in kinds}
-        self.seen_CJJ = {kind: self._seen_codes(kind) for kind in kinds}
-
-    def mix_backward(self, kind: Kind, layer: int) -> Tensor:
-        """The gradient of a mixer's argument, (C, R, X), from those of all mixers that ran after it."""
-        rank, codes = self.call.rank, self.call.codes
-        first, later = layer * rank, (layer + 1) * rank
-        d_codes_CRX = self.d_out_codes[kind][layer]
-        if later < codes:
-            gram_CRJ = self.gram_CJJ[kind].narrow(2, first, rank).narrow(1, later, codes - later).mT
-            d_arguments_CJX = self.d_arguments_CJX[kind].narrow(1, later, codes - later)
-            d_codes_CRX = torch.baddbmm(d_codes_CRX, gram_CRJ, d_arguments_CJX)
-        if self.keep_CJ1 is not None:
-            d_codes_CRX = d_codes_CRX * self.keep_CJ1[:, first, None]
+    def _add_seen(self, kind: Kind, own: slice, same: slice, others: slice) -> None:
+        """Add to arguments what W makes of codes: (W same_up^T) same + (W other^T) other_up."""
+        into_MjCX = self.arguments[kind][:, own]
+        if same.stop > same.start:
+            add_own(into_MjCX, self.gram_MQJJ[kind][:, :, own, same], self.codes[kind][:, same])
         other = self.call.other(kind)
-        start = first if other is not None and self.call.sees_own(other) else later
-        if other is not None and start < codes:
-            d_code_CRJ = self.d_code_CJJ[other].narrow(2, first, rank).narrow(1, start, codes - start).mT
-            down_CJX = self.down_CJY[other].narrow(1, start, codes - start)
-            d_codes_CRX = torch.baddbmm(d_codes_CRX, d_code_CRJ, down_CJX)
-        d_argument_CRX = gelu_backward(d_codes_CRX, self.arguments[kind][layer])
-        if kind == "channel" and self.call.frozen.a != 1:
-            d_argument_CRX *= self.call.frozen.a
-        self.own_d_arguments[kind][layer].copy_(d_argument_CRX)
-        if other is not None:
-            d_code_SJ = d_argument_CRX.flatten(0, 1) @ self.up_JY[other].T
-            seen_CRJ = self.seen_CJJ[kind].narrow(1, first, rank)
-            torch.mul(
-                d_code_SJ.view(self.size, rank, codes),
-                seen_CRJ,
-                out=self.d_code_CJJ[kind].narrow(1, first, rank),
-            )
-        return d_argument_CRX
+        if other is not None and others.stop > others.start:
+            code_MSj = by_sample(self.code(kind, own, others))
+            add_times_transposed(into_MjCX.flatten(1, 2), code_MSj, self.up_MJY[other][:, others].mT)
 
-    def gradients(self, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
-        """Of one kind's `Mixers`, but for the part of W_down that meets x."""
-        down_QJY, d_arguments_CJX = self.down_QJY[kind], self.d_arguments_CJX[kind]
-        d_gram_CJJ = torch.bmm(d_arguments_CJX, self.dropped_CJX[kind].mT)
-        d_gram_QJJ = over(d_gram_CJJ, len(down_QJY)) * self.call.earlier_JJ
-        d_down_QJY, other = torch.zeros_like(down_QJY), self.call.other(kind)
-        if other is not None:
-            d_down_QJY = over(torch.bmm(self.d_code_CJJ[kind], self.codes_CJX[other]), len(down_QJY))
-        return d_down_QJY, self._d_up(kind), d_gram_QJJ
+    def code(self, kind: Kind, own: slice, others: slice) -> Tensor:
+        """W_down of some mixers times codes of the other kind: (M, j, j', C)."""
+        codes_MSY = self.read(kind)[:, others].flatten(1, 2)
+        code_MjS = each_times_transposed(self.down_MJY[kind][:, own], codes_MSY)
+        return code_MjS.view(*code_MjS.shape[:2], -1, self.size)
 
-    def _d_up(self, kind: Kind) -> Tensor:
-        """Through the pooled tokens, and through what the other kind's mixers make of the codes: (J, Y)."""
+    def read(self, kind: Kind) -> Tensor:
+        """The codes of the other kind, as a mixer contracts them: a token mixer reads no masked token."""
         other = self.call.other(kind)
-        if other is None:
-            return self.d_up_JY[kind]
-        code_CJJ = torch.bmm(self.down_CJY[other], self.codes_CJX[kind].mT).mul_(self.seen_CJJ[other])
-        d_arguments_SY = self.d_arguments_CJX[other].flatten(0, 1)
-        return self.d_up_JY[kind].addmm_(code_CJJ.flatten(0, 1).T, d_arguments_SY)
+        assert other is not None
+        codes: Tensor = self.codes[other]
+        return self.masked if kind == "token" and self.masked is not None else codes
 
-    def _seen(self, kind: Kind, layer: int) -> tuple[Kind | None, int]:
-        """The other kind, and how many of its codes are finished when this layer's mixer runs."""
-        return self.call.other(kind), (layer + self.call.sees_own(kind)) * self.call.rank
+    def _mask(self, kind: Kind, own: slice) -> None:
+        if kind == "channel" and self.masked is not None and self.mask_CN is not None:
+            torch.mul(self.codes[kind][:, own], self.mask_CN, out=self.masked[:, own])
 
-    def _seen_codes(self, kind: Kind) -> Tensor:
-        """What mixers (rows) see of the other kind's codes (columns), as drop-path leaves it: (C, J, J)."""
-        earlier = self.call.earlier_JJ[None]
-        if self.keep_CJ1 is not None:
-            earlier = earlier * self.keep_CJ1.mT
-        seen = earlier + self.call.same_JJ if self.call.sees_own(kind) else earlier
-        return seen.expand(self.size, -1, -1)
+    def seen_end(self, kind: Kind, first: int) -> int:
+        """Where the other kind's codes end that are finished when the mixer at `first` runs."""
+        return first + self.call.sees_own(kind) * self.rank
 
-    def _codes(self, kind: Kind, arguments: Tensor) -> Tensor:
-        codes = F.gelu(arguments)
-        # a token mixer's a stands in its ups
-        return codes.mul_(self.call.frozen.a) if kind == "channel" and self.call.frozen.a != 1 else codes
-
-    def _drop(self, codes_CJX: Tensor) -> Tensor:
-        return codes_CJX if self.keep_CJ1 is None else codes_CJX * self.keep_CJ1
-
-    def _by_layer(self, tensor_CJX: Tensor) -> Sequence[Tensor]:
-        """A view (C, R, X) a layer."""
-        by_layer: Tensor = tensor_CJX.unflatten(1, (self.call.layers, -1))
-        return by_layer.unbind(1)
+    def _activate(self, kind: Kind, own: slice) -> None:
+        """From arguments to codes."""
+        codes = self.codes[kind][:, own]
+        torch.ops.aten.gelu.out(self.arguments[kind][:, own], out=codes)
+        if kind == "channel" and self.call.frozen.a != 1:  # a token mixer's a stands in its ups
+            codes.mul_(self.call.frozen.a)
+        self._mask(kind, own)
 
 
-def gelu_backward(d_out: Tensor, argument: Tensor) -> Tensor:
-    """Gradient of the exact GELU."""
-    result: Tensor = torch.ops.aten.gelu_backward(d_out, argument)
-    return result
+def add_own(into_MjCX: Tensor, gram_MQjj: Tensor, codes_MjCX: Tensor) -> None:
+    """Add what mixers make of codes of their own kind, or the gradient of that."""
+    if gram_MQjj.shape[1] > 1:
+        into_MjCX += torch.einsum("mcij,mjcx->micx", gram_MQjj, codes_MjCX)
+    else:
+        add_times_transposed(into_MjCX.flatten(2), gram_MQjj[:, 0], codes_MjCX.flatten(2).mT)
 
 
-def over(of_each_C: Tensor, num_matrices: int) -> Tensor:
-    """A gradient of each sample, summed where all samples share one matrix: (Q, ..)."""
-    return of_each_C.sum(0, keepdim=True) if num_matrices == 1 else of_each_C
+def by_sample(code_MjjC: Tensor) -> Tensor:
+    """A row for each mixer and sample: (M, j*C, j')."""
+    return code_MjjC.transpose(2, 3).flatten(1, 2)

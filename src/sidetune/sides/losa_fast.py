@@ -9,19 +9,20 @@ needs only
     X Wc_down  =  x_l Wc_down + H (U Wc_down) + V (G Wc_down)
     Wt_down X  =  Wt_down x_l + (Wt_down V) G + (Wt_down H) U
 
-so the large operand of every product is a stored tap, and pool(y_L) is thin too: nothing of size (B, N, D)
+so the large operand of a product is a stored tap, and pool(y_L) is thin too: nothing of size (B, N, D)
 is written but a chunk's x_l, in cache. For backward the arguments of the GELUs are kept, R(N+D) numbers a
 layer and sample; all else is computed again. The gradients are these lines differentiated by hand.
 
 The two lines are one: a mixer contracts an axis Y of x and keeps the other, X. A channel mixer contracts D
-and keeps N; a token mixer contracts N and keeps D. Codes stand as (C, J, X) and ups as (J, Y), which makes
-every product a GEMM without a copy. C is a chunk of the batch.
+and keeps N; a token mixer contracts N and keeps D (`sidetune.sides.losa_codes`). C is a chunk of the batch. A
+tap is read once for all members of a piece, by one product with the W_down of them all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -30,26 +31,32 @@ from torch.autograd.function import once_differentiable
 
 from sidetune.features import Features
 from sidetune.sides.base import every, frozen_taps, pool_weights
-from sidetune.sides.chunks import of_rows, over_chunks
-from sidetune.sides.losa_codes import MemberCodes, over
-from sidetune.sides.products import times_transposed
+from sidetune.sides.chunks import CACHE_BYTES, Scratch, of_rows, on_threads, over_rows
+from sidetune.sides.losa_codes import Block, Codes
+from sidetune.sides.losa_gradients import CodeGradients, Total
+from sidetune.sides.products import each_times_transposed, times_transposed, wide
 
 if TYPE_CHECKING:
     from sidetune.sides.losa import Losa
 
 Kind = Literal["channel", "token"]
+Piece = tuple[slice, slice]  # which members, which rows of the batch
+
+BLOCK_ROWS = 32  # codes of the layers that are worked on together
+MOST_MEMBERS = 16  # of a piece
+LEAST_SAMPLES = 10  # likewise, even where they leave the cache: each product is a call from Python
 
 
 class Mixers(NamedTuple):
-    """The matrices of all mixers of one kind, or their gradients. Q = 1, or B where tokens are masked.
+    """The matrices of all mixers of one kind. Q = 1, or B for a token mixer where tokens are masked.
 
     Args:
-        down_MQJY: what contracts Y, of all layers stacked; a token mixer's has zeros at masked tokens.
+        down_MJY: what contracts Y, of all layers stacked.
         up_MJY: what writes Y, likewise; a token mixer's with the scale a.
-        gram_MQJJ: the first times the second: what a mixer makes of its own kind's ups.
+        gram_MQJJ: the first times the second, masked tokens left out: what a mixer makes of its own ups.
     """
 
-    down_MQJY: Tensor
+    down_MJY: Tensor
     up_MJY: Tensor
     gram_MQJJ: Tensor
 
@@ -63,6 +70,7 @@ class Frozen:
         first: y_0 with its scale; None where it is zero.
         pool_QPN: weights of pooling over tokens, Q = 1 or B.
         keep_LMB: what drop-path multiplies a layer's output by; None without.
+        mask_BN: 1 where token mixers read a token, else 0; None: they read all.
         kinds: the mixers of a layer in running order.
         sees: whether the second mixer of a layer sees the first's output.
         a: scale of the channel codes.
@@ -72,6 +80,7 @@ class Frozen:
     first: tuple[Tensor, float] | None
     pool_QPN: Tensor
     keep_LMB: Tensor | None
+    mask_BN: Tensor | None
     kinds: tuple[Kind, ...]
     sees: bool
     a: float
@@ -92,6 +101,7 @@ def pooled_losa(side: Losa, features: Features, keep_LMB: Tensor | None) -> Tens
         first=None if first is None else frozen_taps(side, features, [first])[0],
         pool_QPN=pool_weights(side.spec.last, side.pool, features.mask, like=side.tap_scale),
         keep_LMB=keep_LMB,
+        mask_BN=None if features.mask is None else features.mask.to(side.tap_scale),
         kinds=kinds[::-1] if side.order == "token->channel" else kinds,
         sees=side.order != "parallel",
         a=side.a,
@@ -99,7 +109,7 @@ def pooled_losa(side: Losa, features: Features, keep_LMB: Tensor | None) -> Tens
     with torch.autocast(side.tap_scale.device.type, enabled=False):
         mixers = {"channel": _channel_mixers(side)}
         if side.token:
-            mixers["token"] = _token_mixers(side, features.mask)
+            mixers["token"] = _token_mixers(side, frozen.mask_BN)
         matrices = [matrix for kind in frozen.kinds for matrix in mixers[kind]]
         pooled_MBPD: Tensor = FactoredLosa.apply(frozen, len(side.blocks), *matrices)
     return pooled_MBPD if side.pool == "tokens" else pooled_MBPD.flatten(2)
@@ -107,17 +117,15 @@ def pooled_losa(side: Losa, features: Features, keep_LMB: Tensor | None) -> Tens
 
 def _channel_mixers(side: Losa) -> Mixers:
     down_MJD = torch.cat(every(side.channel, "down_MDR"), 2).mT.contiguous()
-    return _mixers(down_MJD[:, None], torch.cat(every(side.channel, "up_MRD"), 1))
+    up_MJD = torch.cat(every(side.channel, "up_MRD"), 1)
+    return Mixers(down_MJD, up_MJD, (down_MJD @ up_MJD.mT)[:, None])
 
 
 def _token_mixers(side: Losa, mask_BN: Tensor | None) -> Mixers:
-    down_M1JN = torch.cat(every(side.token, "down_MRN"), 1)[:, None]
+    down_MJN = torch.cat(every(side.token, "down_MRN"), 1)
     up_MJN = torch.cat(every(side.token, "up_MNR"), 2).mT.contiguous() * side.a
-    return _mixers(down_M1JN if mask_BN is None else down_M1JN * mask_BN[:, None].to(up_MJN), up_MJN)
-
-
-def _mixers(down_MQJY: Tensor, up_MJY: Tensor) -> Mixers:
-    return Mixers(down_MQJY, up_MJY, down_MQJY @ up_MJY.mT[:, None])
+    read_MQJN = down_MJN[:, None] if mask_BN is None else down_MJN[:, None] * mask_BN[:, None]
+    return Mixers(down_MJN, up_MJN, read_MQJN @ up_MJN.mT[:, None])
 
 
 class FactoredLosa(torch.autograd.Function):
@@ -127,13 +135,16 @@ class FactoredLosa(torch.autograd.Function):
     def forward(ctx: Any, frozen: Frozen, layers: int, *matrices: Tensor) -> Tensor:  # noqa: ANN401 - PyTorch's own
         """`matrices` are the three of `Mixers` for each kind, in the order of `frozen.kinds`."""
         call = Call(frozen, layers, _by_kind(frozen, matrices))
-        kept = {kind: call.new_arguments(kind) for kind in frozen.kinds}
+        trains = any(ctx.needs_input_grad)
+        kept = {kind: call.new_arguments(kind) for kind in frozen.kinds} if trains else {}
         out_MBPD = matrices[0].new_empty(call.members, call.batch, frozen.pool_QPN.shape[1], call.width)
 
-        def work(rows: slice) -> None:
-            out_MBPD[:, rows] = _Chunk(call, kept, rows).forward()
+        def work(piece: Piece) -> None:
+            out_MBPD[piece] = Chunk(call, kept, piece).forward()
 
-        over_chunks(work, call.batch, call.scratch, out_MBPD.device)
+        ctx.pieces = call.pieces()
+        for _ in on_threads(work, ctx.pieces, out_MBPD.device):
+            pass
         ctx.frozen, ctx.layers = frozen, layers
         ctx.save_for_backward(*matrices, *kept.values())
         return out_MBPD
@@ -147,20 +158,22 @@ class FactoredLosa(torch.autograd.Function):
         call = Call(frozen, ctx.layers, _by_kind(frozen, matrices))
         kept = dict(zip(frozen.kinds, ctx.saved_tensors[count:], strict=True))
 
-        def work(rows: slice) -> list[Tensor]:
-            return _Chunk(call, kept, rows).backward(d_out_MBPD[:, rows])
+        def work(piece: Piece) -> tuple[Piece, dict[Kind, Total]]:
+            return piece, Chunk(call, kept, piece).backward(d_out_MBPD[piece])
 
-        parts = over_chunks(work, call.batch, 2 * call.scratch, d_out_MBPD.device)
-        return (None, None, *(_whole(same, like) for *same, like in zip(*parts, matrices, strict=True)))
+        total = {kind: Total(*map(torch.zeros_like, one)) for kind, one in call.mixers.items()}
+        for (members, rows), part in on_threads(work, ctx.pieces, d_out_MBPD.device):
+            for kind, gradients in part.items():
+                total[kind].down_MJY[members] += gradients.down_MJY
+                total[kind].up_MJY[members] += gradients.up_MJY
+                of_rows(total[kind].gram_MQJJ[members], 1, rows).add_(gradients.gram_MQJJ)
+        for one in total.values():
+            one.gram_MQJJ.mul_(call.earlier_JJ)
+        return (None, None, *(matrix for kind in frozen.kinds for matrix in total[kind]))
 
 
 def _by_kind(frozen: Frozen, matrices: Sequence[Tensor]) -> dict[Kind, Mixers]:
     return {kind: Mixers(*matrices[3 * i : 3 * i + 3]) for i, kind in enumerate(frozen.kinds)}
-
-
-def _whole(parts: list[Tensor], like: Tensor) -> Tensor:
-    """A gradient from those of all chunks: their sum, or one beside the other where Q = B."""
-    return torch.stack(parts).sum(0) if parts[0].shape == like.shape else torch.cat(parts, 1)
 
 
 class Call:
@@ -172,25 +185,43 @@ class Call:
         self.members, self.codes, _ = mixers["channel"].up_MJY.shape
         self.rank = self.codes // layers
         # every member's W_down of a layer in one matrix: their products with a tap are one
-        self.joint_LQSY = {
-            kind: one.down_MQJY.unflatten(2, (layers, -1)).permute(2, 1, 0, 3, 4).flatten(2, 3)
+        self.joint_LMRY = {
+            kind: one.down_MJY.unflatten(1, (layers, -1)).transpose(0, 1).contiguous()
             for kind, one in mixers.items()
         }
         layer_J = torch.arange(self.codes, device=frozen.pool_QPN.device) // self.rank
         self.earlier_JJ = (layer_J[None] < layer_J[:, None]).to(frozen.pool_QPN)
         self.same_JJ = (layer_J[None] == layer_J[:, None]).to(frozen.pool_QPN)
-
-    def new_arguments(self, kind: Kind) -> Tensor:
-        """Room for the arguments of the GELUs: (L, M, B, R, X)."""
-        kept_axis = self.num_tokens if kind == "channel" else self.width
-        up_MJY = self.mixers[kind].up_MJY
-        return up_MJY.new_empty(self.layers, self.members, self.batch, self.rank, kept_axis)
+        self.scratches: list[Scratch] = []
 
     @property
-    def scratch(self) -> int:
-        """Bytes that a sample of a chunk takes: x_l, y_0, and the codes."""
-        codes = self.members * self.codes * (self.num_tokens + self.width)
-        return (2 * self.num_tokens * self.width + codes) * self.frozen.pool_QPN.element_size()
+    def blocks(self) -> list[Block]:
+        """Layers that are worked on together."""
+        size = max(1, BLOCK_ROWS // self.rank)
+        count = -(-self.layers // size)
+        bounds = [self.layers * i // count for i in range(count + 1)]
+        return [Block(a, b, a * self.rank, b * self.rank) for a, b in pairwise(bounds)]
+
+    def new_arguments(self, kind: Kind) -> Tensor:
+        """Room for the arguments of the GELUs: (B, M, J*X). A chunk has what its rows take in one piece."""
+        numel = self.codes * self.kept_axis(kind)
+        return self.mixers[kind].up_MJY.new_empty(self.batch, self.members, numel)
+
+    def kept_axis(self, kind: Kind) -> int:
+        """X, the axis that a mixer does not contract."""
+        return self.num_tokens if kind == "channel" else self.width
+
+    def pieces(self) -> list[Piece]:
+        """Some members on some samples each, so that what they work on stays near the cache."""
+        size = self.frozen.pool_QPN.element_size()
+        taps, codes = 3 * self.num_tokens * self.width, self.codes * (self.num_tokens + self.width)
+        groups = -(-self.members // MOST_MEMBERS)
+        bounds = [self.members * i // groups for i in range(groups + 1)]
+        together = -(-self.members // groups)
+        sample_bytes = size * (taps + 3 * codes * together)
+        fitting = min(sample_bytes, CACHE_BYTES // LEAST_SAMPLES)
+        rows = over_rows(self.batch, fitting, self.frozen.pool_QPN.device)
+        return [(slice(*group), some) for some in rows for group in pairwise(bounds)]
 
     def other(self, kind: Kind) -> Kind | None:
         """The other kind of mixer, if there is one."""
@@ -201,70 +232,104 @@ class Call:
         return self.frozen.sees and kind == self.frozen.kinds[-1] != self.frozen.kinds[0]
 
 
-class _Chunk:
-    """C samples of a batch on their way through all layers and back: the products with the taps."""
+class Chunk:
+    """Some members on C samples, on their way through all layers and back: the products with the taps."""
 
-    def __init__(self, call: Call, kept: dict[Kind, Tensor], rows: slice) -> None:
-        self.call, frozen, self.size = call, call.frozen, rows.stop - rows.start
+    def __init__(self, call: Call, kept: dict[Kind, Tensor], piece: Piece) -> None:
+        self.call, frozen, (members, rows) = call, call.frozen, piece
+        self.size, self.piece = rows.stop - rows.start, piece
+        self.scratch = call.scratches.pop() if call.scratches else Scratch(frozen.pool_QPN)
         self.taps = [(tap[rows], scale) for tap, scale in frozen.taps]
-        self.x_CND = frozen.pool_QPN.new_empty(self.size, call.num_tokens, call.width)
+        self.x_CND = self.scratch.take("x", self.size, call.num_tokens, call.width)
         self.first_CND: Tensor | None = None
         if frozen.first is not None:
             tap, scale = frozen.first
-            self.first_CND = torch.empty_like(self.x_CND).copy_(tap[rows]).mul_(scale)
-        self.joint_LCSY = {
-            kind: of_rows(joint_LQSY, 1, rows).expand(-1, self.size, -1, -1).unbind()
-            for kind, joint_LQSY in call.joint_LQSY.items()
-        }
-        self.members = [MemberCodes(call, m, kept, rows) for m in range(call.members)]
+            self.first_CND = self.scratch.take("first", *self.x_CND.shape).copy_(tap[rows]).mul_(scale)
+        self.joint_LSY = {kind: one[:, members].flatten(1, 2) for kind, one in call.joint_LMRY.items()}
+        arguments = {kind: self._arguments(kind, kept) for kind in frozen.kinds}
+        self.codes = Codes(call, arguments, piece, self.scratch)
 
     def forward(self) -> Tensor:
         """pool(y_L): (M, C, P, D). Writes the arguments of the GELUs."""
-        for layer in range(self.call.layers):
-            x_CND = self._x(layer)
-            for kind in self.call.frozen.kinds:
-                product_CSX = self._product(kind, layer, x_CND)
-                for member, part_CRX in zip(self.members, product_CSX.split(self.call.rank, 1), strict=True):
-                    member.mix(kind, layer, part_CRX)
-            for member in self.members:
-                member.drop(layer)
-        return torch.stack([member.pooled(self.first_CND) for member in self.members])
+        kinds, codes = self.call.frozen.kinds, self.codes
+        for block in self.call.blocks:
+            for layer in range(block.first, block.end):
+                x_CND = self._x(layer)
+                for kind in kinds:
+                    self._read(kind, layer, x_CND)
+            for kind in kinds:
+                codes.begin(kind, block)
+            for layer in range(block.first, block.end):
+                for kind in kinds:
+                    codes.mix(kind, layer, block)
+                codes.drop(layer)
+        out_MCPD = codes.pooled(self.first_CND)
+        self.call.scratches.append(self.scratch)
+        return out_MCPD
 
-    def backward(self, d_out_MCPD: Tensor) -> list[Tensor]:
-        """Gradients of the matrices from these samples, in the order that `FactoredLosa` takes them."""
-        kinds = self.call.frozen.kinds
-        for member, d_out_CPD in zip(self.members, d_out_MCPD, strict=True):
-            member.begin_backward(d_out_CPD)
-        d_joint: dict[Kind, list[Tensor]] = {kind: [] for kind in kinds}
-        for layer in reversed(range(self.call.layers)):
-            x_CND = self._x(layer)
-            for kind in reversed(kinds):
-                d_arguments = [member.mix_backward(kind, layer) for member in self.members]
-                d_argument_CSX = d_arguments[0] if len(d_arguments) == 1 else torch.cat(d_arguments, 1)
-                d_joint[kind].append(self._product_backward(kind, d_argument_CSX, x_CND))
-        gradients = []
-        for kind in kinds:
-            d_joint_LQMRY = torch.stack(d_joint[kind][::-1]).unflatten(2, (self.call.members, -1))
-            by_x_MQJY = d_joint_LQMRY.permute(2, 1, 0, 3, 4).flatten(2, 3)
-            d_down, d_up, d_gram = zip(*(member.gradients(kind) for member in self.members), strict=True)
-            gradients += [torch.stack(d_down).add_(by_x_MQJY), torch.stack(d_up), torch.stack(d_gram)]
-        return gradients
+    def backward(self, d_out_MCPD: Tensor) -> dict[Kind, Total]:
+        """Gradients of the matrices of these members from these samples."""
+        kinds, (members, rows) = self.call.frozen.kinds, self.piece
+        total = {}
+        for kind, one in self.call.mixers.items():
+            gram_MQJJ = torch.zeros_like(of_rows(one.gram_MQJJ[members], 1, rows))
+            up_MJY = one.up_MJY[members]
+            total[kind] = Total(torch.zeros_like(up_MJY), torch.zeros_like(up_MJY), gram_MQJJ)
+        gradients = CodeGradients(self.codes, total, d_out_MCPD)
+        for block in reversed(self.call.blocks):
+            layers = range(block.first, block.end)
+            for kind in kinds:
+                gradients.begin(kind, block)
+            for layer in reversed(layers):
+                for kind in reversed(kinds):
+                    gradients.mix(kind, layer, block)
+            for kind in kinds:
+                gradients.end(kind, block)
+            for layer in layers:
+                x_CND = self._x(layer)
+                for kind in kinds:
+                    own = slice(layer * self.call.rank, (layer + 1) * self.call.rank)
+                    d_argument_MRCX = gradients.d_arguments[kind][:, own]
+                    total[kind].down_MJY[:, own] += self._read_backward(kind, d_argument_MRCX, x_CND)
+        self.call.scratches.append(self.scratch)
+        return total
 
-    def _product(self, kind: Kind, layer: int, x_CND: Tensor) -> Tensor:
-        """W x of all members: (C, S, X), S = M*R."""
-        if kind == "token":
-            return torch.bmm(self.joint_LCSY[kind][layer], x_CND)
-        product_SX = times_transposed(self.call.joint_LQSY[kind][layer, 0], x_CND.flatten(0, 1))
-        product_SCX: Tensor = product_SX.unflatten(1, (self.size, -1))
-        return product_SCX.transpose(0, 1)
+    def _arguments(self, kind: Kind, kept: dict[Kind, Tensor]) -> Tensor:
+        """Room for them: (M, J, C, X). Where nothing trains they are not kept."""
+        members, rows = self.piece
+        if kind in kept:
+            return kept[kind][rows].view(self.call.members, self.call.codes, self.size, -1)[members]
+        count, axis = members.stop - members.start, self.call.kept_axis(kind)
+        return self.scratch.take(f"arguments/{kind}", count, self.call.codes, self.size, axis)
 
-    def _product_backward(self, kind: Kind, d_argument_CSX: Tensor, x_CND: Tensor) -> Tensor:
-        """The gradient of W: (Q, S, Y)."""
-        if kind == "token":
-            d_down_CSN = torch.bmm(d_argument_CSX, x_CND.mT)
-            return over(d_down_CSN, self.call.joint_LQSY[kind].shape[1])
-        d_argument_SX = d_argument_CSX.transpose(0, 1).flatten(1)
-        return times_transposed(d_argument_SX, x_CND.flatten(0, 1).T)[None]
+    def _read(self, kind: Kind, layer: int, x_CND: Tensor) -> None:
+        """The arguments of a layer begin as W x."""
+        own = slice(layer * self.call.rank, (layer + 1) * self.call.rank)
+        arguments_MRCX, joint_SY = self.codes.arguments[kind][:, own], self.joint_LSY[kind][layer]
+        members, rank, size, _ = arguments_MRCX.shape
+        if kind == "channel":
+            product_SX = times_transposed(joint_SY, x_CND.flatten(0, 1))
+            arguments_MRCX.copy_(product_SX.view(arguments_MRCX.shape))
+        elif wide(joint_SY, x_CND[0].mT):
+            for x_ND, arguments_MRD in zip(self._unmasked(x_CND), arguments_MRCX.unbind(2), strict=True):
+                arguments_MRD.copy_(times_transposed(joint_SY, x_ND.mT).view(members, rank, -1))
+        else:
+            product_CSD = torch.bmm(joint_SY.expand(size, -1, -1), self._unmasked(x_CND))
+            arguments_MRCX.copy_(product_CSD.unflatten(1, (members, rank)).movedim(0, 2))
+
+    def _read_backward(self, kind: Kind, d_argument_MRCX: Tensor, x_CND: Tensor) -> Tensor:
+        """The gradient of W: (M, R, Y)."""
+        shape = d_argument_MRCX.shape[:2]
+        if kind == "channel":
+            d_argument_SX = d_argument_MRCX.flatten(2).flatten(0, 1)
+            return times_transposed(d_argument_SX, x_CND.flatten(0, 1).T).view(*shape, -1)
+        d_argument_CSD = d_argument_MRCX.flatten(0, 1).transpose(0, 1)
+        return each_times_transposed(d_argument_CSD, self._unmasked(x_CND)).sum(0).view(*shape, -1)
+
+    def _unmasked(self, x_CND: Tensor) -> Tensor:
+        """What token mixers read of x."""
+        mask_CN = self.codes.mask_CN
+        return x_CND if mask_CN is None else x_CND * mask_CN[..., None]
 
     def _x(self, layer: int) -> Tensor:
         """x_l = b_l + y_0: (C, N, D), in one piece of scratch."""
