@@ -168,10 +168,16 @@ OTHERS = {
         "select": "best",
         "precision": "bf16",
         "seed": 1,
-        "order_seed": 3,
+        "order_seed": 1,
         "shuffle_window": 3,
     },
     "fleet": {"members": "lr=1e-3,3e-3", "folds": 5, "ensemble": True, "own_order": True},
+}
+# what a field needs beside it
+GIVEN = {
+    "average_views": {"views": 2},  # one view has no average
+    "ensemble": {"folds": 3},  # of one member there is none
+    "own_order": {"members": "seed=0,1"},
 }
 FIELDS = [
     (part, field) for part, fields in Recipe().model_dump(mode="json").items() for field in sorted(fields)
@@ -180,8 +186,7 @@ FIELDS = [
 
 @pytest.mark.parametrize(("part", "field"), FIELDS, ids=".".join)
 def test_every_field_but_the_path_of_the_weights_and_the_form_changes_the_hash(part, field):
-    # one view has no average, and one member is no ensemble
-    given = {"average_views": {"views": 2}, "ensemble": {"folds": 3}}.get(field, {})
+    given = GIVEN.get(field, {})
     plain = Recipe.build({part: given})
     changed = Recipe.build({part: {**given, field: OTHERS[part][field]}})
     assert changed != plain

@@ -28,6 +28,8 @@ from sidetune.model import SideModel
 from sidetune.recipe import Recipe
 from sidetune.tasks import Task
 
+SLACK = 1e-6  # of the weights' sum: rounding
+
 
 @dataclass(frozen=True, eq=False)
 class Voice:
@@ -185,6 +187,8 @@ class Ensemble:
         path = folder / "artifact.json"
         with refused(path):
             named = _Members.model_validate(fields)
+            if abs(total := sum(one.weight for one in named.members) - 1) > SLACK:
+                raise ValueError(f"weights sum to {total + 1:g}, expected 1")
         seats = []
         for one in named.members:
             own = folder / one.folder / "artifact.json"

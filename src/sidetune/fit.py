@@ -29,15 +29,17 @@ from sidetune.backbones import build_backbone
 from sidetune.backbones.base import Backbone
 from sidetune.data import SPLITS, load_dataset
 from sidetune.data.dataset import Dataset
+from sidetune.data.folds import choose_folds
 from sidetune.data.notes import first_frames, other_files
 from sidetune.data.views import views
 from sidetune.errors import DataError, RequestError
 from sidetune.extract import extract, require_readable, sample_keys
 from sidetune.files import locked, write_json
 from sidetune.findings import collect
-from sidetune.fleet_run import write_fleet
+from sidetune.fleet_run import fleet_json, write_fleet
 from sidetune.job import Job
 from sidetune.leaks import Leaks, find_leaks
+from sidetune.members import variations
 from sidetune.memory import PeakMemory
 from sidetune.methods import Row, fit_methods, score
 from sidetune.model import SideModel
@@ -105,7 +107,7 @@ def fit(  # noqa: PLR0913 - what, where, how; each has its option on the command
         named = BackboneRecipe(name=backbone.identity.architecture)
         recipe = recipe.model_copy(update={"backbone": named})
     backbone.to(place)
-    build_model(recipe, backbone.spec, len(dataset.outputs), backbone.norm)  # a wrong side is refused here
+    _check_members(recipe, dataset, backbone)
     if store is None:
         store = default_store(backbone, recipe.features.dtype)
         _check_apart(store, out)
@@ -129,6 +131,14 @@ def fit(  # noqa: PLR0913 - what, where, how; each has its option on the command
             if not (out / "report.html").exists():
                 _write_end(out)
     return Run.open(out)
+
+
+def _check_members(recipe: Recipe, dataset: Dataset, backbone: Backbone) -> None:
+    """A side, a member or folds that cannot be are refused before an image is read."""
+    _reads(recipe, backbone, len(dataset.outputs))
+    if recipe.fleet.folds is not None:
+        rows = np.sort(np.concatenate([dataset.rows("train"), dataset.rows("val")]))
+        choose_folds(dataset, rows, recipe.fleet.folds, seed=recipe.data.split_seed)
 
 
 def _check_strict(out: Path, strict: bool) -> None:
@@ -204,10 +214,15 @@ def _open_job(
 
 
 def _reads(recipe: Recipe, backbone: Backbone, num_outputs: int) -> tuple[str, ...]:
-    """Taps whose features the run reads. Solved sides read summaries alone."""
+    """Taps whose features any member reads. Solved sides read summaries alone."""
+    with torch.device("meta"):
+        built = [
+            build_model(one.recipe, backbone.spec, num_outputs, backbone.norm) for one in variations(recipe)
+        ]
     if recipe.side.name in SOLVED:
         return ()
-    return build_model(recipe, backbone.spec, num_outputs, backbone.norm).side.spec.names
+    read = {name for model in built for name in model.side.spec.names}
+    return tuple(name for name in backbone.spec.names if name in read)
 
 
 def _readable(dataset: Dataset, source: Source, out: Path) -> dict[str, NDArray[np.int64]]:
@@ -300,6 +315,7 @@ def _metrics(job: Job, rows: Sequence[Row], peak_memory: int, findings: float) -
     """What metrics.json holds."""
     own, solved, device = rows[-1].fitted, job.recipe.side.name in SOLVED, job.backbone.device
     seconds = {row.fitted.name: row.fitted.seconds for row in rows}
+    models = [own.model] if own.fleet is None else [voice.model for voice in own.fleet.voices]
     if not solved:
         seconds["train"] = seconds.pop(own.name)
     return {
@@ -315,9 +331,12 @@ def _metrics(job: Job, rows: Sequence[Row], peak_memory: int, findings: float) -
             "num_animated": len(job.source.animated),
         },
         "rows": [row.to_json() for row in rows],
+        **({} if own.fleet is None else {"fleet": fleet_json(job, own.fleet)}),
         "cost": {
             "parameters": own.parameters,
-            "head_parameters": sum(parameter.numel() for parameter in own.model.head.parameters()),
+            "head_parameters": sum(
+                parameter.numel() for model in models for parameter in model.head.parameters()
+            ),
             "seconds": {
                 "features": job.seconds,
                 **seconds,

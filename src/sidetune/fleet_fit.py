@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +23,10 @@ from torch import Tensor
 from sidetune.bucket import Member
 from sidetune.calibration import fit_temperature
 from sidetune.checkpoint import Scores
-from sidetune.data.folds import dataset_folds, given_folds
+from sidetune.data.folds import choose_folds
 from sidetune.ensemble import Committee, Voice
 from sidetune.errors import DivergedError
-from sidetune.evaluate import evaluate, scores
+from sidetune.evaluate import Evaluation, evaluate, scores
 from sidetune.figures import label, number
 from sidetune.fleet import Fleet
 from sidetune.job import Fitted, Job
@@ -86,12 +87,14 @@ class FleetResult:
         entries: every network, those that diverged too.
         ranked: candidates, those that answer first, then by their scores.
         voices: the networks that answer.
+        held_out: what they answer for samples that they were not trained on.
         predictions: split -> (n, K), where several answer; None: the one does.
     """
 
     entries: tuple[Entry, ...]
     ranked: tuple[Candidate, ...]
     voices: tuple[Voice, ...]
+    held_out: Evaluation
     predictions: Callable[[str], Tensor] | None
 
 
@@ -117,7 +120,10 @@ def fit_fleet(job: Job) -> Fitted:
             run_hash=job.recipe.hash,
             quiet=job.quiet,
         )
-    entries = [Entry(member, one, fold, trained[member.name]) for member, one, fold in planned]
+    entries = [
+        Entry(_as_shuffled(member, fleet.window), one, fold, trained[member.name])
+        for member, one, fold in planned
+    ]
     held = job.split["val"] if folds is None else rows
     candidates = _candidates(job, entries, held, folds)
     chosen = _choose(job, candidates, held)
@@ -130,11 +136,9 @@ def _rows_and_folds(job: Job) -> tuple[NDArray[np.int64], NDArray[np.int64] | No
     if asked is None:
         return job.split["train"], None
     rows = np.sort(np.concatenate([job.split["train"], job.split["val"]]))
-    if asked == "column":
-        return rows, given_folds(job.dataset, rows)
-    if job.dataset.fold is not None:
+    if asked != "column" and job.dataset.fold is not None:
         job.say(f"{asked} folds are drawn; the data's own column is used with: --folds column")
-    return rows, dataset_folds(job.dataset, rows, num_folds=asked, seed=job.recipe.data.split_seed)
+    return rows, choose_folds(job.dataset, rows, asked, seed=job.recipe.data.split_seed)
 
 
 def _member(
@@ -158,6 +162,12 @@ def _member(
     return new_member(job, variation.recipe, name=name, rows=own, task=task)
 
 
+def _as_shuffled(member: Member, window: int | None) -> Member:
+    """With the window that was chosen in its recipe, as a run of one has it."""
+    train = member.recipe.train.model_copy(update={"shuffle_window": window})
+    return replace(member, recipe=member.recipe.model_copy(update={"train": train}))
+
+
 def _no_scores(fleet: Fleet) -> dict[str, Scores]:
     """Folds are scored at their ends alone: every sample would be read once more an epoch."""
     return {}
@@ -172,7 +182,9 @@ def _candidates(
         DivergedError: no variation is whole.
     """
     whole = [entry for entry in entries if entry.trained.model is not None]
-    outputs = dict(zip(map(id, whole), _outputs(job, [_voice(e) for e in whole], held), strict=True))
+    every = dict(zip(map(id, whole), _outputs(job, [_voice(e) for e in whole], held), strict=True))
+    # the last update of all may have ruined weights whose loss was finite before it
+    outputs = {key: output for key, output in every.items() if output.isfinite().all()}
     by_variation: dict[str, list[Entry]] = {}
     for entry in entries:
         by_variation.setdefault(entry.variation.label, []).append(entry)
@@ -183,7 +195,10 @@ def _candidates(
             continue
         found.append(_candidate(job, own, [outputs[id(entry)] for entry in own], held, folds))
     if not found:
-        raise DivergedError("every variation has a network that diverged. Type: --set train.lr=3e-4")
+        raise DivergedError(
+            "every variation has a network that diverged. Type: --set train.lr=3e-4, or lower rates in "
+            "--members"
+        )
     return found
 
 
@@ -253,23 +268,36 @@ def _fitted(
     recipe = first.member.recipe
     answers = partial(_predictions, job, voices, mean_nK, held) if len(voices) > 1 else None
     return Fitted(
-        recipe.side.name if len(voices) == 1 else f"{len(voices)} members",
+        _name(chosen),
         first.trained.model,
         recipe,
         sum(voice.model.num_parameters() for voice in voices),
         seconds=sum(_seconds(entries)),
         peak_memory=peak_memory,
-        detail={
-            "epochs": recipe.train.epochs,
-            "lr": recipe.train.lr,
-            "members": len(entries),
-            "answering": len(voices),
-            "held_out": held_out.to_json(),
-        },
+        detail=_detail(entries, chosen),
         outputs=partial(_first_outputs, job, voices),
         history=first.trained.history,
-        fleet=FleetResult(tuple(entries), tuple(ranked), tuple(voices), answers),
+        fleet=FleetResult(tuple(entries), tuple(ranked), tuple(voices), held_out, answers),
     )
+
+
+def _name(chosen: Sequence[Candidate]) -> str:
+    """Of the row in the score table."""
+    first, voices = chosen[0], sum(len(one.entries) for one in chosen)
+    if voices == 1:
+        return first.variation.recipe.side.name
+    alone = len(chosen) == 1
+    return f"{voices}-fold {first.variation.recipe.side.name}" if alone else f"ensemble of {voices}"
+
+
+def _detail(entries: Sequence[Entry], chosen: Sequence[Candidate]) -> dict[str, Any]:
+    """What was chosen, for the tables."""
+    trained = {"trained": len(entries)}
+    if len(chosen) > 1:
+        return trained
+    recipe = chosen[0].entries[0].member.recipe
+    member = {"member": chosen[0].variation.label} if chosen[0].variation.choices else {}
+    return {**member, "epochs": recipe.train.epochs, "lr": recipe.train.lr, **trained}
 
 
 def _seconds(entries: Sequence[Entry]) -> list[float]:

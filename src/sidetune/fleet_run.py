@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def write_fleet(job: Job, fleet: FleetResult, artifact: ArtifactOf, scores: dict
         scores: of the run, by split.
     """
     seats: list[Seat] = []
+    _remove_others(job, fleet)
     for one in fleet.ranked:
         for entry in one.entries:
             own = artifact(
@@ -54,6 +56,44 @@ def write_fleet(job: Job, fleet: FleetResult, artifact: ArtifactOf, scores: dict
     else:
         own = seats[0].artifact
         artifact(own.model, own.recipe, own.task, own.temperature, scores).save(job.out)
+
+
+def _remove_others(job: Job, fleet: FleetResult) -> None:
+    """A run that was killed here while it wrote, and whose folder was free again, may have left members."""
+    own = {member_hash(job, entry) for entry in fleet.entries}
+    for folder in (job.out / "members").glob("*"):
+        if folder.name not in own:
+            shutil.rmtree(folder)
+
+
+def fleet_json(job: Job, fleet: FleetResult) -> dict[str, Any]:
+    """What metrics.json holds of a fleet: a line a variation, those that answer first, and their answer.
+
+    Args:
+        job: whose run it is.
+        fleet: trained.
+    """
+    ranked = {one.variation.label: one for one in fleet.ranked}
+    entries: dict[str, list[Entry]] = {label: [] for label in ranked}
+    for entry in fleet.entries:
+        entries.setdefault(entry.variation.label, []).append(entry)
+    return {
+        "networks": len(fleet.entries),
+        "answering": len(fleet.voices),
+        "folds": None if fleet.entries[0].fold is None else len(next(iter(entries.values()))),
+        "ensemble": job.recipe.fleet.ensemble,
+        "held_out": fleet.held_out.to_json(),
+        "members": [
+            {
+                "member": label,
+                "networks": len(own),
+                "diverged": sum(entry.trained.model is None for entry in own),
+                "scores": None if label not in ranked else ranked[label].scores,
+                "weight": 0.0 if label not in ranked else ranked[label].weight,
+            }
+            for label, own in entries.items()
+        ],
+    }
 
 
 def member_hash(job: Job, entry: Entry) -> str:

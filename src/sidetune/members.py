@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from sidetune.errors import RecipeError, nearest
-from sidetune.recipe import NoAliases, Recipe
+from sidetune.recipe import BEST_OF_FOLDS, NoAliases, Recipe, check_fleet
 from sidetune.sides import SIDES, SOLVED
 
 OWN: dict[str, tuple[str, ...]] = {  # what a member may have of its own; None of data, backbone and features
@@ -49,6 +49,7 @@ def variations(recipe: Recipe) -> list[Variation]:
     Raises:
         RecipeError: a setting is unknown, shared by all members, or does not fit; or two members are equal.
     """
+    check_fleet(recipe)
     alone = Recipe.build({**recipe.model_dump(mode="json"), "fleet": {}})
     if recipe.fleet.members is None:
         return [Variation(recipe.side.name, alone, {})]
@@ -57,7 +58,10 @@ def variations(recipe: Recipe) -> list[Variation]:
     for values in itertools.product(*axes.values()):
         choices = dict(zip(axes, values, strict=True))
         label = " ".join(f"{_short(key)}={_text(value)}" for key, value in choices.items())
-        one = _varied(alone, choices, own_order=recipe.fleet.own_order)
+        try:
+            one = _varied(alone, choices, recipe)
+        except RecipeError as error:
+            raise RecipeError(f"--members, {label}: {error}") from error
         if one.hash in found:
             raise RecipeError(
                 f"--members: {found[one.hash].label} and {label} are one recipe. Leave one of the two out"
@@ -87,7 +91,7 @@ def _axes(text: str) -> dict[str, list[Any]]:
 
 def _setting(name: str) -> str:
     """The whole name of a setting that members may have of their own."""
-    sides = sorted({field for side in SIDES.values() for field in _side_fields(side.__name__.lower())})
+    sides = sorted({field for side in SIDES if side not in SOLVED for field in _side_fields(side)})
     own = [f"{part}.{field}" for part, fields in OWN.items() for field in fields]
     own += [f"side.{field}" for field in sides]
     short = {key.rpartition(".")[2]: key for key in own} | {"side": "side.name"}
@@ -96,22 +100,33 @@ def _setting(name: str) -> str:
         return name
     if name in short:
         return short[name]
-    everything = [f"{part}.{field}" for part, fields in Recipe().model_dump().items() for field in fields]
-    if name in everything or name in {key.rpartition(".")[2] for key in everything}:
+    shared = [
+        f"{part}.{field}"
+        for part, fields in Recipe().model_dump().items()
+        for field in fields
+        if part not in ("side", "fleet")
+    ]
+    if whole := [key for key in shared if name in (key, key.partition(".")[2]) and name != "name"]:
         raise RecipeError(
-            f"--members got {name!r}, which all members of a run share. Type: --set {name}=.., or fit twice"
+            f"--members got {name!r}, which all members of a run share. Type: --set {whole[0]}=.., or fit "
+            "twice"
         )
     raise RecipeError(f"--members: no setting {name!r}.{nearest(name, sorted(short))} {EXAMPLE}")
 
 
 def _side_fields(name: str) -> Sequence[str]:
     """The settings of a side, by its name."""
-    if name not in SIDES:
-        return ()
     return tuple(Recipe.build({"side": {"name": name}}).side.model_dump())
 
 
-def _varied(recipe: Recipe, choices: dict[str, Any], *, own_order: bool) -> Recipe:
+def _varied(recipe: Recipe, choices: dict[str, Any], asked: Recipe) -> Recipe:
+    """A recipe for one member, with choices of its own.
+
+    Args:
+        recipe: of a member without them.
+        choices: setting -> value.
+        asked: the run's.
+    """
     fields = recipe.model_dump(mode="json")
     side = choices.get("side.name", fields["side"]["name"])
     if side != fields["side"]["name"]:
@@ -120,14 +135,16 @@ def _varied(recipe: Recipe, choices: dict[str, Any], *, own_order: bool) -> Reci
         part, _, field = key.partition(".")
         fields[part][field] = value
     train = fields["train"]
-    if not own_order and train["order_seed"] is None and train["seed"] != recipe.train.seed:
+    if not asked.fleet.own_order and train["order_seed"] is None and train["seed"] != recipe.train.seed:
         train["order_seed"] = recipe.train.seed  # one order for all: a batch is read once
     varied = Recipe.build(fields)
     if varied.side.name in SOLVED:
         raise RecipeError(
-            f"--members got side={varied.side.name}, which is solved, not trained; every run scores it. "
+            f"side={varied.side.name} is solved, not trained, and every run scores it. "
             "Type: --members 'side=losa,last'"
         )
+    if asked.fleet.folds is not None and varied.train.select == "best":
+        raise RecipeError(f"{BEST_OF_FOLDS}. Type: select=last, or leave --folds out")
     return varied
 
 

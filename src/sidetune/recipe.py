@@ -21,7 +21,7 @@ from sidetune.backbones.base import Precision, canonical_json
 from sidetune.data.dataset import TaskKind
 from sidetune.errors import RecipeError, nearest
 from sidetune.model import NormKind
-from sidetune.sides import SIDES, AnySideRecipe
+from sidetune.sides import SIDES, SOLVED, AnySideRecipe
 from sidetune.sides.losa import LosaRecipe
 from sidetune.store import DTypeName
 
@@ -222,7 +222,7 @@ class Recipe(Part):
                 "features.average_views is true and features.views is 0: there is one view, nothing to "
                 "average. Type: --views 4 --average-views"
             )
-        _check_fleet(recipe)
+        check_fleet(recipe)
         return recipe
 
     @property
@@ -244,18 +244,32 @@ class Recipe(Part):
         return hashlib.sha256(canonical_json(fields).encode()).hexdigest()
 
 
-def _check_fleet(recipe: Recipe) -> None:
-    """What cannot be asked of one run together."""
+BEST_OF_FOLDS = "train.select is 'best' and there are folds: the epoch would be chosen on what scores it"
+
+
+def check_fleet(recipe: Recipe) -> None:
+    """Refuse what cannot be asked of one run together.
+
+    Raises:
+        RecipeError: it is.
+    """
     fleet = recipe.fleet
     if fleet.ensemble and fleet.members is None and fleet.folds is None:
         raise RecipeError(
             "fleet.ensemble is true and there is one member: nothing to choose from. "
             "Type: --ensemble --members 'lr=1e-3,3e-3;seed=0,1', or --ensemble --folds 5"
         )
-    if fleet.folds is not None and recipe.train.select == "best":
+    if fleet.own_order and fleet.members is None:
         raise RecipeError(
-            "train.select is 'best' and there are folds: the epoch would be chosen on what scores it. "
-            "Type: --set train.select=last"
+            "fleet.own_order is true and there is one member: no order to share. "
+            "Type: --own-order --members 'seed=0,1'"
+        )
+    if fleet.folds is not None and recipe.train.select == "best":
+        raise RecipeError(f"{BEST_OF_FOLDS}. Type: --set train.select=last")
+    if fleet != FleetRecipe() and recipe.side.name in SOLVED:
+        raise RecipeError(
+            f"side.name is {recipe.side.name!r}, which is solved, not trained: there are no members and no "
+            "folds of it. Type: --side losa"
         )
 
 
@@ -300,6 +314,8 @@ def _message(error: ValidationError, example: Recipe) -> str:
         location.pop(1)  # the union's tag is no part of the key
     if location[:2] == ["side", "taps"]:
         location = location[:2]  # below it stand the branches of its type
+    if location[:2] == ["fleet", "folds"]:
+        location = location[:2]
     if len(location) == 1 and isinstance(complaint["input"], dict):
         location += list(complaint["input"])[:1]  # an unknown part: say the whole key that was typed
     key = ".".join(location)
@@ -310,6 +326,8 @@ def _message(error: ValidationError, example: Recipe) -> str:
     got = _short(complaint["input"])
     if key == "side.taps":
         return f"{key} is {got}, expected all, last or a list. Type: --set side.taps=[block.12]"
+    if key == "fleet.folds":
+        return f"{key} is {got}, expected 2 or more, or column. Type: --folds 5"
     hint = ""
     if complaint["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", complaint["ctx"]["expected"])  # ``'a', 'b' or 'c'``

@@ -166,8 +166,9 @@ class _Loop:
             track = self.saved.tracks[name]
             track.ended = track.dropped = True
             if all(one.dropped for one in self.saved.tracks.values()) and not self.waiting():
+                lower = "" if len(self.members) == 1 else ", or lower rates in --members"
                 raise DivergedError(
-                    f"the loss is not finite {where}: every member diverged. Type: --set train.lr=3e-4"
+                    f"the loss is not finite {where}: every member diverged. Type: --set train.lr=3e-4{lower}"
                 )
             say(f"{name} diverged {where} and is dropped; the others go on", quiet=self.quiet)
         self.fleet.remove(names)
@@ -177,6 +178,8 @@ class _Loop:
         member, track = self.members[name], self.saved.tracks[name]
         if member.recipe.train.select != "best":
             return
+        if not track.history[-1].val and track.model is not None:
+            return  # its outputs are not finite
         score = track.history[-1].val.get(member.task.headline)
         if score is None or score > track.best:  # where the score is not defined, the last epoch is kept
             track.best = track.best if score is None else score

@@ -9,6 +9,7 @@ Folds are of the rows of train and val together; a test row is in no fold.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,6 +79,28 @@ def draw_folds(
     if classes is not None:
         check_spread(classes, fold, names)
     return fold
+
+
+def choose_folds(
+    dataset: Dataset, rows: NDArray[np.int64], asked: int | Literal["column"], *, seed: int
+) -> NDArray[np.int64]:
+    """The folds that a recipe asks for: `dataset_folds` or `given_folds`.
+
+    Args:
+        dataset: as for these.
+        rows: (n,) of train and val.
+        asked: how many folds, or ``column``.
+        seed: of the draw.
+
+    Returns:
+        (n,) fold of each of these rows.
+
+    Raises:
+        DataError: as these.
+    """
+    if asked == "column":
+        return given_folds(dataset, rows)
+    return dataset_folds(dataset, rows, num_folds=asked, seed=seed)
 
 
 def dataset_folds(
