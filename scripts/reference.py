@@ -11,7 +11,7 @@ import re
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
@@ -140,6 +140,9 @@ def _values(annotation: object) -> str:
         return "`null`"
     if get_origin(annotation) is tuple:
         return "a list of names"
+    if get_origin(annotation) is Annotated:
+        plain, *limits = get_args(annotation)
+        return _values(plain) + "".join(_bounds([one for limit in limits for one in limit.metadata]))
     if get_args(annotation):
         return ", ".join(_values(choice) for choice in get_args(annotation))
     return {int: "whole number", float: "number", str: "text", bool: "`true`, `false`"}[annotation]

@@ -121,6 +121,7 @@ OTHERS = {
     "data": {
         "task": "regress",
         "labels": ["a"],
+        "split_by": "site",
         "split_seed": 1,
         "val_fraction": 0.3,
         "test_fraction": 0.3,

@@ -40,6 +40,8 @@ class DataRecipe(Part):
     Args:
         task: what the targets are; ``--task``.
         labels: the label columns of a CSV; None: ``label``. ``--labels``.
+        split_by: the class column of a CSV that drawn splits and folds are stratified by; None: the targets,
+            or the first of several class columns.
         split_seed: draws the splits that the data does not have.
         val_fraction: share of the training samples that becomes validation where the data has none.
         test_fraction: the same for test.
@@ -50,6 +52,7 @@ class DataRecipe(Part):
 
     task: TaskKind = "classify"
     labels: tuple[str, ...] | None = None
+    split_by: str | None = None
     split_seed: int = Field(0, ge=0)
     val_fraction: float = Field(0.2, gt=0, lt=1)
     test_fraction: float = Field(0.2, gt=0, lt=1)
@@ -57,8 +60,14 @@ class DataRecipe(Part):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     focal_gamma: float = Field(0.0, ge=0)
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The class columns that have a network each; none where there is one network."""
+        several = self.task == "classify" and self.labels is not None and len(self.labels) > 1
+        return tuple(label.strip() for label in self.labels or ()) if several else ()
+
     def arguments(self) -> dict[str, Any]:
-        """Arguments of `load_dataset`; the others are the task's."""
+        """Arguments of `load_datasets`; the others are the task's."""
         return self.model_dump(exclude={"class_weights", "label_smoothing", "focal_gamma"})
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sidetune.data import Dataset, load_columns, load_dataset
+from sidetune.data import Dataset, load_columns, load_dataset, load_datasets
 from sidetune.data.folds import dataset_folds
 from sidetune.errors import DataError
 
@@ -150,3 +150,52 @@ def test_columns_are_those_of_a_table(tmp_path: Path, image_folder: Path) -> Non
     for labels in ([], ["a", "a"], ["a", "fold"]):
         with pytest.raises(DataError, match="expected different columns, none of them path, split, group"):
             load_columns(file, labels=labels)
+
+
+def test_one_column_may_have_empty_cells_as_one_of_several_may(tmp_path: Path) -> None:
+    file = table(tmp_path, "path,colour,shape", cells(60, "rg-", "xyxy-"))
+    alone, together = load_dataset(file, labels=["colour"]), load_columns(file, labels=["colour", "shape"])[0]
+    assert splits(alone) == splits(together)
+    assert len(alone.rows("all")) == 40
+    assert alone.fingerprint(tuple("k" * 60)) == together.fingerprint(tuple("k" * 60))
+
+
+def test_split_by_gives_a_column_alone_the_splits_that_it_has_among_others(tmp_path: Path) -> None:
+    file = table(tmp_path, "path,colour,shape", cells(60, "rg-", "xyxy-"))
+    _, together = load_datasets(file, labels=["colour", "shape"])
+    (alone,) = load_datasets(file, labels=["shape"], split_by="colour")
+    other = load_dataset(file, labels=["shape"])
+    assert splits(alone) == splits(together) != splits(other)
+    assert alone.fingerprint(tuple("k" * 60)) == together.fingerprint(tuple("k" * 60))
+    numbers = table(tmp_path, "path,n,site", cells(40, "0123456789", "ab"))
+    regress = load_dataset(numbers, task="regress", labels=["n"], split_by="site")
+    assert regress.strata is not None and regress.targets.shape == (40, 1)
+    assert [int(regress.strata[rows].sum()) for rows in (regress.rows("val"), regress.rows("test"))] == [4, 4]
+
+
+def test_an_image_is_in_the_same_drawn_fold_for_every_column(tmp_path: Path) -> None:
+    file = table(tmp_path, "path,colour,shape", cells(60, "rg-", "xyxy-"))
+    colour, shape = load_datasets(file, labels=["colour", "shape"])
+    rows = np.arange(60)
+    folds = [dataset_folds(dataset, rows, num_folds=4, seed=0) for dataset in (colour, shape)]
+    assert np.array_equal(*folds)
+    assert np.bincount(folds[0]).tolist() == [15] * 4
+    assert np.bincount(folds[0][colour.rows("all")]).tolist() == [10] * 4
+
+
+def test_a_class_that_the_folds_of_another_column_leave_alone_is_named(tmp_path: Path) -> None:
+    file = table(tmp_path, "path,a,b", [*cells(30, "xy", "uv"), "30.png,x,w", "31.png,y,w"])
+    b = load_columns(file, labels=["a", "b"], val_fraction=0.0, test_fraction=0.0)[1]
+    said = []
+    for seed in range(12):
+        try:
+            dataset_folds(b, np.arange(32), num_folds=2, seed=seed)
+        except DataError as error:
+            said.append(str(error))
+    assert 0 < len(said) < 12
+    assert all("class 'w' is in fold" in text for text in said)
+
+
+def test_folders_have_no_column_to_split_by(image_folder: Path) -> None:
+    with pytest.raises(DataError, match=r"is a folder, got data.split_by=site; .* Leave it out"):
+        load_dataset(image_folder, split_by="site")

@@ -143,7 +143,7 @@ def test_groups_and_folds(tmp_path: Path) -> None:
         ),
         ("path,label\n0.png,a\n,b\n", "line 3: path is empty"),
         ("path,label\n0.png,a\n1.png,b\n./x/../0.png,b\n", "line 4: './x/../0.png' is on line 2 already"),
-        ("path,label\n0.png,a\n1.png,\n", "line 3: label is empty; expected a class name"),
+        ("path,label\n0.png,a\n1.png,\n", "column 'label' has one class in train, 'a'"),
         ("path,label\n0.png,a\n1.png,a\n", "one class in train, 'a'; classification needs at least two"),
         (
             "path,label,split\n0.png,a,train\n1.png,b,trian\n",
@@ -153,7 +153,7 @@ def test_groups_and_folds(tmp_path: Path) -> None:
         ("path,label,split\n0.png,a,test\n1.png,b,val\n", "has no row with split train"),
         (
             "path,label,split\n0.png,cat,train\n1.png,dog,train\n2.png,dgo,test\n",
-            r"line 4: class 'dgo' is in test but never in train, .*Did you mean 'dog'\?",
+            r"line 4: class 'dgo' of column 'label' is in test but never in train, .*Did you mean 'dog'\?",
         ),
         ("path,label,group\n0.png,a,x\n1.png,b,\n", "line 3: group is empty"),
         (
@@ -198,11 +198,7 @@ def test_errors_say_where(tmp_path: Path, text: str, message: str) -> None:
             "path,n,split\n0.png,1,train\n1.png,1,train\n2.png,1,train\n3.png,1,train\n4.png,0,test\n",
             "row of train as it was drawn; give a split column, or another seed, or leave",
         ),
-        (
-            "classify",
-            "path,n\n0.png,1\n1.png,\n",
-            "line 3: n is empty; .* column is 0/1 or yes/no, type: --task multilabel --labels n, where",
-        ),
+        ("classify", "path,n\n0.png,\n1.png,\n", "column 'n' has no class in train; .* leave the column out"),
     ],
 )
 def test_errors_of_numbers(tmp_path: Path, task: str, text: str, message: str) -> None:
@@ -213,7 +209,7 @@ def test_errors_of_numbers(tmp_path: Path, task: str, text: str, message: str) -
 @pytest.mark.parametrize(
     ("task", "labels", "message"),
     [
-        ("classify", ["a", "b"], "--task classify takes one label column, got 2: a, b.*--task multilabel"),
+        ("classify", ["a", "b"], "a dataset has one class column, got 2: a, b.*--task multilabel"),
         ("regress", ["a", "a"], "--labels is 'a,a'; expected different columns"),
         ("regress", ["fold"], "none of them path, split, group, fold"),
         ("regress", [], "--labels is ''"),
@@ -386,7 +382,9 @@ def test_ten_thousand_classes(tmp_path: Path) -> None:
     assert (len(dataset.outputs), sizes(dataset)) == (10_000, [10_000] * 3)
     file.write_text(lines("path,label,split", *rows, "./a.png,klass 7,test"))
     (tmp_path / "a.png").touch()
-    with pytest.raises(DataError, match="class 'klass 7' is in test but never in train") as caught:
+    with pytest.raises(
+        DataError, match="class 'klass 7' of column 'label' is in test but never in train"
+    ) as caught:
         load_dataset(file)
     assert "Did you mean 'class 7'?" in str(caught.value)
     assert str(caught.value).endswith(" .. (10000 in all).")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from sidetune.data.csv_table import read_csv_columns, read_csv_table
 from sidetune.data.dataset import SPLITS, Dataset, Split, TaskKind, sample_key
@@ -25,6 +25,7 @@ __all__ = [
     "list_images",
     "load_columns",
     "load_dataset",
+    "load_datasets",
     "load_image",
     "open_image",
     "sample_key",
@@ -32,11 +33,12 @@ __all__ = [
 ]
 
 
-def load_dataset(
+def load_dataset(  # noqa: PLR0913 - each is a field of the recipe
     path: Path,
     *,
     task: TaskKind = "classify",
     labels: Sequence[str] | None = None,
+    split_by: str | None = None,
     split_seed: int = 0,
     val_fraction: float = 0.2,
     test_fraction: float = 0.2,
@@ -57,7 +59,9 @@ def load_dataset(
     Args:
         path: of the folder or the ``.csv`` file.
         task: what the targets are; folders can only ``classify``.
-        labels: the label columns of a CSV, ``label`` if not given.
+        labels: the label columns of a CSV, ``label`` if not given. An empty cell is unlabelled.
+        split_by: the class column of a CSV that carved splits and drawn folds are stratified by; None: the
+            targets.
         split_seed: draws the carved splits.
         val_fraction: share of the training samples, before anything is carved, that becomes val.
         test_fraction: the same for test.
@@ -71,7 +75,9 @@ def load_dataset(
         raise DataError(f"no task named {task!r}.{nearest(task, get_args(TaskKind))}")
     carving = Carving(val=val_fraction, test=test_fraction, seed=split_seed)
     if path.suffix.lower() == ".csv" and path.is_file():
-        table = read_csv_table(path, task=task, labels=labels, carving=carving, to_train=to_train)
+        table = read_csv_table(
+            path, task=task, labels=labels, split_by=split_by, carving=carving, to_train=to_train
+        )
         return replace(table, name=path.stem)
     if not path.is_dir():
         found = "a file that is no .csv" if path.exists() else "nothing there"
@@ -86,6 +92,11 @@ def load_dataset(
             f"{path} is a folder: its class folders are the labels, so only --task classify without --labels "
             f"is possible, got {asked}. Give a table: sidetune fit TABLE.csv --task {task} --labels a,b"
         )
+    if split_by is not None:
+        raise DataError(
+            f"{path} is a folder, got data.split_by={split_by}; its splits are stratified by its classes. "
+            "Leave it out, or give a table: sidetune fit TABLE.csv"
+        )
     dataset = read_vtab(path) if is_vtab(path) else read_folders(path, carving=carving)
     return replace(dataset, name=path.resolve().name)
 
@@ -94,6 +105,7 @@ def load_columns(
     path: Path,
     *,
     labels: Sequence[str],
+    split_by: str | None = None,
     split_seed: int = 0,
     val_fraction: float = 0.2,
     test_fraction: float = 0.2,
@@ -102,11 +114,12 @@ def load_columns(
     """Read several class columns of one CSV file: a `Dataset` a column, all of the same rows and splits.
 
     An empty cell means that the image is unlabelled in that column: its target is -1, and `Dataset.rows`
-    leaves it out. Splits that the CSV does not have are carved once, stratified by the first column.
+    leaves it out. Splits that the CSV does not have are carved once.
 
     Args:
         path: of the ``.csv`` file.
         labels: the columns, one or more.
+        split_by: the column that carved splits and drawn folds are stratified by; None: the first.
         split_seed: draws the carved splits.
         val_fraction: share of the training rows, before anything is carved, that becomes val.
         test_fraction: the same for test.
@@ -124,6 +137,29 @@ def load_columns(
             f"Type: sidetune fit TABLE.csv --labels {','.join(labels)}"
         )
     carving = Carving(val=val_fraction, test=test_fraction, seed=split_seed)
-    datasets = read_csv_columns(path, labels=labels, carving=carving, to_train=to_train)
+    datasets = read_csv_columns(path, labels=labels, split_by=split_by, carving=carving, to_train=to_train)
     names = [f"{path.stem}/{label.strip()}" for label in labels]
     return tuple(replace(dataset, name=name) for dataset, name in zip(datasets, names, strict=True))
+
+
+def load_datasets(
+    path: Path,
+    *,
+    task: TaskKind = "classify",
+    labels: Sequence[str] | None = None,
+    **how: Any,  # noqa: ANN401 - of several types
+) -> tuple[Dataset, ...]:
+    """A `Dataset` a network: of each column as `load_columns` where a CSV's classes stand in several.
+
+    Args:
+        path: as `load_dataset` takes it.
+        task: likewise.
+        labels: likewise; with classify any number of columns.
+        how: the rest of its arguments.
+
+    Raises:
+        DataError: as these two.
+    """
+    if task == "classify" and labels is not None and len(labels) > 1:
+        return load_columns(path, labels=labels, **how)
+    return (load_dataset(path, task=task, labels=labels, **how),)

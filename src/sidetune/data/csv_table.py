@@ -27,6 +27,7 @@ def read_csv_table(
     *,
     task: TaskKind,
     labels: Sequence[str] | None = None,
+    split_by: str | None = None,
     carving: Carving,
     to_train: bool = True,
 ) -> Dataset:
@@ -36,55 +37,83 @@ def read_csv_table(
     `labels`; optionally ``split`` (train, val, test), ``group`` (never straddles splits) and ``fold``
     (integers, or empty where a row has none). Spaces around a cell do not count. classify takes the text of
     one column, and declares the classes of the training rows, sorted by name; multilabel takes 0/1,
-    true/false, yes/no; regress takes numbers; an empty cell of these two is unlabelled. `load_dataset`
-    says which splits are carved, and what `to_train` is.
+    true/false, yes/no; regress takes numbers. An empty cell is unlabelled. `load_dataset` says which splits
+    are carved, and what `split_by` and `to_train` are.
 
     Raises:
         DataError: with the line number where there is one.
     """
     columns = _label_columns(task, labels)
-    table = read_table(file, required=("path", *columns), optional=RESERVED)
-    dataset = _bare(table, task)
     if task == "classify":
-        targets, outputs = _classes(table, columns[0], dataset.split)
-        dataset = replace(dataset, targets=targets, outputs=outputs)
+        return read_csv_columns(file, labels=columns, split_by=split_by, carving=carving, to_train=to_train)[
+            0
+        ]
+    table = read_table(file, required=_needed(columns, split_by), optional=RESERVED)
+    bare = _bare(table, task)
+    targets = _numbers(table, columns, task)
+    if split_by is None:
+        dataset = replace(bare, targets=targets, outputs=columns)
+        dataset = carve(dataset, missing=_missing(dataset), carving=carving)
     else:
-        dataset = replace(dataset, targets=_numbers(table, columns, task), outputs=columns)
-    dataset = carve(dataset, missing=_missing(dataset), carving=carving)
+        drawn, strata = _carved_by(table, bare, split_by.strip(), carving)
+        dataset = replace(drawn, task=task, targets=targets, outputs=columns, strata=strata)
     if to_train:
         _check_training(table, dataset)
     return dataset
 
 
 def read_csv_columns(
-    file: Path, *, labels: Sequence[str], carving: Carving, to_train: bool = True
+    file: Path,
+    *,
+    labels: Sequence[str],
+    split_by: str | None = None,
+    carving: Carving,
+    to_train: bool = True,
 ) -> tuple[Dataset, ...]:
-    """Read several class columns of a CSV file: a `Dataset` a column, of the same rows and splits.
+    """Read class columns of a CSV file: a `Dataset` a column, of the same rows and splits.
 
-    As `read_csv_table` for classify, but for empty cells: such a row is unlabelled in that column. Splits
-    that are missing are carved once, stratified by the first column, in which rows without a class are a
-    stratum of their own.
+    As `read_csv_table` for classify. Splits that are missing are carved once, stratified by the column
+    `split_by`, the first where that is None; rows without a class in it are a stratum of their own.
 
     Raises:
         DataError: with the line number where there is one, and the column.
     """
     columns = _distinct(labels)
-    table = read_table(file, required=("path", *columns), optional=RESERVED)
+    split_by = columns[0] if split_by is None else split_by.strip()
+    table = read_table(file, required=_needed(columns, split_by), optional=RESERVED)
     bare = _bare(table, "classify")
-    classes = [_classes(table, column, bare.split, sparse=True) for column in columns]
-    targets, outputs = classes[0]
-    strata = np.where(targets < 0, len(outputs), targets)
-    drawn = carve(replace(bare, targets=strata, outputs=outputs), missing=_missing(bare), carving=carving)
-    datasets = tuple(
-        replace(
-            drawn, targets=targets, outputs=outputs, labelled=None if (targets >= 0).all() else targets >= 0
+    drawn, strata = _carved_by(table, bare, split_by, carving)
+    datasets = []
+    for column in columns:
+        targets, outputs = _classes(table, column, bare.split)
+        own = np.array_equal(strata, targets)  # nothing to remember: strata are the classes
+        datasets.append(
+            replace(
+                drawn,
+                targets=targets,
+                outputs=outputs,
+                labelled=None if (targets >= 0).all() else targets >= 0,
+                strata=None if own else strata,
+            )
         )
-        for targets, outputs in classes
-    )
-    if to_train:
-        for column, dataset in zip(columns, datasets, strict=True):
-            _check_column(table, column, dataset)
-    return datasets
+        if to_train:
+            _check_column(table, column, datasets[-1])
+    return tuple(datasets)
+
+
+def _needed(columns: Sequence[str], split_by: str | None) -> list[str]:
+    """Columns that must be there, each once."""
+    return list(dict.fromkeys(["path", *columns, *([] if split_by is None else [split_by.strip()])]))
+
+
+def _carved_by(
+    table: Table, bare: Dataset, column: str, carving: Carving
+) -> tuple[Dataset, NDArray[np.int64]]:
+    """With the splits that were missing, and the strata that a class column makes: (n,)."""
+    targets, outputs = _classes(table, column, bare.split)
+    strata = np.where(targets < 0, len(outputs), targets)
+    by_class = replace(bare, task="classify", targets=strata, outputs=outputs)
+    return carve(by_class, missing=_missing(bare), carving=carving), strata
 
 
 def _bare(table: Table, task: TaskKind) -> Dataset:
@@ -112,8 +141,9 @@ def _label_columns(task: TaskKind, labels: Sequence[str] | None) -> tuple[str, .
     columns = _distinct(("label",) if labels is None else labels)
     if task == "classify" and len(columns) > 1:
         raise DataError(
-            f"--task classify takes one label column, got {len(columns)}: {', '.join(columns)}. For K "
-            "outputs of one network type --task multilabel (0/1 columns) or --task regress (numbers)"
+            f"a dataset has one class column, got {len(columns)}: {', '.join(columns)}. Type: sidetune fit, "
+            "which trains a network a column, or, in Python, sidetune.fit_columns(..); for K outputs of one "
+            "network --task multilabel (0/1 columns) or --task regress (numbers)"
         )
     return columns
 
@@ -166,35 +196,23 @@ def _splits(table: Table) -> NDArray[np.str_]:
     return split
 
 
-def _classes(
-    table: Table, column: str, split: NDArray[np.str_], *, sparse: bool = False
-) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """(n,) class indices and the classes of train; where `sparse`, an empty cell is -1."""
+def _classes(table: Table, column: str, split: NDArray[np.str_]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """(n,) class indices, -1 for an empty cell, and the classes of train."""
     labels = table.columns[column]
-    for row, label in enumerate(labels):
-        if not label and not sparse:
-            raise table.error(
-                row,
-                f"{column} is empty; expected a class name in every row. Remove the rows without one; or, if "
-                f"the column is 0/1 or yes/no, type: --task multilabel --labels {column}, where an empty "
-                "cell is unlabelled",
-            )
     known = sorted({label for label, part in zip(labels, split, strict=True) if part == "train" and label})
     if len(known) < 2:
-        where = f"{table.file}: column {column!r}" if sparse else f"{table.file}"
         found = f"one class in train, {quoted(known[0])}" if known else "no class in train"
         raise DataError(
-            f"{where} has {found}; classification needs at least two "
-            f"classes. Add rows of another, or {'leave the column out' if sparse else OR_NUMBERS}"
+            f"{table.file}: column {column!r} has {found}; classification needs at least two classes. Add "
+            f"rows of another, leave the column out, or {OR_NUMBERS}"
         )
-    index = {label: k for k, label in enumerate(known)} | ({"": -1} if sparse else {})
+    index = {label: k for k, label in enumerate(known)} | {"": -1}
     for row, label in enumerate(labels):
         if label not in index:
-            which = f" of column {column!r}" if sparse else ""
             raise table.error(
                 row,
-                f"class {quoted(label)}{which} is in {split[row]} but never in train, so nothing can learn "
-                f"it.{nearest(label, known)}",
+                f"class {quoted(label)} of column {column!r} is in {split[row]} but never in train, so "
+                f"nothing can learn it.{nearest(label, known)}",
             )
     return np.array([index[label] for label in labels], dtype=np.int64), tuple(known)
 
@@ -263,8 +281,6 @@ def _folds(table: Table) -> NDArray[np.int64] | None:
 
 def _check_training(table: Table, dataset: Dataset) -> None:
     """Every output must have something to learn in train, after carving too."""
-    if dataset.task == "classify":
-        return  # the classes are those of train, and carving keeps each there
     train = dataset.targets[dataset.rows("train")]
     for name, values, every in zip(dataset.outputs, train.T, dataset.targets.T, strict=True):
         known = np.unique(values[~np.isnan(values)])

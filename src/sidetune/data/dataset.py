@@ -47,6 +47,8 @@ class Dataset:
         name: what people call it: the folder's name, or the table's without its ending; of one of several
             label columns ``table/column``.
         labelled: (n,) classify: which samples have a class in this label column. None: all.
+        strata: (n,) what splits and folds are stratified by where that is not the targets: another column's
+            classes, or these and, as one more, what is unlabelled. None: the targets.
     """
 
     root: Path
@@ -61,6 +63,7 @@ class Dataset:
     ignored: int = 0
     name: str = ""
     labelled: NDArray[np.bool_] | None = None
+    strata: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)

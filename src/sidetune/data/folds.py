@@ -60,25 +60,29 @@ def draw_folds(
         DataError: there are fewer samples or groups than folds, or a class would lie in one fold alone:
             while that is held out nothing could learn it.
     """
+    classes = targets.astype(np.int64) if targets.ndim == 1 else None
+    if classes is not None and num_folds >= 2:
+        _check_classes(classes, groups, names)
+    fold = _deal(stratify(targets), groups, num_folds, seed)
+    if classes is not None:
+        check_spread(classes, fold, names)
+    return fold
+
+
+def _deal(
+    stratum: NDArray[np.int64], groups: NDArray[np.str_] | None, num_folds: int, seed: int
+) -> NDArray[np.int64]:
     if num_folds < 2:
         raise DataError(f"got {num_folds} folds; expected 2 or more. Type: --folds 5")
-    held = len(targets) if groups is None else len(np.unique(groups))
+    held = len(stratum) if groups is None else len(np.unique(groups))
     if held < num_folds:
         what = "samples of train and val" if groups is None else "groups in train and val"
         advice = f" Type: --folds {held}" if held > 1 else ""
         raise DataError(f"got {held} {what} for {num_folds} folds; expected one a fold at least.{advice}")
-    stratum = stratify(targets)
-    classes = targets.astype(np.int64) if targets.ndim == 1 else None
-    if classes is not None:
-        _check_classes(classes, groups, names)
     rng = np.random.default_rng([seed, num_folds])
     if groups is None:
-        fold = _deal_rows(stratum, num_folds, rng)
-    else:
-        fold = _deal_groups(stratum, groups, num_folds, rng)
-    if classes is not None:
-        check_spread(classes, fold, names)
-    return fold
+        return _deal_rows(stratum, num_folds, rng)
+    return _deal_groups(stratum, groups, num_folds, rng)
 
 
 def choose_folds(
@@ -108,6 +112,9 @@ def dataset_folds(
 ) -> NDArray[np.int64]:
     """`draw_folds` for rows of a dataset, drawn in order of their paths: how a table is sorted is no matter.
 
+    Where the dataset has `strata`, folds are stratified by these, and rows without a class have a fold, too:
+    so an image is in the same fold for every label column.
+
     Args:
         dataset: its targets, groups and names.
         rows: (n,) of train and val.
@@ -121,14 +128,23 @@ def dataset_folds(
         DataError: as `draw_folds`.
     """
     by_path = np.argsort([dataset.paths[row].as_posix() for row in rows], kind="stable")
+    ordered = rows[by_path]
+    groups = None if dataset.group is None else dataset.group[ordered]
     fold = np.empty(len(rows), dtype=np.int64)
-    fold[by_path] = draw_folds(
-        dataset.targets[rows[by_path]],
-        num_folds=num_folds,
-        seed=seed,
-        groups=None if dataset.group is None else dataset.group[rows[by_path]],
-        names=dataset.outputs,
-    )
+    if dataset.strata is None:
+        targets = dataset.targets[ordered]
+        fold[by_path] = draw_folds(
+            targets, num_folds=num_folds, seed=seed, groups=groups, names=dataset.outputs
+        )
+        return fold
+    fold[by_path] = _deal(stratify(dataset.strata[ordered]), groups, num_folds, seed)
+    if dataset.task == "classify":
+        named = dataset.targets[rows] >= 0
+        classes = dataset.targets[rows][named].astype(np.int64)
+        _check_classes(
+            classes, None if dataset.group is None else dataset.group[rows][named], dataset.outputs
+        )
+        check_spread(classes, fold[named], dataset.outputs)
     return fold
 
 
