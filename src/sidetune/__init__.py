@@ -19,6 +19,7 @@ from sidetune.recipe import Recipe
 from sidetune.runs import Run
 from sidetune.sides import SIDES
 from sidetune.store import Store
+from sidetune.sweep import sweep
 
 __all__ = [
     "SIDES",
@@ -42,5 +43,6 @@ __all__ = [
     "fit",
     "load",
     "load_dataset",
+    "sweep",
     "wrap",
 ]

@@ -17,13 +17,13 @@ import typer
 
 from sidetune.cli_bench import bench_app
 from sidetune.cli_store import store_app
+from sidetune.cli_sweep import sweep
 from sidetune.errors import RequestError, SidetuneError
 from sidetune.progress import say
 from sidetune.usage import (
     BACKBONE,
     IMAGES,
     QUICK_START,
-    RECIPE,
     BackboneName,
     Data,
     Device,
@@ -32,6 +32,7 @@ from sidetune.usage import (
     Folds,
     Json,
     Labels,
+    Live,
     Members,
     MoreViews,
     Out,
@@ -40,11 +41,14 @@ from sidetune.usage import (
     RunFolder,
     ServePrecision,
     Settings,
+    Side,
     Size,
+    Store,
     Strict,
     Task,
     Views,
     Weights,
+    build_recipe,
     columns,
     example,
     first_line,
@@ -98,22 +102,12 @@ def fit(
     data: Data,
     out: Out,
     backbone: BackboneName = "demo",
-    side: Annotated[
-        str, typer.Option(metavar="NAME", rich_help_panel=RECIPE, help="See `sidetune sides`.")
-    ] = "losa",
+    side: Side = "losa",
     size: Size = None,
     task: Task = "classify",
     labels: Labels = None,
     weights: Weights = None,
-    live: Annotated[
-        bool,
-        typer.Option(
-            "--live",
-            metavar="",
-            rich_help_panel=BACKBONE,
-            help="Run the backbone at every epoch; store nothing.",
-        ),
-    ] = False,
+    live: Live = False,
     more_views: MoreViews = 0,
     average_views: Annotated[
         bool,
@@ -133,15 +127,7 @@ def fit(
             help="Do not look for test images with a twin in training.",
         ),
     ] = False,
-    store: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            file_okay=False,
-            rich_help_panel=BACKBONE,
-            help="Where features are kept; default: under $SIDETUNE_STORES, or .sidetune/stores.",
-        ),
-    ] = None,
+    store: Store = None,
     members: Members = None,
     folds: Folds = None,
     ensemble: EnsembleOption = False,
@@ -162,7 +148,7 @@ def fit(
         "average_views": average_views,
     }
     fleet = {"members": members, "folds": number_or_word(folds), "ensemble": ensemble, "own_order": own_order}
-    recipe = _recipe(
+    recipe = build_recipe(
         backbone, size, weights, settings, task=task, labels=labels, side=side, features=features, fleet=fleet
     )
     if not quiet:
@@ -187,6 +173,9 @@ def fit(
     print(f"\n{run.folder / 'report.html'}")
 
 
+app.command()(sweep)
+
+
 @app.command()
 def extract(
     data: Data,
@@ -209,7 +198,7 @@ def extract(
     from sidetune.data.views import views
     from sidetune.extract import sample_keys
 
-    recipe = _recipe(
+    recipe = build_recipe(
         backbone, size, weights, settings, task=task, labels=labels, features={"views": more_views}
     )
     dataset = sidetune.load_dataset(  # nothing is drawn: splits are no part of a store
@@ -342,30 +331,6 @@ def demo(
     summary = run_demo(out)
     if as_json:
         _print_json(summary)
-
-
-def _recipe(
-    backbone: str,
-    size: int | None,
-    weights: str | None,
-    settings: list[str] | None,
-    *,
-    task: str,
-    labels: str | None,
-    side: str = "losa",
-    features: dict[str, Any] | None = None,
-    fleet: dict[str, Any] | None = None,
-) -> Any:  # noqa: ANN401 - Recipe, imported late so that --help is quick
-    from sidetune.recipe import Recipe
-
-    fields = {
-        "data": {"task": task, "labels": columns(labels)},
-        "backbone": {"name": backbone, "size": size, "weights": weights},
-        "features": features or {},
-        "side": {"name": side},
-        "fleet": fleet or {},
-    }
-    return Recipe.build(fields, settings or ())
 
 
 def _print_store(store: Any, keys: Sequence[str], as_json: bool) -> None:  # noqa: ANN401 - Store

@@ -162,6 +162,58 @@ def curve(title: str, name: str, points: Sequence[tuple[int, float | None]]) -> 
     }
 
 
+def scatter(title: str, name: str, points: Sequence[tuple[Any, float, bool]], domain: Any) -> Json | None:  # noqa: ANN401 - as JSON holds it
+    """Scores against a parameter, in the units of a curve's view box; None where there is no point.
+
+    Args:
+        title: over the figure.
+        name: the score, for its unit and digits.
+        points: (value of the parameter, score, whether the point stands out).
+        domain: of the parameter: a list of choices, or ``{"log" | "linear": [low, high]}``. A value outside
+            it is left out.
+    """
+    choices = domain if isinstance(domain, list) else None
+    low, high = (0, 1) if choices is not None else next(iter(domain.values()))
+    log = choices is None and "log" in domain
+
+    def across(value: Any) -> float:  # noqa: ANN401 - a JSON value
+        if choices is not None:
+            share = (choices.index(value) + 0.5) / len(choices)
+        elif log:
+            share = math.log(value / low) / math.log(high / low)
+        else:
+            share = (value - low) / (high - low)
+        return LEFT + (RIGHT - LEFT) * share
+
+    drawn = [(x, y, strong) for x, y, strong in points if (x in choices if choices else low <= x <= high)]
+    if not drawn:
+        return None
+    ys = [y for _, y, _ in drawn]
+    ticks = _ticks(min(ys), max(ys), 4)
+    bottom, top = min(ticks[0], *ys), max(ticks[-1], *ys)
+
+    def down(y: float) -> str:
+        return f"{BOTTOM - (BOTTOM - TOP) * (y - bottom) / (top - bottom):.1f}"
+
+    marks = choices if choices is not None else _decades(low, high) if log else _ticks(low, high, 4)
+    return {
+        "title": title,
+        "points": [(f"{across(x):.1f}", down(y), strong) for x, y, strong in drawn],
+        "ticks": [(down(tick), _tick_text(name, tick, ticks)) for tick in ticks],
+        "marks": [
+            (f"{across(mark):.1f}", text(mark) if choices is not None else f"{mark:g}")
+            for mark in marks
+            if choices is not None or low <= mark <= high
+        ],
+    }
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Powers of ten between two numbers; their own where there are fewer than two."""
+    powers = range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1)
+    return [10.0**power for power in powers] if len(powers) > 1 else [low, high]
+
+
 def _ticks(low: float, high: float, about: int) -> list[float]:
     """Round numbers from at or below low to at or above high, in steps of 1, 2 or 5 times 10^k."""
     span = (high - low) or abs(high) or 1.0

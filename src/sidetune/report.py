@@ -66,19 +66,11 @@ def write_report(run: Path) -> Path:
     )
     history = _read_history(run / "history.jsonl")
     findings = _read(run / "findings.json") if (run / "findings.json").exists() else None
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        loader=jinja2.FunctionLoader(_template),
-        finalize=_visible,
-    )
     try:
         view = _view(run, metrics, recipe, artifact, history)
         view["found"] = gallery(findings, metrics, _own(metrics)) if findings else None
         view["contents"] = _contents(view)
-        page = environment.get_template("report.html.jinja").render(view)
+        page = templates().get_template("report.html.jinja").render(view)
     except (KeyError, jinja2.UndefinedError) as error:
         raise ArtifactError(
             f"{run} lacks {error} in its JSON files: it was written by another version. "
@@ -91,6 +83,18 @@ def write_report(run: Path) -> Path:
     path = run / "report.html"
     write_text(path, page)
     return path
+
+
+def templates() -> jinja2.Environment:
+    """The page's templates; what they show is escaped, and a name that is not there is an error."""
+    return jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(_template),
+        finalize=_visible,
+    )
 
 
 def _template(name: str) -> str:
@@ -128,7 +132,7 @@ def _view(run: Path, metrics: Json, recipe: Json, artifact: Json, history: Seque
         "verdict": _verdict(metrics, split),
         "forest": forest(metrics, split),
         "columns": [label(name) for name in names],
-        "tables": [_score_table(metrics, key, names) for key in ("test", "val") if own[key] or key == "val"],
+        "tables": [score_table(metrics, key, names) for key in ("test", "val") if own[key] or key == "val"],
         "curves": _curves(history, headline),
         "confusion": _confusion(own[split], metrics["outputs"]),
         "split": SPLITS[split].lower(),
@@ -143,7 +147,7 @@ def _view(run: Path, metrics: Json, recipe: Json, artifact: Json, history: Seque
         ],
         "recipe": list(flat(recipe["recipe"])),
         "hashes": [(name, recipe[name]) for name in ("hash", "data", "backbone")],
-        "environment": _environment(metrics["environment"], artifact),
+        "environment": environment_lines(metrics["environment"], artifact),
     }
 
 
@@ -171,7 +175,7 @@ def _facts(metrics: Json, own: Json, split: str) -> list[tuple[str, str, str, st
     """The numbers at the top: (value, unit, what it is, a remark)."""
     headline, cost = metrics["headline"], metrics["cost"]
     name, unit = label(headline)
-    interval = _interval(headline, own[split])
+    interval = interval_text(headline, own[split])
     what = f"{name}, {SPLITS[split].lower()}"
     return [
         (
@@ -211,14 +215,15 @@ def _verdict(metrics: Json, split: str) -> str:
     return f"{sentence}; their 95 % intervals {'do not overlap' if apart else 'overlap'}."
 
 
-def _interval(name: str, evaluation: Json) -> str:
+def interval_text(name: str, evaluation: Json) -> str:
+    """The 95 % interval of a score; empty where it has none."""
     pair = evaluation["intervals"].get(name)
     if not pair:
         return ""
     return f"{number(name, pair[0])}{' to ' if pair[0] < 0 else ' – '}{number(name, pair[1])}"
 
 
-def _score_table(metrics: Json, split: str, names: Sequence[str]) -> Json:
+def score_table(metrics: Json, split: str, names: Sequence[str]) -> Json:
     """One row a method: its scores with intervals, the best of each column marked."""
     rows = [row for row in metrics["rows"] if row[split]]
     best = {}
@@ -232,7 +237,7 @@ def _score_table(metrics: Json, split: str, names: Sequence[str]) -> Json:
         cells = [
             (
                 number(name, scores.get(name)),
-                _interval(name, row[split]),
+                interval_text(name, row[split]),
                 len(rows) > 1 and name in best and scores.get(name) == best[name],
             )
             for name in names
@@ -328,7 +333,7 @@ def _stages(metrics: Json) -> list[tuple[str, str, str]]:
     ]
 
 
-def _environment(environment: Json, artifact: Json) -> list[tuple[str, str]]:
+def environment_lines(environment: Json, artifact: Json) -> list[tuple[str, str]]:
     """Versions and hardware, and what else artifact.json says in a word; the fingerprints stand elsewhere."""
     rest = {
         key: value

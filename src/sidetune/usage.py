@@ -91,6 +91,22 @@ OwnOrder = Annotated[
         "--own-order", metavar="", rich_help_panel=FLEET, help="Each seed reads batches in its own order."
     ),
 ]
+Side = Annotated[str, typer.Option(metavar="NAME", rich_help_panel=RECIPE, help="See `sidetune sides`.")]
+Live = Annotated[
+    bool,
+    typer.Option(
+        "--live", metavar="", rich_help_panel=BACKBONE, help="Run the backbone at every epoch; store nothing."
+    ),
+]
+Store = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        file_okay=False,
+        rich_help_panel=BACKBONE,
+        help="Where features are kept; default: under $SIDETUNE_STORES, or .sidetune/stores.",
+    ),
+]
 ServePrecision = Annotated[
     str | None,
     typer.Option(
@@ -135,6 +151,7 @@ sidetune predict runs/first new.jpg      what the run sees in an image"""
 # A command line that would have worked, for each command that needs arguments.
 EXAMPLES = {
     "fit": "sidetune fit photos/ --out runs/first",
+    "sweep": "sidetune sweep photos/ --trials 64 --out runs/sweep",
     "extract": "sidetune extract photos/ --out features/photos",
     "eval": "sidetune eval runs/first photos/",
     "predict": "sidetune predict runs/first new.jpg",
@@ -163,6 +180,35 @@ def number_or_word(text: str | None) -> int | str | None:
 def columns(labels: str | None) -> list[str] | None:
     """The names in ``a,b,c``; None for none."""
     return None if labels is None else [name.strip() for name in labels.split(",")]
+
+
+def build_recipe(  # noqa: PLR0913 - one a option that every command with a recipe has
+    backbone: str,
+    size: int | None,
+    weights: str | None,
+    settings: list[str] | None,
+    *,
+    task: str,
+    labels: str | None,
+    side: str = "losa",
+    features: dict[str, Any] | None = None,
+    fleet: dict[str, Any] | None = None,
+) -> Any:  # noqa: ANN401 - Recipe, imported late so that --help is quick
+    """The recipe that options ask for.
+
+    Raises:
+        RecipeError: an unknown setting, or a value that does not fit.
+    """
+    from sidetune.recipe import Recipe
+
+    fields = {
+        "data": {"task": task, "labels": columns(labels)},
+        "backbone": {"name": backbone, "size": size, "weights": weights},
+        "features": features or {},
+        "side": {"name": side},
+        "fleet": fleet or {},
+    }
+    return Recipe.build(fields, settings or ())
 
 
 def first_line(documented: object) -> str:
