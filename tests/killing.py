@@ -47,6 +47,7 @@ def watch(owner, name, reach, event):
 
 def watch_everything(reach):
     """Reach an event wherever a command might die."""
+    from optuna.storages.journal import JournalFileBackend
     from PIL.PngImagePlugin import PngImageFile
 
     import sidetune.files
@@ -58,6 +59,7 @@ def watch_everything(reach):
     watch(HookedBackbone, "__call__", reach, "backbone")
     watch(sidetune.optimizer.MemberAdamW, "step", reach, "step")
     watch(sidetune.upkeep, "remove_file", reach, "remove")
+    watch(JournalFileBackend, "append_logs", reach, "journal")
     commit = sidetune.files._commit
 
     def watched(temporary, path):
@@ -121,7 +123,8 @@ def serve():
 
     extract = importlib.import_module("sidetune.extract")  # the package's attribute is the function
     extract.SHARD_RECORDS, extract.MICRO_BATCH = SHARD, BATCH
-    importlib.import_module("sidetune.train").CHECKPOINT_SECONDS = 0.0
+    for module in ("sidetune.train", "sidetune.sweep.worker"):
+        importlib.import_module(module).CHECKPOINT_SECONDS = 0.0
     torch.set_num_threads(1)
     for line in sys.stdin:
         job = json.loads(line)
@@ -217,6 +220,7 @@ KINDS = {
     r"(half|before) \d+\.safetensors": "writing a shard",
     r"after \d+\.safetensors|(half|before) \d+\.json": "between shard and checksum file",
     r"after \d+\.json": "between shards",
+    r"(before|after) journal": "a line of a sweep's journal",
     r".* manifest\.json": "manifest",
     r".* (plan\.json|norm\.safetensors)": "plan",
     r"(before|after) step": "training step",

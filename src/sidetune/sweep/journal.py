@@ -130,7 +130,8 @@ class Journal:
         one = self._frozen()[number]
         if epoch in one.intermediate_values:
             return
-        self._storage.set_trial_user_attr(one._trial_id, f"epoch {epoch}", score.to_json())
+        if f"epoch {epoch}" not in one.user_attrs:
+            self._storage.set_trial_user_attr(one._trial_id, f"epoch {epoch}", score.to_json())
         self._storage.set_trial_intermediate_value(one._trial_id, epoch, score.value)
 
     def go_on(self, number: int, epoch: int) -> None:
@@ -150,7 +151,8 @@ class Journal:
         """End a trial whose loss is not finite any more."""
         one = self._frozen()[number]
         if not one.state.is_finished():
-            self._storage.set_trial_user_attr(one._trial_id, "diverged", True)
+            if "diverged" not in one.user_attrs:
+                self._storage.set_trial_user_attr(one._trial_id, "diverged", True)
             self._end(number, TrialState.PRUNED)
 
     def importances(self) -> dict[str, float]:
