@@ -172,9 +172,10 @@ def error_tree() -> str:
 
 def folders() -> str:
     """What stands in a run folder and in a store, as the code's own files say it."""
-    lines = ["# Folders", "", GENERATED, "", "## A run", ""]
-    lines += ["```text", inspect.getdoc(sys.modules["sidetune.fit"]) or "", "```", "", "## A store", ""]
-    lines += ["```text", inspect.getdoc(sys.modules["sidetune.store"]) or "", "```"]
+    lines = ["# Folders", "", GENERATED]
+    for title, module in (("run", "fit"), ("sweep", "sweep"), ("store", "store")):
+        text = inspect.getdoc(sys.modules[f"sidetune.{module}"]) or ""
+        lines += ["", f"## A {title}", "", "```text", text, "```"]
     return "\n".join(lines) + "\n"
 
 

@@ -77,8 +77,10 @@ def lines(text: str) -> Iterator[str]:
 
 def with_toy(arguments: list[str]) -> list[str]:
     """The command on the toy backbone at its own size, unless it names local weights; two epochs."""
-    if arguments[0] not in ("fit", "extract"):
+    if arguments[0] not in ("fit", "extract", "sweep"):
         return arguments
+    if arguments[0] == "sweep" and "--epochs" not in arguments:
+        arguments += ["--epochs", "2"]
     if arguments[0] == "fit" and not any(word.startswith("train.epochs=") for word in arguments):
         arguments += ["--set", "train.epochs=2"]
     if "--weights" in arguments:

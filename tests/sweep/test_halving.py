@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidetune.sweep.halving import goes_on, rungs, share_trained
+from sidetune.sweep.halving import expected_epochs, goes_on, rungs, share_trained
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,8 @@ def test_64_trials_cost_about_a_third_of_training_all_to_their_ends():
                 trained[number] = running.pop(number)
     assert 0.2 < share_trained(trained.values(), epochs) < 0.4
     assert trained[max(value, key=value.get)] == epochs
+
+
+def test_what_progress_is_counted_against_is_what_halving_lets_through():
+    assert expected_epochs(64, 37, 3) == round(64 * 4 + 64 / 3 * 8 + 64 / 9 * 25)
+    assert expected_epochs(2, 37, 3) == 2 * 4 + 8 + 25, "one always goes on"

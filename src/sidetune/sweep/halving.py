@@ -38,6 +38,15 @@ def goes_on(number: int, scores: dict[int, float], eta: int) -> bool:
     return better < max(1, len(scores) // eta)
 
 
+def expected_epochs(trials: int, epochs: int, eta: int) -> int:
+    """Epochs of so many trials if every rung lets 1/eta of them go on: what progress is counted against."""
+    total, before, left = 0.0, 0, float(trials)
+    for rung in rungs(epochs, eta):
+        total += left * (rung - before)
+        before, left = rung, max(1.0, left / eta)
+    return round(total)
+
+
 def share_trained(counts: Collection[int], epochs: int) -> float:
     """Epochs that were trained, as a share of training every trial to its end.
 

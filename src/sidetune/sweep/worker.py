@@ -25,7 +25,7 @@ from sidetune.fleet import Fleet
 from sidetune.progress import Progress
 from sidetune.recipe import Recipe
 from sidetune.side_fit import open_fleet
-from sidetune.sweep.halving import goes_on, rungs
+from sidetune.sweep.halving import expected_epochs, goes_on, rungs
 from sidetune.sweep.journal import Journal, Trial
 from sidetune.sweep.score import Choosing, Score
 from sidetune.sweep.space import Space, apply
@@ -150,16 +150,17 @@ class Worker:
         """Train until there is nothing left to ask for, and nothing running."""
         started, saved = time.monotonic() - self.seconds, time.monotonic()
         plan = self.plan
-        with Progress(
-            "sweep", plan.trials, "trials", done=self._ended(), quiet=plan.choosing.job.quiet
-        ) as progress:
+        expected = expected_epochs(plan.trials, plan.epochs, plan.eta)
+        done, _ = self._stand(expected)
+        with Progress("sweep", expected, "epochs", done=done, quiet=plan.choosing.job.quiet) as progress:
             while True:
                 self._fill()
                 if not self.running:
                     break
                 self._end_epoch(self.fleet.train_epoch())
                 self.seconds = time.monotonic() - started
-                progress.advance(self._ended() - progress.done, self._note())
+                done, note = self._stand(expected)
+                progress.advance(done - progress.done, note)
                 if time.monotonic() - saved >= CHECKPOINT_SECONDS:
                     self._save(folder)
                     saved = time.monotonic()
@@ -236,17 +237,21 @@ class Worker:
         self.fleet.remove(self.plan.choosing.names(number))
         del self.running[number]
 
-    def _ended(self) -> int:
-        return sum(trial.state != "running" for trial in self.plan.journal.trials())
-
-    def _note(self) -> str:
-        finished = [trial for trial in self.plan.journal.trials() if trial.state == "finished"]
+    def _stand(self, most: int) -> tuple[int, str]:
+        """Epochs that all trials have been trained for, at most so many, and a word on how they do."""
+        plan, trials = self.plan, self.plan.journal.trials()
+        epochs = {trial.number: plan.trained(trial) for trial in trials}
+        for number in self.running:
+            name = plan.choosing.names(number)[0]
+            epochs[number] = self.fleet.epochs_done(name) if name in self.fleet.names else 0
+        ended = sum(trial.state != "running" for trial in trials)
         scores = [
             headline
-            for trial in finished
-            if (headline := trial.scores[self.plan.epochs].headline) is not None
+            for trial in trials
+            if trial.state == "finished" and (headline := trial.scores[plan.epochs].headline) is not None
         ]
-        return f"{len(self.running)} running" + (f", best {max(scores):.3f}" if scores else "")
+        best = f", best {max(scores):.3f}" if scores else ""
+        return min(sum(epochs.values()), most), f"{ended} of {plan.trials} trials ended{best}"
 
 
 def trial_of(name: str) -> int:
