@@ -18,6 +18,7 @@ from sidetune.usage import EXAMPLES, QUICK_START
 
 COMMANDS = [
     "fit",
+    "sweep",
     "extract",
     "eval",
     "predict",
@@ -350,7 +351,7 @@ def test_ctrl_c_says_how_to_go_on(run_cli, monkeypatch, image_folder, raised):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "app" if raised is KeyboardInterrupt else "_recipe", interrupt)
+    monkeypatch.setattr(cli, "app" if raised is KeyboardInterrupt else "build_recipe", interrupt)
     code, _, err = run_cli("fit", image_folder, "--out", "run")
     assert code == 130
     assert err.splitlines()[-1] == "error: interrupted. The same command resumes"

@@ -25,6 +25,7 @@ from sidetune.usage import (
     Task,
     Weights,
     build_recipe,
+    number_or_word,
     print_json,
 )
 
@@ -46,8 +47,12 @@ def sweep(
         ),
     ] = None,
     folds: Annotated[
-        int | None,
-        typer.Option(metavar="K", rich_help_panel=SEARCH, help="Cross-validate over K folds; default: 5."),
+        str | None,
+        typer.Option(
+            metavar="K",
+            rich_help_panel=SEARCH,
+            help="Cross-validate in K folds, or column: the CSV's own; default: 5.",
+        ),
     ] = None,
     on: Annotated[
         str | None,
@@ -99,7 +104,7 @@ def sweep(
         recipe=recipe,
         trials=trials,
         search=search,
-        folds=folds,
+        folds=number_or_word(folds),
         on=on,
         places=places,
         seed=seed,

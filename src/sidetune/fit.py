@@ -277,7 +277,7 @@ def _write(job: Job, rows: Sequence[Row], leaks: Leaks | None, fingerprint: str,
     metrics = _metrics(job, rows, peak_memory, seconds)
     write_run(job.out, metrics, own.fitted.history, job.dataset, job.task, predictions)
     artifact, scores = (
-        _artifact_of(job, fingerprint),
+        artifact_of(job, fingerprint),
         {"val": own.val.scores, "test": own.test and own.test.scores},
     )
     if own.fitted.fleet is not None:
@@ -288,7 +288,7 @@ def _write(job: Job, rows: Sequence[Row], leaks: Leaks | None, fingerprint: str,
     _write_end(job.out)
 
 
-def _artifact_of(job: Job, fingerprint: str) -> Callable[..., Artifact]:
+def artifact_of(job: Job, fingerprint: str) -> Callable[..., Artifact]:
     """Artifacts of a job, given what is a network's own."""
 
     def artifact(

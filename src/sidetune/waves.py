@@ -37,7 +37,7 @@ def members_at_once(job: Job, fleet: Fleet, members: Sequence[Member]) -> int:
     bytes_of = {kind: member_bytes(fleet, member) for kind, member in of_kinds.items()}
     largest = max(bytes_of.values())
     total = sum(bytes_of[member.architecture] for member in members)
-    limit = _memory(job.backbone.device) // SHARE
+    limit = device_memory(job.backbone.device) // SHARE
     at_once = max(1, min(len(members), limit // largest))
     what = f"training {len(members)} members"
     if at_once == len(members):
@@ -74,7 +74,8 @@ def member_bytes(fleet: Fleet, member: Member) -> int:
     return kept * member.recipe.train.batch_size // len(rows) + COPIES * 4 * numbers
 
 
-def _memory(device: torch.device) -> int:
+def device_memory(device: torch.device) -> int:
+    """Of the GPU, or of the machine."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return total_memory()

@@ -203,6 +203,12 @@ def test_a_sweep_of_nothing_but_divergence_says_so(image_folder, tmp_path):
         ({"on": "val"}, "got --on val and --folds 2"),
         ({"on": "test"}, "--on is 'test'. Known: folds, val."),
         ({"folds": 49}, "folds"),
+        ({"folds": "few"}, "--folds is 'few', expected 2 or more, or column"),
+        ({"folds": "column"}, "has no column 'fold'"),
+        (
+            {"recipe": toy_recipe("losa", "fleet.members=lr=1e-3,3e-3")},
+            "a trial of a sweep is one network a fold",
+        ),
         ({"recipe": toy_recipe("losa", "train.select=best")}, "train.select is 'best'"),
         ({"device": "gpu"}, "no device named 'gpu'"),
     ],
@@ -231,3 +237,24 @@ def test_without_optuna_the_command_that_brings_it_is_said(image_folder, tmp_pat
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=re.escape("pip install 'sidetune[sweep]'")):
         small_sweep(image_folder, tmp_path)
+
+
+def test_the_folds_of_a_table_may_choose(tmp_path):
+    table = make_csv(tmp_path / "data", "classify", 60)
+    with table.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    with table.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, ["path", "label", "fold"])
+        writer.writeheader()
+        writer.writerows({**row, "fold": number // 3 % 3} for number, row in enumerate(rows))
+    run = small_sweep(table, tmp_path, folds="column", trials=3)
+    found = read(run, "sweep.json")
+    assert (found["on"], found["members"], found["held"]) == ("folds", 3, 48)
+
+
+def test_places_that_may_not_fit_into_memory_are_said(image_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(MODULE, "device_memory", lambda device: 1000)
+    run = small_sweep(image_folder, tmp_path, trials=2, quiet=False)
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"3 places take about [\d.]+ [KM]iB .* type: --places 1 with a new --out", said)
+    assert run.row["method"] == "winner"

@@ -33,13 +33,16 @@ from sidetune.data import load_dataset
 from sidetune.data.vtab import is_vtab
 from sidetune.errors import ArtifactError, MissingExtraError, RequestError, nearest
 from sidetune.extract import sample_keys
+from sidetune.figures import size
 from sidetune.files import locked, write_json
 from sidetune.fit import check_apart, check_store, open_job
 from sidetune.job import Job
 from sidetune.memory import PeakMemory
-from sidetune.recipe import BackboneRecipe, Recipe
+from sidetune.recipe import BackboneRecipe, FleetRecipe, Recipe
 from sidetune.runs import Run, check_free, default_store, differences, read_object
+from sidetune.side_fit import open_fleet
 from sidetune.sweep.space import Space, apply, check_space, current, default_space, read_space
+from sidetune.waves import SHARE, device_memory, member_bytes
 
 if TYPE_CHECKING:
     from sidetune.sweep.worker import Plan
@@ -56,7 +59,7 @@ def sweep(  # noqa: PLR0913 - what, where, how; each has its option on the comma
     recipe: Recipe | None = None,
     trials: int = 64,
     on: str | None = None,
-    folds: int | None = None,
+    folds: int | str | None = None,
     places: int = 16,
     search: str | Path | None = None,
     seed: int = 0,
@@ -78,7 +81,7 @@ def sweep(  # noqa: PLR0913 - what, where, how; each has its option on the comma
         trials: in all, of every process together.
         on: what trials are scored on: ``folds`` of train and validation, each held out once, or the ``val``
             split. None: ``val`` for a VTAB folder, whose protocol that is, else ``folds``.
-        folds: how many; None: 5. Nothing with ``val``.
+        folds: how many, or ``column`` for those of the CSV; None: 5. Nothing with ``val``.
         places: trials that train at the same time in one process.
         search: a YAML file with lines as ``train.lr: {log: [1e-4, 1e-2]}`` or ``side.rank: [4, 8, 16]``;
             None: rank, learning rate, weight decay, drop-path, label smoothing and pooling.
@@ -131,7 +134,7 @@ def sweep(  # noqa: PLR0913 - what, where, how; each has its option on the comma
     return Run.open(out)
 
 
-def _chosen(data: Path, on: str | None, folds: int | None) -> dict[str, Any]:
+def _chosen(data: Path, on: str | None, folds: int | str | None) -> dict[str, Any]:
     """What trials are scored on, with the default filled in."""
     if on is not None and on not in ("val", "folds"):
         raise RequestError(f"--on is {on!r}.{nearest(on, ('val', 'folds'))}")
@@ -146,9 +149,20 @@ def _chosen(data: Path, on: str | None, folds: int | None) -> dict[str, Any]:
 
 
 def _check_request(asked: dict[str, Any], recipe: Recipe) -> None:
-    for name, least in (("trials", 2), ("places", 1), ("folds", 1 if asked["on"] == "val" else 2)):
-        if asked[name] < least:
-            raise RequestError(f"--{name} is {asked[name]}, expected {least} or more. Type: --{name} {least}")
+    folds = asked["folds"]
+    if isinstance(folds, str) and folds != "column":
+        raise RequestError(f"--folds is {folds!r}, expected 2 or more, or column. Type: --folds 5")
+    least = {"trials": 2, "places": 1} | ({} if asked["on"] == "val" or folds == "column" else {"folds": 2})
+    for name, smallest in least.items():
+        if asked[name] < smallest:
+            raise RequestError(
+                f"--{name} is {asked[name]}, expected {smallest} or more. Type: --{name} {smallest}"
+            )
+    if recipe.fleet != FleetRecipe():
+        raise RequestError(
+            "the recipe has members, folds or an ensemble of its own, and a trial of a sweep is one network "
+            "a fold. Leave fleet.* out; what should vary belongs into --search, folds into --folds"
+        )
     if recipe.train.select == "best":
         raise RequestError(
             "train.select is 'best', and a sweep compares trials after the same epochs. Leave it at 'last'"
@@ -242,6 +256,7 @@ def _run(plan: Plan, fingerprint: str) -> None:
         f"{plan.trials} trials of {len(plan.choosing.folds)} networks, {plan.epochs} epochs, compared after "
         f"{', '.join(map(str, plan.rungs))}"
     )
+    _say_memory(plan)
     with PeakMemory() as memory:
         _train(plan)
     with locked(plan.out):
@@ -249,6 +264,20 @@ def _run(plan: Plan, fingerprint: str) -> None:
             finish(plan, fingerprint, memory.peak)
         elif not (plan.out / "report.html").exists():
             clear_up(plan.out)
+
+
+def _say_memory(plan: Plan) -> None:
+    """What the places take, where that is more than a quarter of the memory; results hang on their number."""
+    job, members = plan.choosing.job, plan.choosing.members(0, plan.recipe)
+    fleet = open_fleet(job, [plan.recipe], plan.choosing.trained)
+    wanted = plan.places * len(members) * member_bytes(fleet, members[0])
+    limit = device_memory(job.backbone.device) // SHARE
+    if wanted > limit:
+        fitting = max(1, plan.places * limit // wanted)
+        job.say(
+            f"{plan.places} places take about {size(wanted)} beside the features, and a quarter of the "
+            f"memory is {size(limit)}. Should it not be enough, type: --places {fitting} with a new --out"
+        )
 
 
 def _train(plan: Plan) -> None:

@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sidetune.artifact import Artifact
 from sidetune.bucket import Member
 from sidetune.calibration import fit_temperature
 from sidetune.checkpoint import Epoch, Scores
 from sidetune.errors import DivergedError
 from sidetune.evaluate import Evaluation, evaluate
 from sidetune.files import csv_text, write_json, write_text
+from sidetune.fit import artifact_of
 from sidetune.fleet import Fleet
 from sidetune.model import SideModel
 from sidetune.paired import paired_difference
@@ -287,19 +287,8 @@ def _write_run(
     if own.tested is not None:
         predictions["test"] = (job.split["test"], own.test)
     write_run(plan.out, metrics, own.history, job.dataset, own.task, predictions)
-    artifact = Artifact(
-        own.model,
-        own.recipe,
-        own.task,
-        own.model.side.spec,
-        job.backbone.identity,
-        job.backbone.variant,
-        None if job.source.final_norm is None else job.source.final_norm.eps,
-        job.backbone.check_values(),
-        own.temperature,
-        fingerprint,
-        {"val": own.val.scores, "test": None if own.tested is None else own.tested.scores},
-    )
+    scores = {"val": own.val.scores, "test": None if own.tested is None else own.tested.scores}
+    artifact = artifact_of(job, fingerprint)(own.model, own.recipe, own.task, own.temperature, scores)
     artifact.save(plan.out)
 
 

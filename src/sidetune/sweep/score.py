@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sidetune.bucket import Member
 from sidetune.calibration import plain
-from sidetune.data.folds import dataset_folds
+from sidetune.data.folds import dataset_folds, given_folds
 from sidetune.evaluate import headline_score
 from sidetune.fleet import Fleet
 from sidetune.job import Job
@@ -87,8 +87,8 @@ class Choosing:
     folds: tuple[Fold, ...]
 
     @classmethod
-    def build(cls, job: Job, on: On, num_folds: int) -> Choosing:
-        """Draw the folds, stratified, groups whole, by the data's split seed.
+    def build(cls, job: Job, on: On, folds: int | str) -> Choosing:
+        """The folds: drawn, stratified, groups whole, by the data's split seed; or the ``column`` of a CSV.
 
         Raises:
             DataError: there are too few samples, groups, or samples of a class.
@@ -96,8 +96,12 @@ class Choosing:
         if on == "val":
             return cls(job, on, (Fold(job.split["train"], job.split["val"]),))
         rows = np.sort(np.concatenate([job.split["train"], job.split["val"]]))
-        seed = job.recipe.data.split_seed
-        fold = dataset_folds(job.dataset, rows, num_folds=num_folds, seed=seed)
+        if folds == "column":
+            fold = given_folds(job.dataset, rows)
+        else:
+            assert isinstance(folds, int), "checked before anything runs"
+            seed = job.recipe.data.split_seed
+            fold = dataset_folds(job.dataset, rows, num_folds=folds, seed=seed)
         return cls(
             job, on, tuple(Fold(rows[fold != number], rows[fold == number]) for number in np.unique(fold))
         )
