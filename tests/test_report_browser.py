@@ -9,6 +9,7 @@ from browser import Browser, find_browser
 from findings import empty_findings, make_findings
 from reports import HOSTILE, write_full_run, write_run
 from sidetune.report import write_report
+from sweeps import small_sweep
 
 pytestmark = pytest.mark.skipif(
     find_browser() is None, reason="no chromium, chromium-browser or google-chrome on the path"
@@ -93,8 +94,8 @@ def hostile_run(folder, kind="classify"):
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory):
-    """Pages by name: each task with all there is, nothing found, an older version's, hostile names."""
+def pages(tmp_path_factory, image_folder):
+    """Pages by name: each task with all there is, nothing found, an older one, hostile names, a sweep's."""
     root = tmp_path_factory.mktemp("pages")
     for kind in ("classify", "multilabel", "regress"):
         write_full_run(root / kind, kind=kind)
@@ -103,7 +104,8 @@ def pages(tmp_path_factory):
     write_run(root / "older", num_outputs=25)
     hostile_run(root / "hostile")
     hostile_run(root / "hostile-multilabel", kind="multilabel")
-    return {run.name: write_report(run) for run in sorted(root.iterdir())}
+    swept = small_sweep(image_folder, tmp_path_factory.mktemp("sweep"), trials=24).folder / "report.html"
+    return {run.name: write_report(run) for run in sorted(root.iterdir())} | {"sweep": swept}
 
 
 KINDS = [
@@ -115,6 +117,7 @@ KINDS = [
     "older",
     "hostile",
     "hostile-multilabel",
+    "sweep",
 ]
 
 

@@ -202,19 +202,23 @@ def _trials(sweep: Json) -> Sequence[Json]:
 
 
 def _costs(sweep: Json, metrics: Json) -> list[tuple[str, str]]:
+    """What was measured, and what it is beside as many networks alone, which is computed."""
     cost, seconds = sweep["cost"], metrics["cost"]["seconds"]
     alone, count = cost["solo_seconds_computed"], len(sweep["trials"])
     networks = f"{count} x {sweep['members']}" if sweep["members"] > 1 else f"{count}"
     return [
         ("Features", f"{duration(seconds['features'])}, measured"),
-        ("The sweep's training and scoring, all processes", f"{duration(cost['sweep_seconds'])}, measured"),
-        ("Winner and default on train and validation", f"{duration(seconds['final'])}, measured"),
-        ("An epoch of one network alone", f"{duration(cost['solo_epoch_seconds'])}, measured"),
         (
-            f"{networks} networks alone, {sweep['epochs']} epochs each, one after the other",
-            f"{duration(alone)}, computed from that epoch",
+            "Search",
+            f"{duration(cost['sweep_seconds'])}, measured: training and scoring, all processes",
         ),
-        ("The sweep took, of that", f"{100 * cost['sweep_seconds'] / max(alone, 1e-9):.0f} %"),
-        ("Epochs trained, of all trials to their ends", f"{100 * cost['epochs_share']:.0f} %"),
+        ("Winner, default", f"{duration(seconds['final'])}, measured: on train and validation"),
+        ("One network alone", f"{duration(cost['solo_epoch_seconds'])} an epoch, measured"),
+        (
+            "One by one",
+            f"{duration(alone)}, computed from that epoch: {networks} networks, {sweep['epochs']} epochs each",
+        ),
+        ("The search took", f"{100 * cost['sweep_seconds'] / max(alone, 1e-9):.0f} % of that"),
+        ("Epochs trained", f"{100 * cost['epochs_share']:.0f} % of training every trial to its end"),
         ("Searched", text(sweep["space"])),
     ]
