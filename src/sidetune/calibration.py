@@ -44,18 +44,20 @@ def fit_temperature(
     """
     if isinstance(task, Regress) or not len(output):
         return 1.0
-    plain = _plain(task)
+    unbent = plain(task)
     pull = 0.0 if prior_std is None else 1.0 / (2.0 * prior_std**2 * len(output))
 
     def loss(log_temperature: float) -> float:
         scaled = output / math.exp(log_temperature)
-        return plain.loss(scaled[None], target).mean().item() + pull * log_temperature**2
+        return unbent.loss(scaled[None], target).mean().item() + pull * log_temperature**2
 
     return math.exp(minimize_scalar(loss, bounds=LOG_TEMPERATURES, method="bounded").x)
 
 
-def _plain(task: Task) -> Task:
-    """The log loss itself: without weights, smoothing and focus."""
+def plain(task: Task) -> Task:
+    """The task with the loss of its probabilities alone: nothing weighted, smoothed or focused."""
+    if isinstance(task, Regress):
+        return task
     unweighted: dict[str, Any] = {
         name: None
         for name in ("class_weights", "negative_weights", "positive_weights")

@@ -99,7 +99,7 @@ def fit(  # noqa: PLR0913 - what, where, how; each has its option on the command
     recipe, out = Recipe() if recipe is None else recipe, Path(out)
     place = find_device(device)
     if store is not None:
-        _check_store(recipe, Path(store), out)
+        check_store(recipe, Path(store), out)
     dataset = load_dataset(Path(data), **recipe.data.arguments())
     if backbone is None:
         backbone = build_backbone(recipe.backbone.name, **recipe.backbone.arguments())
@@ -110,7 +110,7 @@ def fit(  # noqa: PLR0913 - what, where, how; each has its option on the command
     _check_members(recipe, dataset, backbone)
     if store is None:
         store = default_store(backbone, recipe.features.dtype)
-        _check_apart(store, out)
+        check_apart(store, out)
     keys = sample_keys(dataset)
     fingerprint = dataset.fingerprint(keys)
     asked = (recipe, fingerprint, backbone.identity.digest)
@@ -121,7 +121,7 @@ def fit(  # noqa: PLR0913 - what, where, how; each has its option on the command
         found = begin_run(out, *asked)
         if found is None:
             with PeakMemory() as memory:
-                job = _open_job(recipe, dataset, backbone, keys, out=out, store=Path(store), quiet=quiet)
+                job = open_job(recipe, dataset, backbone, keys, out=out, store=Path(store), quiet=quiet)
                 _check_strict(out, strict)
                 leaks = _look_for_leaks(job, keys) if leak_check else None
                 rows = [score(job, fitted) for fitted in fit_methods(job)]
@@ -152,15 +152,25 @@ def _write_end(out: Path) -> None:
     write_report(out)
 
 
-def _check_store(recipe: Recipe, store: Path, out: Path) -> None:
+def check_store(recipe: Recipe, store: Path, out: Path) -> None:
+    """Refuse a store that is a file, lies in the run's folder, or is given to a run that stores nothing.
+
+    Raises:
+        RequestError: says which.
+    """
     if recipe.features.mode == "live":
         raise RequestError(f"got --store {store} and --live, which stores nothing. Type one of the two")
     if store.exists() and not store.is_dir():
         raise RequestError(f"{store} is a file, expected a store's folder. Type: --store with a new folder")
-    _check_apart(store, out)
+    check_apart(store, out)
 
 
-def _check_apart(store: Path, out: Path) -> None:
+def check_apart(store: Path, out: Path) -> None:
+    """Refuse a store inside the run's folder.
+
+    Raises:
+        RequestError: it is.
+    """
     if store.resolve().is_relative_to(out.resolve()):
         raise RequestError(
             f"features would be kept in {store} and the run in {out}; expected a store outside the run's "
@@ -168,7 +178,7 @@ def _check_apart(store: Path, out: Path) -> None:
         )
 
 
-def _open_job(
+def open_job(
     recipe: Recipe,
     dataset: Dataset,
     backbone: Backbone,

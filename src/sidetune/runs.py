@@ -52,7 +52,7 @@ class Run:
         """
         if not (folder / "artifact.json").exists():
             raise ArtifactError(not_a_run(folder))
-        metrics, asked = _read_object(folder / "metrics.json"), _read_object(folder / "recipe.json")
+        metrics, asked = read_object(folder / "metrics.json"), read_object(folder / "recipe.json")
         try:
             _Metrics.model_validate(metrics)
             lacking = {
@@ -130,12 +130,15 @@ def find_run(folder: Path, recipe: Recipe, data: str, backbone: str) -> Run | No
         ArtifactError: it holds another run; names what differs.
     """
     if not (folder / "recipe.json").exists():
-        _check_free(folder)
+        check_free(folder)
         return None
-    found = _read_object(folder / "recipe.json")
-    differing = list(_differences(found, recipe, data, backbone))
+    found = read_object(folder / "recipe.json")
+    differing = list(differences(found, recipe, data, backbone))
+    if "sweep" in found:
+        differing.insert(0, "it is a sweep")
     finished = (folder / "artifact.json").exists()
-    if differing and (finished or (folder / "checkpoint.safetensors").exists()):
+    begun = any((folder / name).exists() for name in ("checkpoint.safetensors", "journal.log"))
+    if differing and (finished or begun):
         raise ArtifactError(
             f"{folder} holds another run: {'; '.join(differing)}. Type: --out with a new folder"
         )
@@ -154,7 +157,12 @@ def begin_run(folder: Path, recipe: Recipe, data: str, backbone: str) -> Run | N
     return finished
 
 
-def _check_free(folder: Path) -> None:
+def check_free(folder: Path) -> None:
+    """Refuse a folder that holds something else than a run.
+
+    Raises:
+        RequestError: it is a file, or other files lie in it.
+    """
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder} is a file, expected a run folder. Type: --out with a new folder")
     others = sorted(path.name for path in folder.glob("[!.]*"))
@@ -165,7 +173,7 @@ def _check_free(folder: Path) -> None:
         )
 
 
-def _differences(found: Mapping[str, Any], recipe: Recipe, data: str, backbone: str) -> Iterator[str]:
+def differences(found: Mapping[str, Any], recipe: Recipe, data: str, backbone: str) -> Iterator[str]:
     """What a folder's recipe.json and what is asked for do not share, a phrase each."""
     if found.get("hash") != recipe.hash:
         yield from _field_differences(found.get("recipe", {}), recipe)
@@ -262,7 +270,12 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file of a run folder that holds an object.
+
+    Raises:
+        ArtifactError: it is missing or damaged.
+    """
     try:
         value = read_json(path)
     except (OSError, ValueError) as error:

@@ -113,7 +113,7 @@ def fit_side(job: Job) -> Fitted:
         peak_memory=memory.peak,
         detail={"epochs": recipe.epochs, "lr": recipe.lr}
         | ({} if window is None else {"shuffle_window": window}),
-        outputs=partial(_model_outputs, job, model),
+        outputs=partial(model_outputs, job, model),
         history=trained.history,
     )
 
@@ -194,7 +194,7 @@ def _scores(job: Job, output: Tensor) -> Scores:
     return scores(job.task, predictions, targets)
 
 
-def _model_outputs(job: Job, model: SideModel, split: str) -> Tensor:
+def model_outputs(job: Job, model: SideModel, split: str) -> Tensor:
     """Outputs of a split, averaged over the views that are scored: (n, K), on the CPU."""
     rows = job.split[split]
     if not len(rows):
