@@ -28,6 +28,14 @@ from sidetune.store import DTypeName
 SHOWN = 200  # characters of a value that an error repeats
 
 
+# settings that came after runs did: where they are left alone, a recipe's hash does not know them
+LATER = {
+    "data": ("focal_gamma", "split_by"),
+    "train": ("shuffle_window", "order_seed"),
+    "fleet": ("members", "folds", "ensemble", "own_order"),
+}
+
+
 class Part(BaseModel):
     """A frozen part of a recipe."""
 
@@ -243,13 +251,15 @@ class Recipe(Part):
         fields = self.model_dump(mode="json")
         fields["backbone"].pop("weights")  # the weights themselves are in the backbone's identity
         fields["side"].pop("form", None)  # all forms of a side compute the same
-        for later in ("shuffle_window", "order_seed"):
-            if fields["train"][later] is None:
-                fields["train"].pop(later)
-        if self.fleet == FleetRecipe():
+        for part, later in LATER.items():
+            for field in later:
+                if (
+                    getattr(getattr(self, part), field)
+                    == type(getattr(self, part)).model_fields[field].default
+                ):
+                    fields[part].pop(field)
+        if not fields["fleet"]:
             fields.pop("fleet")
-        if fields["data"]["focal_gamma"] == 0:
-            fields["data"].pop("focal_gamma")
         return hashlib.sha256(canonical_json(fields).encode()).hexdigest()
 
 

@@ -216,7 +216,7 @@ def _costs(sweep: Json, metrics: Json) -> list[tuple[str, str]]:
         ("One network alone", f"{duration(cost['solo_epoch_seconds'])} an epoch, measured"),
         (
             "One by one",
-            f"{duration(alone)}, computed from that epoch: {networks} networks, {sweep['epochs']} epochs each",
+            f"{duration(alone)}, computed from that epoch: {networks} networks, {sweep['epochs']} epochs each",  # noqa: E501 - one phrase
         ),
         ("The search took", f"{100 * cost['sweep_seconds'] / max(alone, 1e-9):.0f} % of that"),
         ("Epochs trained", f"{100 * cost['epochs_share']:.0f} % of training every trial to its end"),
