@@ -624,6 +624,16 @@ def test_bench_side_prints_a_table_a_picture_and_json(run_cli, tmp_path, monkeyp
     assert (found["environment"]["setting"]["dtype"], found["environment"]["threads"]) == ("bf16", 1)
 
 
+def test_bench_side_measures_members(run_cli, monkeypatch):
+    monkeypatch.setattr("sidetune.bench.members.peak_bytes", lambda name, setting: 1000)
+    code, out, _ = run_cli("bench", "side", *SMALL, "--members", 3)
+    assert code == 0
+    assert "of losa-fast-solo-m3" in out
+    code, _, err = run_cli("bench", "side", *SMALL, "--members", 3, "--picture", "growth.svg")
+    assert code == 2
+    assert "Type: --members without --picture" in err
+
+
 def test_bench_read_prints_a_table_and_json(run_cli, monkeypatch):
     monkeypatch.setattr("sidetune.bench.read.MOST_RECORDS", 9)
     code, out, _ = run_cli("bench", "read", *SMALL)

@@ -46,9 +46,19 @@ def bench_side(
     threads: Threads = None,
     rounds: Rounds = 5,
     device: Annotated[str, typer.Option(metavar="NAME", help="cpu or cuda.")] = "cpu",
+    members: Annotated[
+        int | None,
+        typer.Option(
+            metavar="M",
+            rich_help_panel=SIZES,
+            help="Instead of the forms: M side networks in one model against M models of one.",
+        ),
+    ] = None,
     growth: Annotated[
         bool,
-        typer.Option("--growth", metavar="", help="Also how the time grows with N, D, L, R, B: minutes."),
+        typer.Option(
+            "--growth", metavar="", help="Also how the time grows with N, D, L, R, B (or M): minutes."
+        ),
     ] = False,
     picture: Annotated[
         Path | None,
@@ -60,9 +70,11 @@ def bench_side(
     quiet: Quiet = False,
 ) -> None:
     """Time and memory of a training step: textbook forms, fast forms and the floor, in one run."""
+    from sidetune.bench.members import bench_members
     from sidetune.bench.picture import check_picture, draw_growth
     from sidetune.bench.setting import Setting
     from sidetune.bench.side import bench_side as run
+    from sidetune.errors import RequestError
 
     setting = Setting(
         layers=layers,
@@ -75,6 +87,13 @@ def bench_side(
         rounds=rounds,
         device=device,
     )
+    if members is not None:
+        if picture is not None:
+            raise RequestError(
+                "--picture draws growth with N, D, L, R and B, not with M. Type: --members without --picture"
+            )
+        _print(bench_members(setting, members, growth=growth, quiet=quiet), as_json)
+        return
     if picture is not None:
         check_picture(picture)
     bench = run(setting, growth=growth or picture is not None, quiet=quiet)

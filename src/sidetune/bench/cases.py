@@ -35,20 +35,21 @@ class Case:
     """A side network with its head and optimiser, and the batches it trains on.
 
     Args:
-        name: of `CASES`.
+        name: of `CASES`; with ``-m16`` behind it, 16 members in one model.
         setting: sizes.
         pool: batches of random taps, read in turn; every case gets the same.
     """
 
     def __init__(self, name: str, setting: Setting, pool: Sequence[Features]) -> None:
-        self.side, self.form = CASES[name]
+        case, _, members = name.partition("-m")
+        (self.side, self.form), self.members = CASES[case], int(members or 1)
         names = [tap.name for tap in setting.spec.blocks]
         if self.side == "last":
             names = list(setting.spec.names)
         self.taps = [features.select(names) for features in pool]
         self.task = Classify(tuple(map(str, range(NUM_CLASSES))), (1 / NUM_CLASSES,) * NUM_CLASSES)
         self.targets = torch.arange(setting.batch, device=setting.device) % NUM_CLASSES
-        self.model = _model(self.side, self.form, setting, self.taps[0])
+        self.model = _model(self, setting)
         recipe = TrainRecipe()
         self._update = Update(recipe.lr, recipe.weight_decay, recipe.clip_norm)
         self._optimizer = MemberAdamW(self.model.parameters())
@@ -60,24 +61,24 @@ class Case:
         return sum(layer.nbytes for layer in self.taps[0].layers)
 
     def loss(self, features: Features) -> Tensor:
-        """Forward: taps -> the loss of the one member, (1,)."""
-        output = self.model(features, Draws([0]))
+        """Forward: taps -> the loss of each member, (M,)."""
+        output = self.model(features, Draws(range(self.members)))
         return self.task.loss(output, self.targets[: len(features)]).mean(1)
 
     def step(self) -> None:
         """Forward, backward and update on the next batch, as the loop does it."""
         with step_threads(self.model):
             self.loss(next(self._turn)).sum().backward()
-            self._optimizer.step({0: self._update})
+            self._optimizer.step(dict.fromkeys(range(self.members), self._update))
 
 
-def _model(side: str, form: Form, setting: Setting, features: Features) -> SideModel:
+def _model(case: Case, setting: Setting) -> SideModel:
     """Started, with every parameter that starts at zero drawn."""
-    arguments: dict[str, Any] = {"rank": setting.ranks()[side], "form": form}
-    network = SIDES[side](features.spec, **arguments)
+    arguments: dict[str, Any] = {"rank": setting.ranks()[case.side], "form": case.form}
+    network = SIDES[case.side](case.taps[0].spec, members=case.members, **arguments)
     norm = FinalNorm(torch.ones(setting.width), torch.zeros(setting.width), LAYER_NORM_EPS)
     model = SideModel(network, NUM_CLASSES, final_norm=norm)
-    model.start([0])
+    model.start(range(case.members))
     keyed = generator(0, "bench/up")
     with torch.no_grad():
         for parameter in model.parameters():

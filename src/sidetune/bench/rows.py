@@ -15,6 +15,7 @@ import torch
 from sidetune.runs import environment
 
 MORE_IS_BETTER = ("gb_per_s",)  # metrics whose goal is a least ratio; of all others it is a largest
+LINE = 78  # columns beside the margin
 MEANINGS = {
     "ms_per_image": "Time, ms an image",
     "kept_bytes": "Kept for backward, beside the stored taps",
@@ -143,9 +144,11 @@ def _line(row: Row) -> str:
     goal = ""
     if row.goal is not None:
         sign = ">=" if row.metric in MORE_IS_BETTER else "<="
-        goal = f"{sign} {row.goal:g} {'met' if row.met else 'MISSED'}"
+        aim = row.goal if row.ratio is not None else row.goal / scale
+        goal = f"{sign} {aim:.4g} {'met' if row.met else 'MISSED'}"
     value = f"{_short(row.value / scale)} {unit if unit != 'ms' else ''}".strip()
-    return f"{row.case:<13} {value:>12} {spread:>11} {ratio:<22} {goal}"
+    line = f"{row.case:<13} {value:>12} {spread:>11} {ratio:<22} {goal}".rstrip()
+    return line if len(line) <= LINE else " ".join(line.split())
 
 
 def _ratio(value: float) -> str:
