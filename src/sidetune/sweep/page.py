@@ -206,17 +206,18 @@ def _costs(sweep: Json, metrics: Json) -> list[tuple[str, str]]:
     cost, seconds = sweep["cost"], metrics["cost"]["seconds"]
     alone, count = cost["solo_seconds_computed"], len(sweep["trials"])
     networks = f"{count} x {sweep['members']}" if sweep["members"] > 1 else f"{count}"
+    networks += f" networks, {sweep['epochs']} epochs each"
     return [
         ("Features", f"{duration(seconds['features'])}, measured"),
         (
             "Search",
-            f"{duration(cost['sweep_seconds'])}, measured: training and scoring, all processes",
+            f"{duration(cost['sweep_seconds'])}, measured: training and scores, all processes",
         ),
         ("Winner, default", f"{duration(seconds['final'])}, measured: on train and validation"),
         ("One network alone", f"{duration(cost['solo_epoch_seconds'])} an epoch, measured"),
         (
             "One by one",
-            f"{duration(alone)}, computed from that epoch: {networks} networks, {sweep['epochs']} epochs each",  # noqa: E501 - one phrase
+            f"{duration(alone)}, computed from that epoch: {networks}",
         ),
         ("The search took", f"{100 * cost['sweep_seconds'] / max(alone, 1e-9):.0f} % of that"),
         ("Epochs trained", f"{100 * cost['epochs_share']:.0f} % of training every trial to its end"),
