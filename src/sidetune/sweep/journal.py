@@ -87,21 +87,34 @@ class Journal:
         self.path, self.space, self.defaults, self.seed, self.most = path, space, defaults, seed, most
         lock = path.with_name(f".{path.name}.lock")
         _mend(path, lock)
-        try:
+        with self._refused():
             self._storage = JournalStorage(JournalFileBackend(str(path), lock_obj=_FileLock(lock)))
             with _held(path.with_name(f".{path.name}.begin")):
                 studies = {study.study_name: study._study_id for study in self._storage.get_all_studies()}
                 if STUDY not in studies:
                     studies[STUDY] = self._storage.create_new_study([StudyDirection.MAXIMIZE], STUDY)
-        except (ValueError, KeyError) as error:
-            raise ArtifactError(
-                f"{path} is damaged: {error}. Type: the sweep command with a new --out"
-            ) from error
         self._study = studies[STUDY]
+        self.trials()
+
+    @contextmanager
+    def _refused(self) -> Iterator[None]:
+        """What does not fit inside is damage."""
+        try:
+            yield
+        except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+            raise ArtifactError(
+                f"{self.path} is damaged: {str(error) or type(error).__name__}. Type: the sweep command "
+                "with a new --out"
+            ) from error
 
     def trials(self) -> list[Trial]:
-        """Every trial so far, by number."""
-        return [_trial(one) for one in self._frozen()]
+        """Every trial so far, by number.
+
+        Raises:
+            ArtifactError: the journal is damaged.
+        """
+        with self._refused():
+            return [_trial(one) for one in self._frozen()]
 
     def ask(self, worker: int, ask: int) -> Trial | None:
         """The trial of a worker's k-th ask: what it was told before, or a new one; None if there are enough.
