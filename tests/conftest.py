@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from extracting import EXTRACT, FEW
+from fitted_fleets import Fleet
 from fitted_runs import FittedRuns
 from images import make_folder
 
@@ -24,6 +25,12 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> FittedRuns:
     """Finished runs on `image_folder` with the toy backbone, made when first asked for. Read only."""
     return FittedRuns(tmp_path_factory.mktemp("runs"), image_folder)
+
+
+@pytest.fixture(scope="session")
+def ensemble(tmp_path_factory: pytest.TempPathFactory) -> Fleet:
+    """A finished run that six networks answer for. Read only."""
+    return Fleet(tmp_path_factory.mktemp("ensemble"))
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,11 @@ from sidetune.fleet_fit import Candidate, Entry, FleetResult
 from sidetune.job import Job
 
 ArtifactOf = Callable[..., Artifact]
+SECOND = {
+    "classify": "log_loss",
+    "multilabel": "mean_average_precision",
+    "regress": "mae",
+}  # score, shown too
 
 
 def write_fleet(job: Job, fleet: FleetResult, artifact: ArtifactOf, scores: dict[str, Any]) -> None:
@@ -105,7 +110,7 @@ def member_hash(job: Job, entry: Entry) -> str:
 def _table(job: Job, fleet: FleetResult) -> list[list[Any]]:
     """Header and a line a network: those of the best candidate first, those that diverged last."""
     settings = list(dict.fromkeys(key for entry in fleet.entries for key in entry.variation.choices))
-    metrics = [job.task.headline, "log_loss"] if job.task.kind != "regress" else [job.task.headline, "rmse"]
+    metrics = [job.task.headline, SECOND[job.task.kind]]
     header = ["member", *settings, "fold", "epochs", "loss", *metrics, "temperature", "weight", "folder"]
     rows: list[list[Any]] = [header]
     done = set()
