@@ -98,12 +98,32 @@ class Committee:
 
     def predictions(self, outputs: Tensor) -> Tensor:
         """The weighted mean of what each voice predicts: (voices, n, K) -> (n, K)."""
-        if len(self.voices) == 1:  # to the bit what the voice says
-            return self.voices[0].task.predictions(outputs[0] / self.voices[0].temperature)
-        total = torch.zeros_like(outputs[0])
-        for voice, output in zip(self.voices, outputs, strict=True):
-            total += voice.weight * voice.task.predictions(output / voice.temperature)
-        return total
+        voices = self.voices
+        return pooled(
+            [voice.task for voice in voices],
+            outputs,
+            [voice.temperature for voice in voices],
+            [voice.weight for voice in voices],
+        )
+
+
+def pooled(
+    tasks: Sequence[Task], outputs: Tensor, temperatures: Sequence[float], weights: Sequence[float]
+) -> Tensor:
+    """The weighted mean of several predictions, each by its own temperature: (n, K).
+
+    Args:
+        tasks: one a voice; for a regression each has scales of its own.
+        outputs: (voices, n, K).
+        temperatures: one a voice.
+        weights: one a voice, of sum 1.
+    """
+    if len(tasks) == 1:  # to the bit what the one says
+        return tasks[0].predictions(outputs[0] / temperatures[0])
+    parts = zip(tasks, outputs, temperatures, weights, strict=True)
+    return torch.stack(
+        [weight * task.predictions(output / temperature) for task, output, temperature, weight in parts]
+    ).sum(0)
 
 
 def stacked(models: Sequence[SideModel]) -> SideModel:

@@ -316,6 +316,11 @@ def _voice(entry: Entry) -> Voice:
     return Voice(entry.trained.model, entry.member.recipe, entry.member.task)
 
 
+def side_outputs(job: Job, entries: Sequence[Entry], rows: NDArray[np.int64]) -> Tensor:
+    """Outputs of networks for some rows, averaged over the views that are scored: (entries, n, K)."""
+    return _outputs(job, [_voice(entry) for entry in entries], rows)
+
+
 def _outputs(job: Job, voices: Sequence[Voice], rows: NDArray[np.int64]) -> Tensor:
     """Outputs of every voice for some rows, averaged over the views that are scored: (voices, n, K)."""
     if not len(rows):
