@@ -100,22 +100,47 @@ def _threads(device: torch.device) -> int:
 
 
 class Scratch:
-    """Memory that chunks use one after another: fresh memory costs as much as what is computed in it.
+    """Memory that is used again and again: fresh pages cost a tenth of a step of many members."""
 
-    Args:
-        like: has the type and the device of what is taken.
-    """
+    def __init__(self) -> None:
+        self._taken: dict[tuple[str, torch.dtype, torch.device, bool], Tensor] = {}
 
-    def __init__(self, like: Tensor) -> None:
-        self._like = like
-        self._taken: dict[str, Tensor] = {}
+    def take(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """A tensor that holds anything, in the memory that the last of this name had.
 
-    def take(self, name: str, *shape: int) -> Tensor:
-        """A tensor of this shape that holds anything, in the memory that the last of this name had."""
+        Args:
+            name: of what stands there.
+            shape: of the tensor.
+            like: has its type and device.
+        """
         numel = math.prod(shape)
-        if name not in self._taken or self._taken[name].numel() < numel:
-            self._taken[name] = self._like.new_empty(numel)
-        return self._taken[name][:numel].view(shape)
+        # what is made under inference_mode cannot be written outside
+        key = (name, like.dtype, like.device, torch.is_inference_mode_enabled())
+        if key not in self._taken or self._taken[key].numel() < numel:
+            self._taken[key] = like.new_empty(numel)
+        return self._taken[key][:numel].view(shape)
+
+
+class Scratches:
+    """Scratch of a side, as many as are in use at a time. It goes when the side goes."""
+
+    def __init__(self) -> None:
+        self._free: list[Scratch] = []
+
+    def take(self) -> Scratch:
+        """One that nobody uses."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            return Scratch()
+
+    def give_back(self, scratch: Scratch) -> None:
+        """Let others use it."""
+        self._free.append(scratch)
+
+    def __deepcopy__(self, memo: object) -> Scratches:
+        """A copy of a side has scratch of its own."""
+        return Scratches()
 
 
 def split(batch: int, sample_bytes: int, threads: int) -> list[slice]:

@@ -40,6 +40,7 @@ from sidetune.sides.base import (
     member_rates,
     normal_start,
 )
+from sidetune.sides.chunks import Scratches
 from sidetune.sides.losa_fast import pooled_losa
 
 Order = Literal["channel->token", "token->channel", "parallel"]
@@ -105,7 +106,7 @@ class Losa(Side):
         self.blocks = kept_blocks(spec, every, "losa")
         self.order, self.first_state, self.a = order, first_state, a
         self.drop_path = member_rates(drop_path, members)
-        self.form = known_form(form)
+        self.form, self.scratches = known_form(form), Scratches()
         if first_state == "z_0" and "embedding" not in spec.names:
             raise SideError(
                 "first_state z_0 needs the tap 'embedding', which is not read. "

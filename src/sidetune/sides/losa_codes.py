@@ -60,7 +60,7 @@ class Codes:
 
     def room(self, name: str, kind: Kind) -> Tensor:
         """Scratch of the shape of a kind's codes."""
-        return self.scratch.take(name, *self.arguments[kind].shape)
+        return self.scratch.take(name, self.arguments[kind].shape, self.arguments[kind])
 
     def again(self) -> None:
         """The codes from the arguments that are kept; drop-path is not in them."""

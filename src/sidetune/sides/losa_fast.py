@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from sidetune.features import Features
 from sidetune.sides.base import every, frozen_taps, pool_weights
-from sidetune.sides.chunks import CACHE_BYTES, Scratch, of_rows, on_threads, over_rows
+from sidetune.sides.chunks import CACHE_BYTES, Scratches, of_rows, on_threads, over_rows
 from sidetune.sides.losa_codes import Block, Codes
 from sidetune.sides.losa_gradients import CodeGradients, Total
 from sidetune.sides.products import each_times_transposed, times_transposed, wide
@@ -68,6 +68,7 @@ class Frozen:
     Args:
         taps: b_1 .. b_L (B, N, D), each with its scale, in any floating type.
         first: y_0 with its scale; None where it is zero.
+        scratches: what chunks work in.
         pool_QPN: weights of pooling over tokens, Q = 1 or B.
         keep_LMB: what drop-path multiplies a layer's output by; None without.
         mask_BN: 1 where token mixers read a token, else 0; None: they read all.
@@ -78,6 +79,7 @@ class Frozen:
 
     taps: Sequence[tuple[Tensor, float]]
     first: tuple[Tensor, float] | None
+    scratches: Scratches
     pool_QPN: Tensor
     keep_LMB: Tensor | None
     mask_BN: Tensor | None
@@ -99,6 +101,7 @@ def pooled_losa(side: Losa, features: Features, keep_LMB: Tensor | None) -> Tens
     frozen = Frozen(
         taps=frozen_taps(side, features, [tap.name for tap in side.blocks]),
         first=None if first is None else frozen_taps(side, features, [first])[0],
+        scratches=side.scratches,
         pool_QPN=pool_weights(side.spec.last, side.pool, features.mask, like=side.tap_scale),
         keep_LMB=keep_LMB,
         mask_BN=None if features.mask is None else features.mask.to(side.tap_scale),
@@ -192,7 +195,6 @@ class Call:
         layer_J = torch.arange(self.codes, device=frozen.pool_QPN.device) // self.rank
         self.earlier_JJ = (layer_J[None] < layer_J[:, None]).to(frozen.pool_QPN)
         self.same_JJ = (layer_J[None] == layer_J[:, None]).to(frozen.pool_QPN)
-        self.scratches: list[Scratch] = []
 
     @property
     def blocks(self) -> list[Block]:
@@ -238,13 +240,13 @@ class Chunk:
     def __init__(self, call: Call, kept: dict[Kind, Tensor], piece: Piece) -> None:
         self.call, frozen, (members, rows) = call, call.frozen, piece
         self.size, self.piece = rows.stop - rows.start, piece
-        self.scratch = call.scratches.pop() if call.scratches else Scratch(frozen.pool_QPN)
+        self.scratch = frozen.scratches.take()
         self.taps = [(tap[rows], scale) for tap, scale in frozen.taps]
-        self.x_CND = self.scratch.take("x", self.size, call.num_tokens, call.width)
+        self.x_CND = self._room("x", self.size, call.num_tokens, call.width)
         self.first_CND: Tensor | None = None
         if frozen.first is not None:
             tap, scale = frozen.first
-            self.first_CND = self.scratch.take("first", *self.x_CND.shape).copy_(tap[rows]).mul_(scale)
+            self.first_CND = self._room("first", *self.x_CND.shape).copy_(tap[rows]).mul_(scale)
         self.joint_LSY = {kind: one[:, members].flatten(1, 2) for kind, one in call.joint_LMRY.items()}
         arguments = {kind: self._arguments(kind, kept) for kind in frozen.kinds}
         self.codes = Codes(call, arguments, piece, self.scratch)
@@ -264,7 +266,7 @@ class Chunk:
                     codes.mix(kind, layer, block)
                 codes.drop(layer)
         out_MCPD = codes.pooled(self.first_CND)
-        self.call.scratches.append(self.scratch)
+        self.call.frozen.scratches.give_back(self.scratch)
         return out_MCPD
 
     def backward(self, d_out_MCPD: Tensor) -> dict[Kind, Total]:
@@ -291,7 +293,7 @@ class Chunk:
                     own = slice(layer * self.call.rank, (layer + 1) * self.call.rank)
                     d_argument_MRCX = gradients.d_arguments[kind][:, own]
                     total[kind].down_MJY[:, own] += self._read_backward(kind, d_argument_MRCX, x_CND)
-        self.call.scratches.append(self.scratch)
+        self.call.frozen.scratches.give_back(self.scratch)
         return total
 
     def _arguments(self, kind: Kind, kept: dict[Kind, Tensor]) -> Tensor:
@@ -300,7 +302,10 @@ class Chunk:
         if kind in kept:
             return kept[kind][rows].view(self.call.members, self.call.codes, self.size, -1)[members]
         count, axis = members.stop - members.start, self.call.kept_axis(kind)
-        return self.scratch.take(f"arguments/{kind}", count, self.call.codes, self.size, axis)
+        return self._room(f"arguments/{kind}", count, self.call.codes, self.size, axis)
+
+    def _room(self, name: str, *shape: int) -> Tensor:
+        return self.scratch.take(name, shape, self.call.frozen.pool_QPN)
 
     def _read(self, kind: Kind, layer: int, x_CND: Tensor) -> None:
         """The arguments of a layer begin as W x."""

@@ -49,7 +49,7 @@ class CodeGradients:
         self._pooled(d_out_MCPD)
         self.d_arguments = {kind: codes.room(f"d_arguments/{kind}", kind) for kind in codes.kinds}
         self.d_code_MJJC = {
-            kind: codes.scratch.take(f"d_code/{kind}", len(one), *[self.call.codes] * 2, codes.size)
+            kind: codes.scratch.take(f"d_code/{kind}", (len(one), *[self.call.codes] * 2, codes.size), one)
             for kind, one in codes.codes.items()
         }
 
