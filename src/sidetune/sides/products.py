@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 WIDE = 2**20  # n*m*k of a product that is worth a call of oneDNN's, where many could be one call of MKL's
-DEEP = 200  # k, likewise, where the product is added to a tensor
 X86 = ("x86_64", "AMD64", "amd64")
 
 
@@ -47,11 +46,8 @@ def each_times_transposed(a_Mnk: Tensor, b_Mmk: Tensor) -> Tensor:
 
 
 def add_times_transposed(into_Mnm: Tensor, a_Mnk: Tensor, b_Mmk: Tensor) -> None:
-    """Add `each_times_transposed` to a tensor in place.
-
-    oneDNN cannot add: its product is written and read once more, which a deep product alone is worth.
-    """
-    if not wide(a_Mnk[0], b_Mmk[0]) or a_Mnk.shape[2] < DEEP:
+    """Add `each_times_transposed` to a tensor in place."""
+    if not wide(a_Mnk[0], b_Mmk[0]):
         into_Mnm.baddbmm_(a_Mnk, b_Mmk.mT)
         return
     for into, a, b in zip(into_Mnm.unbind(), a_Mnk.unbind(), b_Mmk.unbind(), strict=True):
