@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -17,7 +19,7 @@ def test_rungs_are_thirds_of_thirds(epochs, eta, expected):
 @given(st.dictionaries(st.integers(0, 99), st.floats(0, 1), min_size=1), st.integers(2, 4))
 def test_the_best_share_goes_on_and_the_best_always(scores, eta):
     going = {number for number in scores if goes_on(number, scores, eta)}
-    assert len(going) == max(1, len(scores) // eta)
+    assert len(going) == math.ceil(len(scores) / eta)
     assert min(scores[number] for number in going) >= max(
         (score for number, score in scores.items() if number not in going), default=0.0
     )
@@ -41,11 +43,10 @@ def test_64_trials_cost_about_a_third_of_training_all_to_their_ends():
         for number in due:
             reached[running[number]][number] = value[number]
         for number in due:
-            if running[number] == epochs or not (
-                number == 0 or goes_on(number, reached[running[number]], eta)
-            ):
+            others = {one: score for one, score in reached[running[number]].items() if one != 0}
+            if running[number] == epochs or not (number == 0 or goes_on(number, others, eta)):
                 trained[number] = running.pop(number)
-    assert 0.2 < share_trained(trained.values(), epochs) < 0.4
+    assert 0.2 < share_trained(trained.values(), epochs) < 0.35
     assert trained[max(value, key=value.get)] == epochs
 
 

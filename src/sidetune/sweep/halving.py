@@ -12,6 +12,7 @@ journal, which a resumed worker follows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 
@@ -26,16 +27,20 @@ def rungs(epochs: int, eta: int) -> tuple[int, ...]:
 
 
 def goes_on(number: int, scores: dict[int, float], eta: int) -> bool:
-    """Whether a trial is among the best 1/eta of all that have reached its rung.
+    """Whether a trial is among the best 1/eta, rounded up, of all that have reached its rung.
+
+    Rounded down, a rung that the first five trials reach together lets one go on, chosen by a score that
+    is early and rough. Rounded up, 64 trials cost a tenth more epochs and a third more are trained to their
+    ends (simulated, 16 places).
 
     Args:
         number: of the trial.
         scores: of each trial that has reached the rung, this one too; higher is better. Of equals the
             earlier one is the better.
-        eta: one of so many goes on, and the best one always.
+        eta: one of so many goes on.
     """
     better = sum((-score, other) < (-scores[number], number) for other, score in scores.items())
-    return better < max(1, len(scores) // eta)
+    return better < math.ceil(len(scores) / eta)
 
 
 def expected_epochs(trials: int, epochs: int, eta: int) -> int:

@@ -169,10 +169,10 @@ class Journal:
             self._end(number, TrialState.PRUNED)
 
     def importances(self) -> dict[str, float]:
-        """Share of each field in how the last scores differ, by fANOVA; empty where too few trials ended.
+        """Share of each field in how the scores at the first rung differ, by fANOVA; empty where few.
 
-        A trial counts with its score at the last rung it reached, or it would be those few alone that were
-        trained to the end. Source: Hutter et al., ICML 2014.
+        All trials have a score there, after the same epochs. Their last scores say above all who was trained
+        for longer. Source: Hutter et al., ICML 2014.
         """
         whole = [
             one
@@ -235,8 +235,8 @@ def _in_memory(trials: list[FrozenTrial], sampler: TPESampler | None = None) -> 
 
 
 def _as_complete(one: FrozenTrial) -> FrozenTrial:
-    last = one.intermediate_values[max(one.intermediate_values)]
-    return create_trial(value=last, params=one.params, distributions=one.distributions)
+    first = one.intermediate_values[min(one.intermediate_values)]
+    return create_trial(value=first, params=one.params, distributions=one.distributions)
 
 
 def _known(values: Mapping[str, Value], space: Space) -> dict[str, Any]:

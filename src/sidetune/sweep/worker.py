@@ -30,6 +30,7 @@ from sidetune.sweep.journal import Journal, Trial
 from sidetune.sweep.score import Choosing, Score
 from sidetune.sweep.space import Space, apply
 
+GIVEN = 0  # the trial of the recipe as it was given; the sweep shall not end below it
 CHECKPOINT_SECONDS = 20.0  # at most this much training is lost to a kill
 MOST_WORKERS = 10_000
 CHECKPOINT, SECONDS = "checkpoint.safetensors", "seconds.json"
@@ -219,8 +220,8 @@ class Worker:
         on = trial.decided(epoch)
         if on is None:
             reached = {one.number: one.scores[epoch].value for one in trials if epoch in one.scores}
-            # the recipe as it was given is trained to its end: the sweep shall not end below it
-            on = number == 0 or goes_on(number, reached, plan.eta)
+            reached.pop(GIVEN, None)  # it takes nobody's place: it is trained to its end in any case
+            on = number == GIVEN or goes_on(number, reached, plan.eta)
             if on:
                 plan.journal.go_on(number, epoch)
             else:
