@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -268,10 +268,11 @@ def without_times(value):
 def run_bytes(folder: Path) -> dict[str, object]:
     """What a run folder holds: digests, and history and metrics without times."""
     found: dict[str, object] = {
-        name: None if name in VARYING else digest for name, digest in digests(folder).items()
+        name: None if Path(name).name in VARYING else digest for name, digest in digests(folder).items()
     }
-    history = (folder / "history.jsonl").read_text().splitlines()
-    found["history.jsonl"] = [without_times(json.loads(line)) for line in history]
+    for history in folder.rglob("history.jsonl"):  # of the run and of its members
+        lines = history.read_text().splitlines()
+        found[str(history.relative_to(folder))] = [without_times(json.loads(line)) for line in lines]
     found["metrics.json"] = without_times(json.loads((folder / "metrics.json").read_text()))
     return found
 
@@ -369,10 +370,16 @@ EPOCHS, STEPS = 6, 18  # 36 images to train on in 3 steps an epoch, a checkpoint
 SETTINGS = ("side.drop_path=0.2", "train.select=best", f"train.epochs={EPOCHS}", "train.batch_size=14")
 
 
-def fit_words(data: Path, run: Path, store: Path) -> list[object]:
+def fit_words(data: Path, run: Path, store: Path, settings: Sequence[str] = SETTINGS) -> list[object]:
     """A fit of a few seconds."""
-    settings = [word for setting in SETTINGS for word in ("--set", setting)]
-    return ["fit", data, "--backbone", "toy", "--store", store, "--out", run, *settings]
+    words = [word for setting in settings for word in ("--set", setting)]
+    return ["fit", data, "--backbone", "toy", "--store", store, "--out", run, *words]
+
+
+def fleet_words(data: Path, run: Path, store: Path) -> list[object]:
+    """A fit of twelve networks in two streams, of which one diverges at its first step."""
+    words = fit_words(data, run, store, ("side.drop_path=0.2", "train.epochs=2"))
+    return [*words, "--folds", "3", "--ensemble", "--members", "lr=0.01,1e30;batch_size=16,24"]
 
 
 def make_jobs(server: Server, folder: Path) -> dict[str, Job]:

@@ -15,10 +15,12 @@ from images import make_folder
 from killing import (
     KILLED,
     STEPS,
+    Job,
     Server,
     digests,
     everything,
     finished_shards,
+    fleet_words,
     kill_job,
     kind_of,
     make_jobs,
@@ -130,6 +132,26 @@ def test_a_fit_is_killed_at_every_kind_of_moment(server, jobs, tmp_path):
     }
     steps = [sum(event == "before step" for event, _ in trace) for trace in traces]
     assert steps == [6, 4, 2, 8, 1, 0, 0, 0], "no step is taken twice but the one in flight"
+
+
+def test_a_fit_of_many_members_is_killed_at_every_kind_of_moment(server, jobs, tmp_path):
+    photos = jobs["fit"].words(tmp_path)[1]
+    job = Job(lambda at: fleet_words(photos, at / "r", at / "s"))
+    job.run_whole(server, tmp_path / "whole")
+    steps = sum(event == "before step" for event, _ in job.moments["training step"])
+    kinds, _ = chain(
+        server,
+        job,
+        tmp_path / "f",
+        [
+            ("before step", steps // 2),
+            ("after side.safetensors", 4),  # of a member; the others are there
+            ("half artifact.json", 7),  # of the run
+        ],
+    )
+    assert kinds.count("writing the artifact") == 2
+    table = (tmp_path / "f" / "r" / "members.csv").read_text()
+    assert table.count("diverged") == 6
 
 
 def test_gc_is_killed_at_every_kind_of_moment(server, jobs, tmp_path):
