@@ -41,6 +41,7 @@ from sidetune.tasks import Task, build_task
 
 TASKS = ("cifar", "caltech101", "dtd10", "rsscn7", "elpv", "sprites_loc", "sprites_ori", "shapes_count")
 METRICS = ("accuracy", "balanced_accuracy", "log_loss", "calibration_error")
+SHOWN = {"accuracy": (100, 1), "log_loss": (1, 3), "calibration_error": (100, 1)}  # factor and digits
 RESAMPLES = 2000
 OUT = Path("results/folds-112.jsonl")
 
@@ -184,22 +185,16 @@ def table(lines: list[dict[str, Any]]) -> str:
     rows = ["| task | accuracy, % | log loss | calibration error, % |", "| --- | --- | --- | --- |"]
     for task in dict.fromkeys(line["task"] for line in lines):
         cells = [task.partition(" ")[0]]
-        for metric, factor, digits in (
-            ("accuracy", 100, 1),
-            ("log_loss", 1, 3),
-            ("calibration_error", 100, 1),
-        ):
+        for metric, (factor, digits) in SHOWN.items():
             of = [line for line in lines if line["task"] == task and line["metric"] == f"test_{metric}"]
             one, five = (
                 factor * np.mean([line["value"] for line in of if line["method"] == method])
                 for method in ("losa, one", "losa, five folds")
             )
             (difference,) = (line for line in of if "interval" in line)
-            low, high = (factor * value for value in difference["interval"])
-            shown = factor * difference["value"]
-            cells.append(
-                f"{one:.{digits}f} → {five:.{digits}f}, {shown:+.{digits}f} ({low:+.{digits}f} .. {high:+.{digits}f})"
-            )
+            low, high = (f"{factor * value:+.{digits}f}" for value in difference["interval"])
+            shown = f"{factor * difference['value']:+.{digits}f} ({low} .. {high})"
+            cells.append(f"{one:.{digits}f} → {five:.{digits}f}, {shown}")
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

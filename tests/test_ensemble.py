@@ -123,7 +123,7 @@ def test_the_costs_of_an_ensemble_are_those_of_all_that_answer(ensemble):
     assert cost["parameters"] == own["parameters"] == sum(s.artifact.model.num_parameters() for s in seats)
     heads = [parameter.numel() for seat in seats for parameter in seat.artifact.model.head.parameters()]
     assert cost["head_parameters"] == sum(heads)
-    assert own["detail"] == {"trained": 4 * FOLDS, "temperature": 1.0}
+    assert own["detail"] == {"networks_trained": 4 * FOLDS, "temperature": 1.0}
 
 
 def test_an_ensemble_is_one_row_of_scores_and_is_scored_again_alike(ensemble):

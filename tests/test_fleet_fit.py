@@ -83,7 +83,7 @@ def test_the_best_on_validation_answers_as_a_run_of_it_alone(image_folder, store
     torch.testing.assert_close(weights_of(run.artifact()), weights_of(own), rtol=0, atol=0)
     assert run.artifact().recipe == own.recipe and run.artifact().temperature == own.temperature
     assert run.row["method"] == run.metrics["side"] == "losa"
-    assert run.row["detail"]["member"] == chosen[0]["member"] and run.row["detail"]["trained"] == 4
+    assert run.row["detail"]["member"] == chosen[0]["member"] and run.row["detail"]["networks_trained"] == 4
     assert run.row["val"]["scores"]["balanced_accuracy"] == pytest.approx(by_score[0], abs=1e-6)
     assert run.metrics["fleet"]["held_out"]["scores"] == pytest.approx(run.row["val"]["scores"], abs=1e-4)
     found = evaluate_run(run.folder, image_folder)

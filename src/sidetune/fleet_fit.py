@@ -292,7 +292,7 @@ def _name(chosen: Sequence[Candidate]) -> str:
 
 def _detail(entries: Sequence[Entry], chosen: Sequence[Candidate]) -> dict[str, Any]:
     """What was chosen, for the tables."""
-    trained = {"trained": len(entries)}
+    trained = {"networks_trained": len(entries)}
     if len(chosen) > 1:
         return trained
     recipe = chosen[0].entries[0].member.recipe

@@ -19,13 +19,9 @@ from sidetune.ensemble import Ensemble, Seat
 from sidetune.files import csv_text, write_text
 from sidetune.fleet_fit import Candidate, Entry, FleetResult
 from sidetune.job import Job
+from sidetune.report_members import SECOND
 
 ArtifactOf = Callable[..., Artifact]
-SECOND = {
-    "classify": "log_loss",
-    "multilabel": "mean_average_precision",
-    "regress": "mae",
-}  # score, shown too
 
 
 def write_fleet(job: Job, fleet: FleetResult, artifact: ArtifactOf, scores: dict[str, Any]) -> None:

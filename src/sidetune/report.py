@@ -31,6 +31,7 @@ from sidetune.figures import (
 )
 from sidetune.files import parse_json, read_json, write_text
 from sidetune.gallery import gallery
+from sidetune.report_members import members_view
 
 Json = dict[str, Any]
 
@@ -133,6 +134,7 @@ def _view(run: Path, metrics: Json, recipe: Json, artifact: Json, history: Seque
         "forest": forest(metrics, split),
         "columns": [label(name) for name in names],
         "tables": [score_table(metrics, key, names) for key in ("test", "val") if own[key] or key == "val"],
+        "members": members_view(metrics),
         "curves": _curves(history, headline),
         "confusion": _confusion(own[split], metrics["outputs"]),
         "split": SPLITS[split].lower(),
@@ -156,6 +158,7 @@ def _contents(view: Json) -> list[tuple[str, str]]:
     found = view["found"]
     sections = [
         ("scores", "Scores", True),
+        ("members", "Members", bool(view["members"])),
         ("curves", "Learning curve", bool(view["curves"])),
         ("confusion", "Confusion", bool(view["confusion"])),
         ("mistakes", "Largest errors" if view["task"] == "regress" else "Mistakes", bool(found)),

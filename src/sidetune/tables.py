@@ -9,18 +9,22 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sidetune.data.dataset import TaskKind
 from sidetune.doctor import Check, works
 from sidetune.evaluate import Evaluation
 from sidetune.figures import duration, label, number, size
+from sidetune.members import variations
 from sidetune.predict import Prediction
 from sidetune.progress import printable
 from sidetune.recipe import Recipe
+from sidetune.report_members import SECOND, held_out, who_answers
 from sidetune.sides import SOLVED
 from sidetune.upkeep import Garbage
 
 LIKELIEST = 3  # classes that are shown of an image
+MEMBERS = 10  # of a fleet that are shown
 WIDTH = 80
 MARKS = {"ok": "ok", "note": "--", "bad": "!!"}  # that read without colour
 
@@ -37,8 +41,23 @@ def choices(recipe: Recipe, device: str) -> str:
         f"backbone {recipe.backbone.name} · size {size} · side {recipe.side.name} · task {recipe.data.task}",
         f"features {kept} · device {device}",
         f"epochs {epochs} · lr {train.lr:g} · batch {train.batch_size} · seed {train.seed}",
+        *_fleet(recipe),
     ]
     return "\n".join(lines[:2] if recipe.side.name in SOLVED else lines)
+
+
+def _fleet(recipe: Recipe) -> Iterator[str]:
+    """A line about members, folds and ensemble, where there are any."""
+    fleet, parts = recipe.fleet, []
+    if fleet.members is not None:
+        count = len(variations(recipe))
+        axes = "; ".join(filter(None, (part.strip() for part in fleet.members.split(";"))))
+        parts.append(f"{count} {'member' if count == 1 else 'members'}: {axes}")
+    if fleet.folds is not None:
+        parts.append("folds of the column" if fleet.folds == "column" else f"{fleet.folds} folds")
+    parts += ["ensemble"] * fleet.ensemble + ["orders of their own"] * fleet.own_order
+    if parts:
+        yield " · ".join(parts)
 
 
 def print_scores(metrics: Mapping[str, Any]) -> None:
@@ -60,6 +79,28 @@ def print_scores(metrics: Mapping[str, Any]) -> None:
             duration(row["seconds"]),
         )
     Console().print(table)
+    if "fleet" in metrics:
+        _print_members(metrics)
+
+
+def _print_members(metrics: Mapping[str, Any]) -> None:
+    """The first members with their scores on what was held out, and who answers."""
+    fleet, names = metrics["fleet"], [metrics["headline"], SECOND[metrics["task"]]]
+    if len(fleet["members"]) > 1:
+        table = _table("member", *(_title(name) for name in names), "weight", title=held_out(fleet))
+        table.columns[0].no_wrap = False  # long ones take two lines; numbers stay whole
+        table.columns[0].overflow = "fold"
+        for one in fleet["members"][:MEMBERS]:
+            scores = one["scores"] or {}
+            shown = [number(name, scores.get(name)) for name in names]
+            if one["diverged"]:
+                shown[0] = "diverged"
+            weight = f"{one['weight']:.2f}" if one["weight"] else ""
+            table.add_row(Text(printable(one["member"])), *shown, weight)
+        Console().print(table)
+        if len(fleet["members"]) > MEMBERS:
+            Console().print(f"and {len(fleet['members']) - MEMBERS} more in members.csv", highlight=False)
+    Console().print(f"\n{printable(who_answers(metrics))}", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_evaluation(evaluation: Evaluation, split: str) -> None:
