@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ class Frozen:
     Args:
         taps: b_1 .. b_L (B, N, D), each with its scale, in any floating type.
         first: y_0 with its scale; None where it is zero.
-        scratches: what chunks work in.
+        scratches: what chunks work in; the side's own, so that a graph does not keep it.
         pool_QPN: weights of pooling over tokens, Q = 1 or B.
         keep_LMB: what drop-path multiplies a layer's output by; None without.
         mask_BN: 1 where token mixers read a token, else 0; None: they read all.
@@ -79,7 +80,7 @@ class Frozen:
 
     taps: Sequence[tuple[Tensor, float]]
     first: tuple[Tensor, float] | None
-    scratches: Scratches
+    scratches: ReferenceType[Scratches]
     pool_QPN: Tensor
     keep_LMB: Tensor | None
     mask_BN: Tensor | None
@@ -101,7 +102,7 @@ def pooled_losa(side: Losa, features: Features, keep_LMB: Tensor | None) -> Tens
     frozen = Frozen(
         taps=frozen_taps(side, features, [tap.name for tap in side.blocks]),
         first=None if first is None else frozen_taps(side, features, [first])[0],
-        scratches=side.scratches,
+        scratches=ref(side.scratches),
         pool_QPN=pool_weights(side.spec.last, side.pool, features.mask, like=side.tap_scale),
         keep_LMB=keep_LMB,
         mask_BN=None if features.mask is None else features.mask.to(side.tap_scale),
@@ -240,7 +241,8 @@ class Chunk:
     def __init__(self, call: Call, kept: dict[Kind, Tensor], piece: Piece) -> None:
         self.call, frozen, (members, rows) = call, call.frozen, piece
         self.size, self.piece = rows.stop - rows.start, piece
-        self.scratch = frozen.scratches.take()
+        self.scratches = frozen.scratches() or Scratches()
+        self.scratch = self.scratches.take()
         self.taps = [(tap[rows], scale) for tap, scale in frozen.taps]
         self.x_CND = self._room("x", self.size, call.num_tokens, call.width)
         self.first_CND: Tensor | None = None
@@ -266,7 +268,7 @@ class Chunk:
                     codes.mix(kind, layer, block)
                 codes.drop(layer)
         out_MCPD = codes.pooled(self.first_CND)
-        self.call.frozen.scratches.give_back(self.scratch)
+        self.scratches.give_back(self.scratch)
         return out_MCPD
 
     def backward(self, d_out_MCPD: Tensor) -> dict[Kind, Total]:
@@ -293,7 +295,7 @@ class Chunk:
                     own = slice(layer * self.call.rank, (layer + 1) * self.call.rank)
                     d_argument_MRCX = gradients.d_arguments[kind][:, own]
                     total[kind].down_MJY[:, own] += self._read_backward(kind, d_argument_MRCX, x_CND)
-        self.call.frozen.scratches.give_back(self.scratch)
+        self.scratches.give_back(self.scratch)
         return total
 
     def _arguments(self, kind: Kind, kept: dict[Kind, Tensor]) -> Tensor:
