@@ -141,8 +141,9 @@ def _values(annotation: object) -> str:
     if get_origin(annotation) is tuple:
         return "a list of names"
     if get_origin(annotation) is Annotated:
-        plain, *limits = get_args(annotation)
-        return _values(plain) + "".join(_bounds([one for limit in limits for one in limit.metadata]))
+        inner, *limits = get_args(annotation)
+        bounds = _bounds([one for limit in limits for one in getattr(limit, "metadata", [limit])])
+        return _values(inner) + "".join(bounds)
     if get_args(annotation):
         return ", ".join(_values(choice) for choice in get_args(annotation))
     return {int: "whole number", float: "number", str: "text", bool: "`true`, `false`"}[annotation]
@@ -173,7 +174,7 @@ def error_tree() -> str:
 def folders() -> str:
     """What stands in a run folder and in a store, as the code's own files say it."""
     lines = ["# Folders", "", GENERATED]
-    for title, module in (("run", "fit"), ("sweep", "sweep"), ("store", "store")):
+    for title, module in (("run", "fit"), ("run of several networks", "fleet_run"), ("sweep", "sweep"), ("store", "store")):
         text = inspect.getdoc(sys.modules[f"sidetune.{module}"]) or ""
         lines += ["", f"## A {title}", "", "```text", text, "```"]
     return "\n".join(lines) + "\n"

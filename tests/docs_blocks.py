@@ -183,6 +183,20 @@ def eight(folder: Path, images: Path) -> None:
             table.writerow([path, *cells, number / 7, number % 5, ["gear", "bolt"][number % 2]])
 
 
+def scans(folder: Path, images: Path) -> None:
+    """scans.csv: 59 images of 3 classes with their folds, and new.jpg."""
+    (folder / "scans").mkdir()
+    with (folder / "scans.csv").open("w", newline="") as stream:
+        table = csv.writer(stream)
+        table.writerow(["path", "label", "fold"])
+        *shown, last = sorted(images.rglob("*.png"))
+        for number, file in enumerate(shown):
+            path = f"scans/{number:04d}.jpg"
+            Image.open(file).save(folder / path)
+            table.writerow([path, file.parent.name, number % 5])
+    Image.open(last).save(folder / "new.jpg")
+
+
 def weights(folder: Path, images: Path) -> None:
     """weights/: a cut-down ViT-S/16 of 32 px in the hub's layout, with random weights."""
     hub_folder(folder / "weights", "vit_small_patch16_224")
@@ -192,6 +206,7 @@ FIXTURES: dict[str, Callable[[Path, Path], None]] = {
     "photos": photos,
     "leaves": leaves,
     "eight": eight,
+    "scans": scans,
     "weights": weights,
 }
 

@@ -1,8 +1,14 @@
 """What a fleet leaves in a run folder beside what every run does.
 
-RUN/members/<hash>/     an artifact and a history a network
-RUN/members.csv         a line a network, those that answer first
-RUN/artifact.json       the one that answers, or the ensemble
+    RUN/members/<hash>/     a network: side.safetensors, artifact.json and history.jsonl, a whole artifact
+                            that `load` takes; not of those that diverged
+    RUN/members.csv         a line a network, those that answer first
+    RUN/artifact.json       of the one network that answers, with its side.safetensors; where several do, it
+                            names them, their weights and the sha256 of each one's artifact.json
+
+members.csv: ``member`` (its name), a column a setting that varies, ``fold`` that it did not train on,
+``epochs``, ``loss`` of its last epoch or ``diverged``, two scores of its variation on what was held out,
+``temperature``, ``weight`` in the answer, ``folder``. Networks of one variation share scores and temperature.
 """
 
 from __future__ import annotations
