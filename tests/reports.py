@@ -135,6 +135,34 @@ def write_run(
     return metrics
 
 
+def add_fleet(folder, labels, folds=None, answering=2):
+    """Give a run a fleet: the first members answer, the last one diverged."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    val = metrics["rows"][-1]["val"]
+    headline, each = metrics["headline"], folds or 1
+    members = [
+        {
+            "member": label,
+            "networks": each,
+            "diverged": 0,
+            "scores": val["scores"] | {headline: val["scores"][headline] - 0.01 * i},
+            "weight": 1 / answering if i < answering else 0.0,
+        }
+        for i, label in enumerate(labels)
+    ]
+    members[-1] |= {"diverged": 1, "scores": None, "weight": 0.0}
+    metrics["fleet"] = {
+        "networks": each * len(labels),
+        "answering": each * answering,
+        "folds": folds,
+        "ensemble": answering > 1,
+        "held_out": val,
+        "members": members,
+    }
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    return metrics
+
+
 def write_full_run(folder, **options):
     """A run with calibration and findings; `findings` in place of full ones."""
     findings = options.pop("findings", make_findings)

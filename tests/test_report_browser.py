@@ -7,7 +7,7 @@ import pytest
 
 from browser import Browser, find_browser
 from findings import empty_findings, make_findings
-from reports import HOSTILE, write_full_run, write_run
+from reports import HOSTILE, add_fleet, write_full_run, write_run
 from sidetune.report import write_report
 from sweeps import small_sweep
 
@@ -23,6 +23,7 @@ NAMES = [
     "写真 1.png",
 ]
 LONG = ["W" * 120, "\u202eright to left", "two words and some more of them in one name", HOSTILE]
+GRID = [f"lr={lr} seed={seed} side=losa" for lr in ("1e-3", "3e-3", "1e-2") for seed in range(6)]
 WIDTHS = [360, 768, 1280]
 
 # Names of faults, and for each the texts or addresses that have it.
@@ -102,6 +103,9 @@ def pages(tmp_path_factory, image_folder):
     write_full_run(root / "empty", findings=empty_findings)
     write_full_run(root / "twenty", num_outputs=20)
     write_run(root / "older", num_outputs=25)
+    for kind, labels, folds in (("members", GRID, 5), ("members-hostile", [*LONG, *GRID], None)):
+        write_full_run(root / kind)
+        add_fleet(root / kind, labels, folds)
     hostile_run(root / "hostile")
     hostile_run(root / "hostile-multilabel", kind="multilabel")
     swept = small_sweep(image_folder, tmp_path_factory.mktemp("sweep"), trials=24).folder / "report.html"
@@ -115,6 +119,8 @@ KINDS = [
     "empty",
     "twenty",
     "older",
+    "members",
+    "members-hostile",
     "hostile",
     "hostile-multilabel",
     "sweep",
@@ -132,7 +138,7 @@ def test_nothing_is_fetched_and_nothing_overflows(browser, pages, kind):
         assert fetched == [pages[kind].as_uri()]
 
 
-@pytest.mark.parametrize("kind", ["classify", "hostile"])
+@pytest.mark.parametrize("kind", ["classify", "members", "hostile"])
 def test_dark_is_dark_and_as_readable(browser, pages, kind):
     grounds = {}
     for dark in (False, True):

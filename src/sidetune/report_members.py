@@ -52,6 +52,7 @@ def members_view(metrics: Mapping[str, Any]) -> Json | None:
         "held": held_out(fleet),
         "folds": fleet["folds"],
         "ensemble": fleet["ensemble"],
+        "several": fleet["answering"] > 1,
         "forest": _dots(metrics),
         "columns": [label(name) for name in names],
         "rows": _rows(fleet["members"][:SHOWN], names),
