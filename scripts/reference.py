@@ -174,7 +174,12 @@ def error_tree() -> str:
 def folders() -> str:
     """What stands in a run folder and in a store, as the code's own files say it."""
     lines = ["# Folders", "", GENERATED]
-    for title, module in (("run", "fit"), ("run of several networks", "fleet_run"), ("sweep", "sweep"), ("store", "store")):
+    for title, module in (
+        ("run", "fit"),
+        ("run of several networks", "fleet_run"),
+        ("sweep", "sweep"),
+        ("store", "store"),
+    ):
         text = inspect.getdoc(sys.modules[f"sidetune.{module}"]) or ""
         lines += ["", f"## A {title}", "", "```text", text, "```"]
     return "\n".join(lines) + "\n"
