@@ -32,12 +32,12 @@ from sidetune.backbones import build_backbone
 from sidetune.data import load_dataset
 from sidetune.extract import extract, sample_keys
 from sidetune.features import Spec
-from sidetune.job import Job
+from sidetune.job import Job, Work
 from sidetune.methods import Row, score
 from sidetune.reader import Layout
 from sidetune.recipe import Recipe
 from sidetune.runs import environment
-from sidetune.side_fit import fit_side
+from sidetune.side_fit import fit_sides
 from sidetune.sources import StoredSource
 from sidetune.tasks import build_task
 
@@ -96,7 +96,7 @@ def fit_own(job: Job, *, in_order: bool) -> Row:
         source = copy.copy(job.source)
         source.layout = partial(sorted_by_class, job)  # type: ignore[method-assign]
         job = replace(job, source=source)
-    return score(job, fit_side(job))
+    return score(job, fit_sides(Work((job,), job.recipe, job.out))[0])
 
 
 def sorted_by_class(job: Job, rows: NDArray[np.int64], spec: Spec) -> Layout:

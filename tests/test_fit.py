@@ -26,6 +26,7 @@ from sidetune.sources import LiveSource
 from sidetune.store import Store
 
 MODULE = importlib.import_module("sidetune.fit")  # `sidetune.fit` is the function
+OPENING = importlib.import_module("sidetune.opening")
 
 
 def documented_files():
@@ -181,7 +182,7 @@ def stored_in(folder, mode):
 def test_a_finished_run_is_found_and_nothing_is_computed_or_written(runs, image_folder, monkeypatch):
     run = runs()
     before = snapshot(run.folder)
-    for name in ("extract", "locked", "fit_methods"):
+    for name in ("open_jobs", "locked", "fit_methods"):
         monkeypatch.setattr(MODULE, name, lambda *_, **__: pytest.fail("it was computed again"))
     again = fit(image_folder, out=run.folder, recipe=run.artifact().recipe, quiet=True)
     assert again == run
@@ -245,7 +246,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(runs, image_folder, tmp_pa
 
 def test_a_folder_without_a_checkpoint_is_free_for_another_recipe(runs, image_folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(MODULE, "extract", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(OPENING, "extract", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             fit(image_folder, out=tmp_path / "run", recipe=toy_recipe("last"), quiet=True)
     assert [path.name for path in (tmp_path / "run").glob("[!.]*")] == ["recipe.json"]

@@ -8,12 +8,13 @@ from sidetune.artifact import Artifact
 from sidetune.backbones import build_backbone
 from sidetune.backbones.base import Backbone
 from sidetune.backbones.wrap import wrap
+from sidetune.columns import ColumnsRun
 from sidetune.data import Dataset, Preprocess, load_dataset
 from sidetune.errors import SidetuneError
 from sidetune.evaluate import Evaluation, evaluate
 from sidetune.extract import extract
 from sidetune.features import Features, Spec, Tap
-from sidetune.fit import fit
+from sidetune.fit import fit, fit_columns
 from sidetune.predict import Prediction, Predictor, load
 from sidetune.recipe import Recipe
 from sidetune.runs import Run
@@ -25,6 +26,7 @@ __all__ = [
     "SIDES",
     "Artifact",
     "Backbone",
+    "ColumnsRun",
     "Dataset",
     "Evaluation",
     "Features",
@@ -41,6 +43,7 @@ __all__ = [
     "evaluate",
     "extract",
     "fit",
+    "fit_columns",
     "load",
     "load_dataset",
     "sweep",

@@ -40,6 +40,7 @@ from sidetune.tasks import Task
 
 FORMAT = 2
 ENSEMBLE_FORMAT = 3  # of a run that several members answer for: `sidetune.ensemble`
+COLUMNS = "columns.json"  # names the runs of several label columns: `sidetune.columns`
 AGAIN = "Type: the fit command with a new --out"
 COPY = f"Copy the whole run folder again, or fit anew. {AGAIN}"
 
@@ -232,6 +233,8 @@ def find_device(name: str) -> torch.device:
 
 def not_a_run(folder: Path) -> str:
     """What to say of a folder without artifact.json: a fit was interrupted there, or there is no run."""
+    if (folder / COLUMNS).exists():
+        return f"{folder} holds a run a label column, in folders of their own. Type: the path of one of these"
     said = f"{folder} is not a finished run: it has no artifact.json."
     if (folder / "recipe.json").exists():
         return (

@@ -153,7 +153,7 @@ def fit(
     )
     if not quiet:
         say(choices(recipe, device))
-    run = sidetune.fit(
+    found = (sidetune.fit_columns if recipe.data.columns else sidetune.fit)(
         data,
         out=out,
         recipe=recipe,
@@ -164,13 +164,15 @@ def fit(
         quiet=quiet,
     )
     if as_json:
-        _print_json({"run": str(run.folder), "recipe_hash": run.recipe_hash, **run.metrics})
+        _print_json(found.to_json())
         return
-    print_scores(run.metrics)
-    data_of_run = run.metrics["data"]
-    total = sum(data_of_run[f"num_{name}"] for name in ("train", "val", "test", "skipped"))
-    _log_skipped(data_of_run["num_skipped"], total, f": {run.folder / 'skipped.csv'}")
-    print(f"\n{run.folder / 'report.html'}")
+    runs = {"": found} if isinstance(found, sidetune.Run) else found.runs
+    for column, run in runs.items():
+        print_scores(run.metrics, column)
+        data_of_run = run.metrics["data"]
+        total = sum(data_of_run[f"num_{name}"] for name in ("train", "val", "test", "skipped"))
+        _log_skipped(data_of_run["num_skipped"], total, f": {run.folder / 'skipped.csv'}")
+    print(f"\n{found.folder / 'report.html'}")
 
 
 app.command()(sweep)
@@ -195,13 +197,14 @@ def extract(
     """Run the backbone over images into a feature store. Resumable."""
     import sidetune
     from sidetune.artifact import find_device
+    from sidetune.data import load_datasets
     from sidetune.data.views import views
     from sidetune.extract import sample_keys
 
     recipe = build_recipe(
         backbone, size, weights, settings, task=task, labels=labels, features={"views": more_views}
     )
-    dataset = sidetune.load_dataset(  # nothing is drawn: splits are no part of a store
+    dataset, *_ = load_datasets(  # nothing is drawn: splits are no part of a store
         data, task=recipe.data.task, labels=recipe.data.labels, val_fraction=0.0, test_fraction=0.0
     )
     frozen = sidetune.build_backbone(recipe.backbone.name, **recipe.backbone.arguments())

@@ -18,7 +18,8 @@ A message says what was got, what was expected, and what to type next.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
@@ -91,6 +92,17 @@ class ArtifactError(SidetuneError):
 
 class DivergedError(SidetuneError):
     """No member of the run has finite weights any more."""
+
+
+@contextmanager
+def naming(column: str) -> Iterator[None]:
+    """Say which label column an error of the data is about, where there are several."""
+    try:
+        yield
+    except DataError as error:
+        if not column:
+            raise
+        raise DataError(f"column {column!r}: {error}") from error
 
 
 def first_complaint(error: ValidationError) -> str:

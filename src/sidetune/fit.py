@@ -10,55 +10,37 @@
     RUN/report.html        all of it on one page
 
 The same command on a finished run prints its result; on an interrupted one it resumes, from
-RUN/checkpoint.safetensors if training had come that far.
+RUN/checkpoint.safetensors if training had come that far. Several class columns of a table are a run each,
+see `sidetune.columns`, of one pass over the features.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from sidetune.artifact import Artifact, build_model, find_device
+from sidetune.artifact import find_device
 from sidetune.backbones import build_backbone
 from sidetune.backbones.base import Backbone
-from sidetune.data import SPLITS, load_dataset
-from sidetune.data.dataset import Dataset
-from sidetune.data.folds import choose_folds
-from sidetune.data.notes import first_frames, other_files
-from sidetune.data.views import views
-from sidetune.errors import DataError, RequestError
-from sidetune.extract import extract, require_readable, sample_keys
-from sidetune.files import locked, write_json
-from sidetune.findings import collect
-from sidetune.fleet_run import fleet_json, write_fleet
-from sidetune.job import Job
-from sidetune.leaks import Leaks, find_leaks
-from sidetune.members import variations
+from sidetune.columns import ColumnsRun, folder_names, write_columns, write_links
+from sidetune.data import Dataset, load_datasets
+from sidetune.data.folds import shared_folds
+from sidetune.errors import RequestError
+from sidetune.extract import require_readable, sample_keys
+from sidetune.files import locked
+from sidetune.job import Job, Work
+from sidetune.leaks import Leaks
 from sidetune.memory import PeakMemory
 from sidetune.methods import Row, fit_methods, score
-from sidetune.model import SideModel
-from sidetune.progress import say
+from sidetune.opening import Part, look_for_leaks, open_jobs, reads
+from sidetune.outcome import write_job
 from sidetune.recipe import BackboneRecipe, Recipe
 from sidetune.report import write_report
-from sidetune.runs import (
-    Run,
-    begin_run,
-    default_store,
-    environment,
-    find_run,
-    read_skipped,
-    write_run,
-    write_skipped,
-)
-from sidetune.sides import SOLVED
-from sidetune.sources import LiveSource, Source, StoredSource
-from sidetune.tasks import Task, build_task
+from sidetune.runs import Run, begin_run, default_store, is_finished, read_skipped, write_skipped
 
 
 def fit(  # noqa: PLR0913 - what, where, how; each has its option on the command line
@@ -96,60 +78,202 @@ def fit(  # noqa: PLR0913 - what, where, how; each has its option on the command
         ArtifactError: the run folder holds another run.
         DivergedError: training diverged.
     """
-    recipe, out = Recipe() if recipe is None else recipe, Path(out)
-    place = find_device(device)
-    if store is not None:
-        check_store(recipe, Path(store), out)
-    dataset = load_dataset(Path(data), **recipe.data.arguments())
+    recipe = Recipe() if recipe is None else recipe
+    if recipe.data.columns:
+        raise RequestError(
+            f"got {len(recipe.data.columns)} class columns, {', '.join(recipe.data.columns)}: a run each. "
+            "Type, in Python: sidetune.fit_columns(..), with the same arguments"
+        )
+    how = _How(store, device, leak_check, strict, quiet)
+    _fit(Path(data), Path(out), recipe, backbone, how)
+    return Run.open(Path(out))
+
+
+def fit_columns(  # noqa: PLR0913 - as fit
+    data: str | Path,
+    *,
+    out: str | Path,
+    recipe: Recipe,
+    backbone: Backbone | None = None,
+    store: str | Path | None = None,
+    device: str = "auto",
+    leak_check: bool = True,
+    strict: bool = False,
+    quiet: bool = False,
+) -> ColumnsRun:
+    """Train a network a class column of a table, all in one pass over the features.
+
+    Each column has a run folder of its own in `out`, with its own classes and scores. An image without a
+    class in a column takes no part in that column's run. Splits, folds, the scale of the taps and the order
+    of the images are those of all columns.
+
+    Args:
+        data: a CSV.
+        out: the folder of all runs; made, resumed, or found finished.
+        recipe: of all; ``data.labels`` names the columns, two or more, of the task ``classify``.
+        backbone: see `fit`.
+        store: see `fit`.
+        device: see `fit`.
+        leak_check: see `fit`.
+        strict: see `fit`.
+        quiet: no progress.
+
+    Returns:
+        The finished runs.
+
+    Raises:
+        SidetuneError: as `fit`; errors that are about one column name it.
+    """
+    if not recipe.data.columns:
+        raise RequestError(
+            f"got the task {recipe.data.task} and the labels {recipe.data.labels}; expected classify with "
+            "two columns or more. Type, in Python: sidetune.fit(..), with the same arguments"
+        )
+    how = _How(store, device, leak_check, strict, quiet)
+    _fit(Path(data), Path(out), recipe, backbone, how)
+    return ColumnsRun.open(Path(out))
+
+
+@dataclass(frozen=True)
+class _How:
+    """What does not decide the result; see `fit`."""
+
+    store: str | Path | None
+    device: str
+    leak_check: bool
+    strict: bool
+    quiet: bool
+
+
+def _fit(data: Path, out: Path, recipe: Recipe, backbone: Backbone | None, how: _How) -> None:
+    place = find_device(how.device)
+    if how.store is not None:
+        check_store(recipe, Path(how.store), out)
+    datasets = load_datasets(data, **recipe.data.arguments())
     if backbone is None:
         backbone = build_backbone(recipe.backbone.name, **recipe.backbone.arguments())
     elif recipe.backbone == BackboneRecipe():  # no choice was made: the default names what was not used
         named = BackboneRecipe(name=backbone.identity.architecture)
         recipe = recipe.model_copy(update={"backbone": named})
     backbone.to(place)
-    _check_members(recipe, dataset, backbone)
-    if store is None:
-        store = default_store(backbone, recipe.features.dtype)
-        check_apart(store, out)
-    keys = sample_keys(dataset)
-    fingerprint = dataset.fingerprint(keys)
-    asked = (recipe, fingerprint, backbone.identity.digest)
-    if (finished := find_run(out, *asked)) is not None and (out / "report.html").exists():
-        _check_strict(out, strict)
-        return finished
+    _check_members(recipe, datasets, backbone)
+    store = default_store(backbone, recipe.features.dtype) if how.store is None else Path(how.store)
+    check_apart(store, out)
+    keys = sample_keys(datasets[0])
+    request = _Request(out, recipe, _parts(recipe, datasets, out), keys, backbone)
+    if is_finished(out, *request.asked) and (out / "report.html").exists():
+        _check_strict(out, how.strict)
+        return
     with locked(out):
-        found = begin_run(out, *asked)
-        if found is None:
-            with PeakMemory() as memory:
-                job = open_job(recipe, dataset, backbone, keys, out=out, store=Path(store), quiet=quiet)
-                _check_strict(out, strict)
-                leaks = _look_for_leaks(job, keys) if leak_check else None
-                rows = [score(job, fitted) for fitted in fit_methods(job)]
-            _write(job, rows, leaks, fingerprint, memory.peak)
+        if not begin_run(out, *request.asked):
+            _work(request, store, how)
         else:  # another process finished it while this one waited, or it was killed at its very end
-            _check_strict(out, strict)
-            if not (out / "report.html").exists():
-                _write_end(out)
-    return Run.open(out)
+            _check_strict(out, how.strict)
+        if not (out / "report.html").exists():
+            _write_end(request)
 
 
-def _check_members(recipe: Recipe, dataset: Dataset, backbone: Backbone) -> None:
+@dataclass(frozen=True)
+class _Request:
+    """What was asked for, read and checked.
+
+    Args:
+        out: the folder of it all.
+        recipe: of it all.
+        parts: the runs.
+        keys: of all images.
+        backbone: on its device.
+    """
+
+    out: Path
+    recipe: Recipe
+    parts: tuple[Part, ...]
+    keys: tuple[str, ...]
+    backbone: Backbone
+
+    @property
+    def asked(self) -> tuple[Recipe, str, str]:
+        """What the folder of it all is known by."""
+        data = [self.fingerprint(part) for part in self.parts]
+        whole = data[0] if len(data) == 1 else hashlib.sha256("\n".join(data).encode()).hexdigest()
+        return self.recipe, whole, self.backbone.identity.digest
+
+    def fingerprint(self, part: Part) -> str:
+        """Of the data of a part."""
+        return part.dataset.fingerprint(self.keys)
+
+
+def _check_members(recipe: Recipe, datasets: Sequence[Dataset], backbone: Backbone) -> None:
     """A side, a member or folds that cannot be are refused before an image is read."""
-    _reads(recipe, backbone, len(dataset.outputs))
+    reads(recipe, backbone, max(len(dataset.outputs) for dataset in datasets))
     if recipe.fleet.folds is not None:
-        rows = np.sort(np.concatenate([dataset.rows("train"), dataset.rows("val")]))
-        choose_folds(dataset, rows, recipe.fleet.folds, seed=recipe.data.split_seed)
+        names = recipe.data.columns or ("",)
+        every = np.ones(len(datasets[0]), dtype=np.bool_)
+        of_columns = dict(zip(names, datasets, strict=True))
+        shared_folds(of_columns, every, recipe.fleet.folds, seed=recipe.data.split_seed)
+
+
+def _parts(recipe: Recipe, datasets: Sequence[Dataset], out: Path) -> tuple[Part, ...]:
+    """The runs that a recipe asks for. The recipe of a column alone gives the rows and splits of this one."""
+    columns = recipe.data.columns
+    if not columns:
+        return (Part("", recipe, datasets[0], out),)
+    split_by = columns[0] if recipe.data.split_by is None else recipe.data.split_by
+    parts = []
+    for column, folder, dataset in zip(columns, folder_names(columns), datasets, strict=True):
+        own = {"labels": (column,), "split_by": None if column == split_by else split_by}
+        one = recipe.model_copy(update={"data": recipe.data.model_copy(update=own)})
+        parts.append(Part(column, one, dataset, out / folder))
+    return tuple(parts)
+
+
+def _work(request: _Request, store: Path, how: _How) -> None:
+    """From features to run folders."""
+    with PeakMemory() as memory:
+        jobs = open_jobs(
+            request.parts, request.backbone, request.keys, out=request.out, store=store, quiet=how.quiet
+        )
+        _check_strict(request.out, how.strict)
+        work = Work(jobs, request.recipe, request.out)
+        leaks = look_for_leaks(work, request.keys) if how.leak_check else None
+        rows: dict[Path, list[Row]] = {job.out: [] for job in jobs}
+        for job, fitted in fit_methods(work):
+            rows[job.out].append(score(job, fitted))
+    for at, (job, part) in enumerate(zip(jobs, request.parts, strict=True)):
+        found = None if leaks is None else leaks[at]
+        _write(request, job, part, rows[job.out], found, memory.peak)
+    if request.recipe.data.columns:
+        write_columns(request.out, {part.column: part.out for part in request.parts})
+    _write_end(request)
+
+
+def _write(
+    request: _Request, job: Job, part: Part, rows: Sequence[Row], leaks: Leaks | None, peak_memory: int
+) -> None:
+    """One run. That of a column may be finished already, where a process was killed among the columns."""
+    fingerprint = request.fingerprint(part)
+    if part.column:
+        asked = (part.recipe, fingerprint, request.backbone.identity.digest)
+        if begin_run(part.out, *asked) and (part.out / "report.html").exists():
+            return
+        write_skipped(part.out, part.dataset, job.skipped)
+    write_job(job, rows, leaks, fingerprint, peak_memory)
+    if part.column:
+        write_report(part.out)
+
+
+def _write_end(request: _Request) -> None:
+    """What comes after the file that says that it is complete."""
+    (request.out / "checkpoint.safetensors").unlink(missing_ok=True)
+    if request.recipe.data.columns:
+        write_links(request.out)
+    else:
+        write_report(request.out)
 
 
 def _check_strict(out: Path, strict: bool) -> None:
     if strict:
         require_readable(read_skipped(out), f"{out / 'skipped.csv'}")
-
-
-def _write_end(out: Path) -> None:
-    """What comes after artifact.json."""
-    (out / "checkpoint.safetensors").unlink(missing_ok=True)
-    write_report(out)
 
 
 def check_store(recipe: Recipe, store: Path, out: Path) -> None:
@@ -176,186 +300,3 @@ def check_apart(store: Path, out: Path) -> None:
             f"features would be kept in {store} and the run in {out}; expected a store outside the run's "
             "folder, because other runs read it, too. Type: --store or --out with another folder"
         )
-
-
-def open_job(
-    recipe: Recipe,
-    dataset: Dataset,
-    backbone: Backbone,
-    keys: Sequence[str],
-    *,
-    out: Path,
-    store: Path,
-    quiet: bool,
-) -> Job:
-    """Stage one: features of every row, from a store or live; then splits, task and summary."""
-    started = time.monotonic()
-    source: Source
-    chosen = views(recipe.features.views, flip=recipe.features.flip)
-    if recipe.features.mode == "live":
-        source = LiveSource(dataset, backbone, keys=keys, views=chosen, quiet=quiet)
-    else:
-        dtype = recipe.features.dtype
-        say(f"features in {store} ({dtype})", quiet=quiet)
-        reads = _reads(recipe, backbone, len(dataset.outputs))
-        complete = extract(
-            dataset, backbone, store, dtype=dtype, keys=keys, views=chosen, reads=reads, quiet=quiet
-        )
-        source = StoredSource(complete, keys, backbone.spec, chosen)
-    write_skipped(out, dataset, source.skipped)
-    if source.skipped:
-        say(f"{len(source.skipped)} images could not be read: {out / 'skipped.csv'}", quiet=quiet)
-    if source.animated:
-        say(first_frames([dataset.paths[row] for row in source.animated]), quiet=quiet)
-    if dataset.ignored:
-        say(other_files(dataset.ignored), quiet=quiet)
-    split = _readable(dataset, source, out)
-    task = build_task(
-        recipe.data.task,
-        dataset,
-        split["train"],
-        class_weights=recipe.data.class_weights,
-        label_smoothing=recipe.data.label_smoothing,
-        focal_gamma=recipe.data.focal_gamma,
-    )
-    summary = source.summary()
-    seconds = time.monotonic() - started
-    return Job(recipe, dataset, backbone, out, quiet, source, summary, split, task, seconds)
-
-
-def _reads(recipe: Recipe, backbone: Backbone, num_outputs: int) -> tuple[str, ...]:
-    """Taps whose features any member reads. Solved sides read summaries alone."""
-    with torch.device("meta"):
-        built = [
-            build_model(one.recipe, backbone.spec, num_outputs, backbone.norm) for one in variations(recipe)
-        ]
-    if recipe.side.name in SOLVED:
-        return ()
-    read = {name for model in built for name in model.side.spec.names}
-    return tuple(name for name in backbone.spec.names if name in read)
-
-
-def _readable(dataset: Dataset, source: Source, out: Path) -> dict[str, NDArray[np.int64]]:
-    """The readable rows of each split.
-
-    Raises:
-        DataError: training, validation or a class have none.
-    """
-    split: dict[str, NDArray[np.int64]] = {}
-    for name in SPLITS:
-        rows = dataset.rows(name)
-        split[name] = rows[source.valid[rows]]
-    lacking = [f"no {name} image" for name in ("train", "val") if not len(split[name])]
-    if dataset.task == "classify" and not lacking:
-        named, left = (
-            set(dataset.targets[rows].tolist()) for rows in (dataset.rows("train"), split["train"])
-        )
-        lacking = [f"no train image of class {dataset.outputs[k]!r}" for k in sorted(named - left)]
-    if lacking:
-        example = ", ".join(f"{dataset.paths[row]}: {why}" for row, why in sorted(source.skipped.items())[:1])
-        raise DataError(
-            f"{lacking[0]} can be read, expected at least one; of {len(dataset)} images "
-            f"{len(source.skipped)} cannot{example and f' ({example})'}. Mend or remove those that "
-            f"{out / 'skipped.csv'} lists"
-        )
-    return split
-
-
-def _look_for_leaks(job: Job, keys: Sequence[str]) -> Leaks:
-    """Near-duplicates across splits, said before anything is scored on them."""
-    others = np.sort(np.concatenate([job.split["val"], job.split["test"]]))
-    files = [job.dataset.file(row) for row in range(len(job.dataset))]
-    leaks = find_leaks(files, keys, job.summary, job.split["train"], others)
-    if leaks.pairs:
-        first = leaks.pairs[0]
-        names = [job.dataset.paths[row].as_posix() for row in (first.row, first.train_row)]
-        job.say(
-            f"{len(leaks.pairs)} of {leaks.num_others} validation and test images have a near-duplicate in "
-            f"training ({names[0]} and {names[1]}): what they score is not what new images would. "
-            "The report shows them; give copies one group in a CSV, fit into a new folder, and look again: "
-            "other groups make other splits"
-        )
-    return leaks
-
-
-def _write(job: Job, rows: Sequence[Row], leaks: Leaks | None, fingerprint: str, peak_memory: int) -> None:
-    """Stage four: the run folder; artifact.json last but for the page that reads it."""
-    own, started = rows[-1], time.monotonic()
-    write_json(job.out / "findings.json", collect(job, rows, leaks))
-    seconds = time.monotonic() - started
-    predictions = {name: (job.split[name], values) for name, values in own.predictions.items()}
-    metrics = _metrics(job, rows, peak_memory, seconds)
-    write_run(job.out, metrics, own.fitted.history, job.dataset, job.task, predictions)
-    artifact, scores = (
-        artifact_of(job, fingerprint),
-        {"val": own.val.scores, "test": own.test and own.test.scores},
-    )
-    if own.fitted.fleet is not None:
-        write_fleet(job, own.fitted.fleet, artifact, scores)
-    else:
-        fitted = own.fitted
-        artifact(fitted.model.cpu().eval(), fitted.recipe, job.task, own.temperature, scores).save(job.out)
-    _write_end(job.out)
-
-
-def artifact_of(job: Job, fingerprint: str) -> Callable[..., Artifact]:
-    """Artifacts of a job, given what is a network's own."""
-
-    def artifact(
-        model: SideModel, recipe: Recipe, task: Task, temperature: float, scores: dict[str, Any]
-    ) -> Artifact:
-        return Artifact(
-            model,
-            recipe,
-            task,
-            model.side.spec,
-            job.backbone.identity,
-            job.backbone.variant,
-            None if job.source.final_norm is None else job.source.final_norm.eps,
-            job.backbone.check_values(),
-            temperature,
-            fingerprint,
-            scores,
-        )
-
-    return artifact
-
-
-def _metrics(job: Job, rows: Sequence[Row], peak_memory: int, findings: float) -> dict[str, Any]:
-    """What metrics.json holds."""
-    own, solved, device = rows[-1].fitted, job.recipe.side.name in SOLVED, job.backbone.device
-    seconds = {row.fitted.name: row.fitted.seconds for row in rows}
-    models = [own.model] if own.fleet is None else [voice.model for voice in own.fleet.voices]
-    if not solved:
-        seconds["train"] = seconds.pop(own.name)
-    return {
-        "side": own.name,
-        "backbone": job.recipe.backbone.name,
-        "task": job.task.kind,
-        "outputs": list(job.task.outputs),
-        "headline": job.task.headline,
-        "data": {
-            "name": job.dataset.name,
-            **{f"num_{name}": len(rows) for name, rows in job.split.items()},
-            "num_skipped": len(job.source.skipped),
-            "num_animated": len(job.source.animated),
-        },
-        "rows": [row.to_json() for row in rows],
-        **({} if own.fleet is None else {"fleet": fleet_json(job, own.fleet)}),
-        "cost": {
-            "parameters": own.parameters,
-            "head_parameters": sum(
-                parameter.numel() for model in models for parameter in model.head.parameters()
-            ),
-            "seconds": {
-                "features": job.seconds,
-                **seconds,
-                "evaluate": sum(row.seconds for row in rows),
-                "findings": findings,
-            },
-            "peak_memory_bytes": peak_memory,
-            "peak_gpu_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-            "store_bytes": job.source.store.num_bytes if isinstance(job.source, StoredSource) else None,
-        },
-        "environment": environment(device),
-    }

@@ -10,7 +10,7 @@ What is held out is the validation split, or with folds every sample of training
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,20 +23,18 @@ from torch import Tensor
 from sidetune.bucket import Member
 from sidetune.calibration import fit_temperature
 from sidetune.checkpoint import Scores
-from sidetune.data.folds import choose_folds
+from sidetune.data.folds import shared_folds
 from sidetune.ensemble import Committee, Voice
 from sidetune.errors import DivergedError
 from sidetune.evaluate import Evaluation, evaluate, scores
 from sidetune.figures import label, number
-from sidetune.fleet import Fleet
-from sidetune.job import Fitted, Job
+from sidetune.job import Fitted, Job, Work, union
 from sidetune.members import Variation, variations
 from sidetune.memory import PeakMemory
 from sidetune.selection import select_greedily
-from sidetune.side_fit import new_member, open_fleet, validate
+from sidetune.side_fit import new_member, open_work, train_members
 from sidetune.tasks import build_task
-from sidetune.train import Trained, train
-from sidetune.waves import members_at_once
+from sidetune.train import Trained
 
 SHOWN = 5  # candidates that are said when all have ended
 
@@ -56,6 +54,11 @@ class Entry:
     variation: Variation
     fold: int | None
     trained: Trained
+
+    @property
+    def name(self) -> str:
+        """What it is called within its job."""
+        return network_name(self.variation, self.fold)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,47 +101,55 @@ class FleetResult:
     predictions: Callable[[str], Tensor] | None
 
 
-def fit_fleet(job: Job) -> Fitted:
-    """Train every variation and fold of a job's recipe in one fleet, and choose who answers."""
-    varied = variations(job.recipe)
-    rows, folds = _rows_and_folds(job)
-    planned = [
+def fit_fleets(work: Work) -> list[Fitted]:
+    """Train every variation and fold of every job in one fleet, and choose who answers for each job."""
+    fold_N = _folds(work)
+    planned = [_plan(job, fold_N) for job in work.jobs]
+    members = [member for plan in planned for member, _, _ in plan.networks]
+    owners = {member.name: plan.job for plan in planned for member, _, _ in plan.networks}
+    fleet = open_work(work, [member.recipe for member in members], union([plan.rows for plan in planned]))
+    with PeakMemory() as memory:
+        trained = train_members(work, fleet, members, owners if fold_N is None else None)
+    return [_answer(plan, trained, fleet.window, memory.peak) for plan in planned]
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What a job trains.
+
+    Args:
+        job: whose it is.
+        rows: (n,) that any of its networks trains on.
+        folds: (n,) of these rows; None: there are none.
+        networks: each with its variation and the fold that it does not see.
+    """
+
+    job: Job
+    rows: NDArray[np.int64]
+    folds: NDArray[np.int64] | None
+    networks: list[tuple[Member, Variation, int | None]]
+
+
+def _folds(work: Work) -> NDArray[np.int64] | None:
+    """(N,) the fold of every row that may be held out, -1 elsewhere; the same for all jobs."""
+    asked, common = work.recipe.fleet.folds, work.common
+    if asked is None:
+        return None
+    if asked != "column" and common.dataset.fold is not None:
+        common.say(f"{asked} folds are drawn; the data's own column is used with: --folds column")
+    datasets = {job.column: job.dataset for job in work.jobs}
+    return shared_folds(datasets, common.source.valid, asked, seed=work.recipe.data.split_seed)
+
+
+def _plan(job: Job, fold_N: NDArray[np.int64] | None) -> _Plan:
+    rows = job.split["train"] if fold_N is None else union([job.split["train"], job.split["val"]])
+    folds = None if fold_N is None else fold_N[rows]
+    networks = [
         (_member(job, one, rows, folds, fold), one, fold)
-        for one in varied
+        for one in variations(job.recipe)
         for fold in ([None] if folds is None else np.unique(folds).tolist())
     ]
-    members = [member for member, _, _ in planned]
-    fleet = open_fleet(job, [one.recipe for one in varied], rows)
-    at_once = members_at_once(job, fleet, members)
-    with PeakMemory() as memory:
-        trained = train(
-            fleet,
-            members,
-            validate=partial(validate, job) if folds is None else _no_scores,
-            at_once=at_once,
-            checkpoint=job.out / "checkpoint.safetensors",
-            run_hash=job.recipe.hash,
-            quiet=job.quiet,
-        )
-    entries = [
-        Entry(_as_shuffled(member, fleet.window), one, fold, trained[member.name])
-        for member, one, fold in planned
-    ]
-    held = job.split["val"] if folds is None else rows
-    candidates = _candidates(job, entries, held, folds)
-    chosen = _choose(job, candidates, held)
-    return _fitted(job, entries, chosen, held, memory.peak)
-
-
-def _rows_and_folds(job: Job) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
-    """What an epoch reads; and with folds, the fold of each of these rows."""
-    asked = job.recipe.fleet.folds
-    if asked is None:
-        return job.split["train"], None
-    rows = np.sort(np.concatenate([job.split["train"], job.split["val"]]))
-    if asked != "column" and job.dataset.fold is not None:
-        job.say(f"{asked} folds are drawn; the data's own column is used with: --folds column")
-    return rows, choose_folds(job.dataset, rows, asked, seed=job.recipe.data.split_seed)
+    return _Plan(job, rows, folds, networks)
 
 
 def _member(
@@ -158,19 +169,30 @@ def _member(
         label_smoothing=data.label_smoothing,
         focal_gamma=data.focal_gamma,
     )
-    name = variation.label if fold is None else f"{variation.label} fold={fold}"
+    name = job.named(network_name(variation, fold))
     return new_member(job, variation.recipe, name=name, rows=own, task=task)
+
+
+def network_name(variation: Variation, fold: int | None) -> str:
+    """What a network is called within its job."""
+    return variation.label if fold is None else f"{variation.label} fold={fold}"
+
+
+def _answer(plan: _Plan, trained: Mapping[str, Trained], window: int | None, peak_memory: int) -> Fitted:
+    job = plan.job
+    entries = [
+        Entry(_as_shuffled(member, window), one, fold, trained[member.name])
+        for member, one, fold in plan.networks
+    ]
+    held = job.split["val"] if plan.folds is None else plan.rows
+    candidates = _candidates(job, entries, held, plan.folds)
+    return _fitted(job, entries, _choose(job, candidates, held), held, peak_memory)
 
 
 def _as_shuffled(member: Member, window: int | None) -> Member:
     """With the window that was chosen in its recipe, as a run of one has it."""
     train = member.recipe.train.model_copy(update={"shuffle_window": window})
     return replace(member, recipe=member.recipe.model_copy(update={"train": train}))
-
-
-def _no_scores(fleet: Fleet) -> dict[str, Scores]:
-    """Folds are scored at their ends alone: every sample would be read once more an epoch."""
-    return {}
 
 
 def _candidates(

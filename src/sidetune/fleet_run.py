@@ -118,18 +118,16 @@ def _table(job: Job, fleet: FleetResult) -> list[list[Any]]:
     done = set()
     for one in fleet.ranked:
         for entry in one.entries:
-            done.add(entry.member.name)
+            done.add(entry.name)
             rows.append(_line(job, entry, one, settings, metrics))
-    rows += [
-        _line(job, entry, None, settings, metrics) for entry in fleet.entries if entry.member.name not in done
-    ]
+    rows += [_line(job, entry, None, settings, metrics) for entry in fleet.entries if entry.name not in done]
     return rows
 
 
 def _line(job: Job, entry: Entry, of: Candidate | None, settings: list[str], metrics: list[str]) -> list[Any]:
     history = entry.trained.history
     about = [
-        entry.member.name,
+        entry.name,
         *(entry.variation.choices.get(key, "") for key in settings),
         "" if entry.fold is None else entry.fold,
         len(history),

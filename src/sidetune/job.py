@@ -1,9 +1,15 @@
-"""What the methods of a run share: the job they are given, and what each gives back."""
+"""What the methods of a run share: the job they are given, and what each gives back.
+
+Job      one task on a run's features
+Work     jobs that share features and a fleet: one, or one a label column
+Fitted   a method of a job, ready to predict
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +20,7 @@ from torch import Tensor
 
 from sidetune.backbones.base import Backbone
 from sidetune.checkpoint import Epoch
-from sidetune.data.dataset import Dataset
+from sidetune.data.dataset import Dataset, Split
 from sidetune.model import SideModel
 from sidetune.progress import say
 from sidetune.recipe import Recipe
@@ -43,6 +49,7 @@ class Job:
         split: rows of each split that could be read.
         task: measured on the training rows.
         seconds: that features and summary took.
+        column: the label column that it learns, where it is one of several; else nothing.
     """
 
     recipe: Recipe
@@ -55,20 +62,71 @@ class Job:
     split: dict[str, NDArray[np.int64]]
     task: Task
     seconds: float
+    column: str = ""
 
     @property
     def scored_views(self) -> range:
         """Numbers of the views whose outputs are averaged where a split is scored."""
         return range(len(self.source.views) if self.recipe.features.average_views else 1)
 
-    @property
+    @cached_property
     def targets(self) -> Tensor:
-        """Of every row, as the task takes them."""
-        return torch.from_numpy(self.dataset.targets)
+        """Of every row, as the task takes them; of rows without a class any, for nobody trains on them."""
+        targets = self.dataset.targets
+        return torch.from_numpy(targets if self.dataset.labelled is None else targets.clip(min=0))
+
+    @property
+    def skipped(self) -> dict[int, str]:
+        """Row -> why it could not be read, of the rows that it would learn from or be scored on."""
+        known = set(self.dataset.rows("all").tolist())
+        return {row: reason for row, reason in self.source.skipped.items() if row in known}
+
+    def named(self, name: str) -> str:
+        """A name of its own among the members of a fleet. The folder has no spaces: no two are alike."""
+        return f"{self.out.name} {name}" if self.column else name
 
     def say(self, text: str) -> None:
         """One line on stderr, unless quiet."""
-        say(text, quiet=self.quiet)
+        say(f"{self.column}: {text}" if self.column else text, quiet=self.quiet)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Jobs that share features and a fleet.
+
+    Args:
+        jobs: one, or one a label column.
+        recipe: of all, as asked for.
+        out: the folder of all.
+    """
+
+    jobs: tuple[Job, ...]
+    recipe: Recipe
+    out: Path
+
+    @cached_property
+    def common(self) -> Job:
+        """The first, which speaks for all: source, summary, backbone and views are those of every job."""
+        return replace(self.jobs[0], column="")
+
+    @property
+    def num_outputs(self) -> int:
+        """K of the widest."""
+        return max(job.task.num_outputs for job in self.jobs)
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where training stands, of all members."""
+        return self.out / "checkpoint.safetensors"
+
+    def rows(self, *splits: Split) -> NDArray[np.int64]:
+        """(n,) that any job has in these splits, ascending."""
+        return union([job.split[name] for job in self.jobs for name in splits])
+
+
+def union(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Rows that are in any part, each once, ascending."""
+    return np.unique(np.concatenate(parts))
 
 
 @dataclass(frozen=True)

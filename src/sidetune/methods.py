@@ -1,6 +1,6 @@
 """Every method of a run, fitted on the same features and scored alike: the probes, then the side.
 
-fit_methods(job)       ridge on the last tap and on all, the linear probe, the side: a `Fitted` each
+fit_methods(work)      ridge on the last tap and on all, the linear probe, the side: a `Fitted` each, a job
 score(job, fitted)     its line of the score table: a `Row`
 """
 
@@ -18,22 +18,25 @@ from torch import Tensor
 from sidetune.calibration import fit_temperature
 from sidetune.evaluate import Evaluation, evaluate
 from sidetune.figures import duration, label, number
-from sidetune.fleet_fit import fit_fleet
-from sidetune.job import Fitted, Job
+from sidetune.fleet_fit import fit_fleets
+from sidetune.job import Fitted, Job, Work
 from sidetune.memory import PeakMemory
 from sidetune.probes import Pooled, Probe, fit_linear, fit_ridge
 from sidetune.recipe import FleetRecipe
-from sidetune.side_fit import fit_side
+from sidetune.side_fit import fit_sides
 from sidetune.sides import SOLVED
 from sidetune.sides.linear import LinearRecipe
 from sidetune.sides.ridge import RidgeRecipe
 
 
-def fit_methods(job: Job) -> Iterator[Fitted]:
-    """The opponents, then the run's own side: its row comes last."""
-    yield from _solve_probes(job)
-    if job.recipe.side.name not in SOLVED:
-        yield fit_side(job) if job.recipe.fleet == FleetRecipe() else fit_fleet(job)
+def fit_methods(work: Work) -> Iterator[tuple[Job, Fitted]]:
+    """The opponents of each job, then, all in one fleet, the jobs' own sides: their rows come last."""
+    for job in work.jobs:
+        for probe in _solve_probes(job):
+            yield job, probe
+    if work.recipe.side.name not in SOLVED:
+        own = fit_sides(work) if work.recipe.fleet == FleetRecipe() else fit_fleets(work)
+        yield from zip(work.jobs, own, strict=True)
 
 
 def _solve_probes(job: Job) -> Iterator[Fitted]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 from torch import Tensor
 
-from sidetune.artifact import AGAIN, Artifact, not_a_run
+from sidetune.artifact import AGAIN, COLUMNS, Artifact, not_a_run
 from sidetune.backbones.base import Backbone
 from sidetune.checkpoint import Epoch
 from sidetune.data.dataset import Dataset
@@ -75,6 +75,10 @@ class Run:
         own: dict[str, Any] = self.metrics["rows"][-1]
         return own
 
+    def to_json(self) -> dict[str, Any]:
+        """As ``--json`` prints it."""
+        return {"run": str(self.folder), "recipe_hash": self.recipe_hash, **self.metrics}
+
     def artifact(self) -> Artifact:
         """The trained side, without its backbone."""
         return Artifact.read(self.folder)
@@ -129,26 +133,32 @@ def find_run(folder: Path, recipe: Recipe, data: str, backbone: str) -> Run | No
         RequestError: it is a file, or a folder that holds something else than a run.
         ArtifactError: it holds another run; names what differs.
     """
+    return Run.open(folder) if is_finished(folder, recipe, data, backbone) else None
+
+
+def is_finished(folder: Path, recipe: Recipe, data: str, backbone: str) -> bool:
+    """Whether what is asked for is finished in a folder: a run, or a run a label column. As `find_run`."""
     if not (folder / "recipe.json").exists():
         check_free(folder)
-        return None
+        return False
     found = read_object(folder / "recipe.json")
     differing = list(differences(found, recipe, data, backbone))
     if "sweep" in found:
         differing.insert(0, "it is a sweep")
-    finished = (folder / "artifact.json").exists()
+    finished = any((folder / name).exists() for name in ("artifact.json", COLUMNS))
     begun = any((folder / name).exists() for name in ("checkpoint.safetensors", "journal.log"))
+    begun |= any(folder.glob("*/artifact.json"))  # of a label column
     if differing and (finished or begun):
         raise ArtifactError(
             f"{folder} holds another run: {'; '.join(differing)}. Type: --out with a new folder"
         )
-    return Run.open(folder) if finished else None
+    return finished
 
 
-def begin_run(folder: Path, recipe: Recipe, data: str, backbone: str) -> Run | None:
-    """Claim a run folder by writing recipe.json, or find the run finished there. As `find_run`."""
-    finished = find_run(folder, recipe, data, backbone)
-    if finished is None:
+def begin_run(folder: Path, recipe: Recipe, data: str, backbone: str) -> bool:
+    """Claim a run folder by writing recipe.json; or say that it is finished there. As `is_finished`."""
+    finished = is_finished(folder, recipe, data, backbone)
+    if not finished:
         fields = recipe.model_dump(mode="json")
         write_json(
             folder / "recipe.json",
@@ -161,7 +171,7 @@ def check_free(folder: Path) -> None:
     """Refuse a folder that holds something else than a run.
 
     Raises:
-        RequestError: it is a file, or other files lie in it.
+        RequestError: it does, or is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder} is a file, expected a run folder. Type: --out with a new folder")
@@ -271,7 +281,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file of a run folder that holds an object.
+    """The object in a run's JSON file.
 
     Raises:
         ArtifactError: it is missing or damaged.

@@ -2,12 +2,13 @@
 
 open_fleet(job, recipes)       what they read, and how each is built
 new_member(job, recipe, ..)    one of them
-fit_side(job)                  a run's own: trained, ready to predict
+train_members(work, ..)        all of them, to their ends
+fit_sides(work)                a side a job: trained, ready to predict
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -18,11 +19,11 @@ from torch import Tensor
 from sidetune.artifact import build_model
 from sidetune.bucket import Member
 from sidetune.checkpoint import Scores
-from sidetune.data.dataset import Dataset
+from sidetune.errors import DivergedError
 from sidetune.evaluate import headline_score, scores
 from sidetune.features import Features, Spec
 from sidetune.fleet import Fleet, TrainingSet
-from sidetune.job import MANY_OUTPUTS, Fitted, Job
+from sidetune.job import MANY_OUTPUTS, Fitted, Job, Work, union
 from sidetune.keyed import Draws
 from sidetune.machine import total_memory
 from sidetune.memory import PeakMemory
@@ -31,23 +32,31 @@ from sidetune.reader import Layout
 from sidetune.recipe import Recipe
 from sidetune.summary import Summary
 from sidetune.tasks import Task
-from sidetune.train import train
+from sidetune.train import Trained, train
+from sidetune.waves import members_at_once
 
 
 def open_fleet(
-    job: Job, recipes: Sequence[Recipe], rows: NDArray[np.int64], *, num_outputs: int | None = None
+    job: Job,
+    recipes: Sequence[Recipe],
+    rows: NDArray[np.int64],
+    *,
+    num_outputs: int | None = None,
+    scaled_on: NDArray[np.int64] | None = None,
 ) -> Fleet:
     """A fleet on a job's features that nobody trains in yet.
 
     Args:
-        job: its features, and the training rows that taps are scaled on.
+        job: its features.
         recipes: of all members that may join.
         rows: (n,) that an epoch reads.
         num_outputs: K of the widest member; None: the job's.
+        scaled_on: (n,) that taps are scaled on, for all members alike; None: the job's training rows.
     """
     num_outputs = job.task.num_outputs if num_outputs is None else num_outputs
     scaled = job.recipe.features.tap_scale == "rms"
-    training = job.summary.rows(torch.from_numpy(job.split["train"])) if scaled else None
+    scaled_on = job.split["train"] if scaled_on is None else scaled_on
+    training = job.summary.rows(torch.from_numpy(scaled_on)) if scaled else None
     read = {name for recipe in recipes for name in described(job, recipe, num_outputs).side.spec.names}
     spec = job.source.spec.select([name for name in job.source.spec.names if name in read])
     layout = _layouts(job, rows)
@@ -65,55 +74,102 @@ def new_member(
     name: str,
     rows: NDArray[np.int64],
     task: Task | None = None,
-    dataset: Dataset | None = None,
 ) -> Member:
     """A member of a job's fleet.
 
     Args:
-        job: whose features it reads.
+        job: whose features it reads and whose targets it learns.
         recipe: of side, head and training; epochs that are None are derived from its rows.
         name: its own.
         rows: (n,) that it trains on.
         task: measured on these rows; None: the job's.
-        dataset: whose targets it learns; None: the job's.
     """
     resolved = recipe.model_copy(update={"train": recipe.train.resolved(len(rows))})
-    targets = job.targets if dataset is None else torch.from_numpy(dataset.targets)
-    return Member(name, resolved, job.task if task is None else task, targets, rows)
+    return Member(name, resolved, job.task if task is None else task, job.targets, rows)
 
 
-def fit_side(job: Job) -> Fitted:
-    """Train a run's own side by the one loop."""
-    rows = job.split["train"]
-    member = new_member(job, job.recipe, name=job.recipe.side.name, rows=rows)
-    fleet = open_fleet(job, [member.recipe], rows)
-    recipe = member.recipe.train
-    parameters = described(job, member.recipe, job.task.num_outputs).num_parameters()
-    form = getattr(job.recipe.side, "form", None)
-    how = member.name if form is None else f"{member.name}, {form} form"
-    job.say(f"training {how}: {parameters:,} parameters, {len(rows):,} images, {recipe.epochs} epochs")
+def fit_sides(work: Work) -> list[Fitted]:
+    """Train the own side of every job, all in one fleet.
+
+    Raises:
+        DivergedError: the side of a job diverged.
+    """
+    owners = {job.named(job.recipe.side.name): job for job in work.jobs}
+    members = [
+        new_member(job, job.recipe, name=name, rows=job.split["train"]) for name, job in owners.items()
+    ]
+    fleet = open_work(work, [member.recipe for member in members], work.rows("train"))
+    for job, member in zip(work.jobs, members, strict=True):
+        name, recipe = member.recipe.side.name, member.recipe.train
+        parameters = described(job, member.recipe, job.task.num_outputs).num_parameters()
+        form = getattr(job.recipe.side, "form", None)
+        how = name if form is None else f"{name}, {form} form"
+        job.say(
+            f"training {how}: {parameters:,} parameters, {len(member.rows):,} images, {recipe.epochs} epochs"
+        )
     with PeakMemory() as memory:
-        trained = train(
-            fleet,
-            [member],
-            validate=partial(validate, job),
-            checkpoint=job.out / "checkpoint.safetensors",
-            run_hash=job.recipe.hash,
-            quiet=job.quiet,
-        )[member.name]
-    model = trained.model
-    assert model is not None, "a run of one member that diverges is an error"
-    window = fleet.window
+        trained = train_members(work, fleet, members, owners)
+    return [
+        _fitted(job, member, trained[member.name], fleet.window, memory.peak)
+        for job, member in zip(work.jobs, members, strict=True)
+    ]
+
+
+def open_work(work: Work, recipes: Sequence[Recipe], rows: NDArray[np.int64]) -> Fleet:
+    """A fleet for the members of all jobs. Taps have one scale, or they could not be read once for all."""
+    scaled_on = work.rows("train")
+    return open_fleet(work.common, recipes, rows, num_outputs=work.num_outputs, scaled_on=scaled_on)
+
+
+def train_members(
+    work: Work, fleet: Fleet, members: Sequence[Member], owners: Mapping[str, Job] | None
+) -> dict[str, Trained]:
+    """Train members to their ends, in as many passes as memory asks for.
+
+    Args:
+        work: whose checkpoint it is.
+        fleet: that nobody trains in yet.
+        members: all of them.
+        owners: name of a member -> the job on whose validation it is scored after each epoch; None: no
+            scores before the end.
+
+    Raises:
+        DivergedError: no member's loss stayed finite.
+    """
+    return train(
+        fleet,
+        members,
+        validate=_no_scores if owners is None else partial(validate, owners),
+        at_once=members_at_once(work.common, fleet, members) if len(members) > 1 else None,
+        checkpoint=work.checkpoint,
+        run_hash=work.recipe.hash,
+        quiet=work.common.quiet,
+    )
+
+
+def _no_scores(fleet: Fleet) -> dict[str, Scores]:
+    """Folds are scored at their ends alone: every sample would be read once more an epoch."""
+    return {}
+
+
+def _fitted(job: Job, member: Member, trained: Trained, window: int | None, peak_memory: int) -> Fitted:
+    if trained.model is None:
+        raise DivergedError(
+            f"the network of column {job.column!r} diverged. Type: --set train.lr=3e-4, or leave "
+            "the column out of --labels"
+        )
+    train_recipe = member.recipe.train.model_copy(update={"shuffle_window": window})
+    recipe = member.recipe.train
     return Fitted(
-        member.name,
-        model,
-        job.recipe.model_copy(update={"train": recipe.model_copy(update={"shuffle_window": window})}),
-        parameters,
+        job.recipe.side.name,
+        trained.model,
+        job.recipe.model_copy(update={"train": train_recipe}),
+        described(job, member.recipe, job.task.num_outputs).num_parameters(),
         seconds=sum(epoch.seconds for epoch in trained.history),
-        peak_memory=memory.peak,
+        peak_memory=peak_memory,
         detail={"epochs": recipe.epochs, "lr": recipe.lr}
         | ({} if window is None else {"shuffle_window": window}),
-        outputs=partial(model_outputs, job, model),
+        outputs=partial(model_outputs, job, trained.model),
         history=trained.history,
     )
 
@@ -178,10 +234,13 @@ def mean_outputs(
     return {name: torch.stack([one[name] for one in of_views]).mean(0) for name in of_views[0]}
 
 
-def validate(job: Job, fleet: Fleet) -> dict[str, Scores]:
-    """Scores of every member on validation."""
-    outputs = mean_outputs(job, fleet, job.split["val"])
-    return {name: _scores(job, output) for name, output in outputs.items()}
+def validate(owners: Mapping[str, Job], fleet: Fleet) -> dict[str, Scores]:
+    """Scores of every member on the validation split of the job that it belongs to."""
+    jobs = [owners[name] for name in fleet.names]
+    rows = union([job.split["val"] for job in jobs])
+    outputs = mean_outputs(jobs[0], fleet, rows)
+    at = {id(job): torch.from_numpy(np.searchsorted(rows, job.split["val"])) for job in jobs}
+    return {name: _scores(owners[name], output[at[id(owners[name])]]) for name, output in outputs.items()}
 
 
 def _scores(job: Job, output: Tensor) -> Scores:

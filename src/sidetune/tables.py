@@ -8,6 +8,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -60,13 +61,24 @@ def _fleet(recipe: Recipe) -> Iterator[str]:
         yield " · ".join(parts)
 
 
-def print_scores(metrics: Mapping[str, Any]) -> None:
-    """A run's metrics: one line a method with its headline score, the run's own side last."""
+def print_scores(metrics: Mapping[str, Any], column: str = "") -> None:
+    """A run's metrics: one line a method with its headline score, the run's own side last.
+
+    Args:
+        metrics: of the run.
+        column: the label column that heads the table, where there are several.
+    """
     headline, data = metrics["headline"], metrics["data"]
     split = "test" if metrics["rows"][-1]["test"] else "val"
     counts = ", ".join(f"{data[f'num_{name}']:,} {name}" for name in ("train", "val", "test"))
     table = _table(
-        "method", "val", "test", f"95 % of {split}", "parameters", "time", title=_title(headline, counts)
+        "method",
+        "val",
+        "test",
+        f"95 % of {split}",
+        "parameters",
+        "time",
+        title=(escape(printable(f"{column}: ")) if column else "") + _title(headline, counts),
     )
     for row in metrics["rows"]:
         test = row["test"] or {"scores": {}}

@@ -8,7 +8,7 @@ Folds are of the rows of train and val together; a test row is in no fold.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from sidetune.data.dataset import Dataset
 from sidetune.data.splits import stratify
-from sidetune.errors import DataError
+from sidetune.errors import DataError, naming
 
 TRIES = 20  # orders of the groups, until one leaves every class in two folds
 PASSES = 20  # over the groups: each moves to a better fold while there is one
@@ -185,6 +185,34 @@ def given_folds(dataset: Dataset, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     if dataset.task == "classify":
         check_spread(dataset.targets[rows].astype(np.int64), fold, dataset.outputs)
     return fold
+
+
+def shared_folds(
+    datasets: Mapping[str, Dataset], valid: NDArray[np.bool_], folds: int | Literal["column"], *, seed: int
+) -> NDArray[np.int64]:
+    """Folds of several label columns: an image is in the same one for each of them.
+
+    Args:
+        datasets: label column -> its dataset, all of the same N rows. Where there is one, its name is empty.
+        valid: (N,) rows that can be read.
+        folds: as `choose_folds` takes them.
+        seed: likewise.
+
+    Returns:
+        (N,) the fold of each row, -1 where it is never held out.
+
+    Raises:
+        DataError: as `choose_folds`, with the column.
+    """
+    fold_N = np.full(len(valid), -1)
+    for column, dataset in datasets.items():
+        may = (dataset.split != "test") & valid
+        if folds == "column" and dataset.labelled is not None:
+            may &= dataset.labelled  # drawn ones are for all: they do not hang on who else is asked for
+        rows = np.flatnonzero(may)
+        with naming(column):
+            fold_N[rows] = choose_folds(dataset, rows, folds, seed=seed)
+    return fold_N
 
 
 def check_spread(targets: NDArray[np.int64], fold: NDArray[np.int64], names: Sequence[str]) -> None:

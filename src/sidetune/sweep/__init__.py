@@ -35,9 +35,10 @@ from sidetune.errors import ArtifactError, MissingExtraError, RequestError, near
 from sidetune.extract import sample_keys
 from sidetune.figures import size
 from sidetune.files import locked, write_json
-from sidetune.fit import check_apart, check_store, open_job
+from sidetune.fit import check_apart, check_store
 from sidetune.job import Job
 from sidetune.memory import PeakMemory
+from sidetune.opening import Part, open_jobs
 from sidetune.recipe import BackboneRecipe, FleetRecipe, Recipe
 from sidetune.runs import Run, check_free, default_store, differences, read_object
 from sidetune.side_fit import open_fleet
@@ -128,7 +129,8 @@ def sweep(  # noqa: PLR0913 - what, where, how; each has its option on the comma
             job = None
             if not _is_finished(out, claim):  # another process may have ended it while this one waited
                 write_json(out / "recipe.json", claim)
-                job = open_job(recipe, dataset, backbone, keys, out=out, store=Path(store), quiet=quiet)
+                part = Part("", recipe, dataset, out)
+                (job,) = open_jobs([part], backbone, keys, out=out, store=Path(store), quiet=quiet)
         if job is not None:
             _run(_plan(job, asked, space, claim["hash"]), claim["data"])
     return Run.open(out)

@@ -23,9 +23,9 @@ from sidetune.checkpoint import Epoch, Scores
 from sidetune.errors import DivergedError
 from sidetune.evaluate import Evaluation, evaluate
 from sidetune.files import csv_text, write_json, write_text
-from sidetune.fit import artifact_of
 from sidetune.fleet import Fleet
 from sidetune.model import SideModel
+from sidetune.outcome import artifact_of
 from sidetune.paired import paired_difference
 from sidetune.recipe import Recipe
 from sidetune.runs import environment, write_run
