@@ -20,7 +20,7 @@ from sidetune.backbones.toy import ToyBackbone
 from sidetune.bucket import Bucket
 from sidetune.data.preprocess import Preprocess
 from sidetune.errors import ArtifactError, DataError, RequestError, SideError
-from sidetune.predict import evaluate_run
+from sidetune.rescore import evaluate_run
 from sidetune.sides import SOLVED
 from sidetune.sources import LiveSource
 from sidetune.store import Store

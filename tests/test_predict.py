@@ -10,7 +10,8 @@ from images import make_csv, make_folder
 from sidetune import Artifact, build_backbone, fit, load
 from sidetune.backbones import BACKBONES
 from sidetune.errors import ArtifactError, BackboneError, DataError, RequestError
-from sidetune.predict import Prediction, evaluate_run
+from sidetune.predict import Prediction
+from sidetune.rescore import evaluate_run
 from sidetune.tasks import Classify
 
 

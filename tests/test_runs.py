@@ -54,7 +54,7 @@ def test_find_run_writes_nothing_and_begin_run_claims(tmp_path):
     assert find_run(folder, recipe, "d", "b") is None
     assert not folder.exists()
     folder.mkdir()
-    assert begin_run(folder, recipe, "d", "b") is None
+    assert not begin_run(folder, recipe, "d", "b")
     claim = json.loads((folder / "recipe.json").read_text())
     assert claim == {
         "recipe": recipe.model_dump(mode="json"),
@@ -65,14 +65,14 @@ def test_find_run_writes_nothing_and_begin_run_claims(tmp_path):
     before = snapshot(folder)
     assert find_run(folder, recipe, "d", "b") is None
     assert snapshot(folder) == before
-    assert begin_run(folder, toy_recipe("last"), "d", "b") is None, "nothing was computed: it is free"
+    assert not begin_run(folder, toy_recipe("last"), "d", "b"), "nothing was computed: it is free"
     assert json.loads((folder / "recipe.json").read_text())["recipe"]["side"]["name"] == "last"
 
 
 def test_a_checkpoint_keeps_a_folder_for_its_recipe(tmp_path):
     begin_run(tmp_path, toy_recipe(), "d", "b")
     (tmp_path / "checkpoint.safetensors").write_bytes(b"")
-    assert begin_run(tmp_path, toy_recipe(), "d", "b") is None
+    assert not begin_run(tmp_path, toy_recipe(), "d", "b")
     with pytest.raises(ArtifactError) as error:
         begin_run(tmp_path, toy_recipe("losa", "side.rank=2"), "e", "c")
     assert str(error.value) == (

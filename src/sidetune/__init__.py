@@ -8,6 +8,7 @@ from sidetune.artifact import Artifact
 from sidetune.backbones import build_backbone
 from sidetune.backbones.base import Backbone
 from sidetune.backbones.wrap import wrap
+from sidetune.column_predict import ColumnsPredictor, load_columns_run
 from sidetune.columns import ColumnsRun
 from sidetune.data import Dataset, Preprocess, load_dataset
 from sidetune.errors import SidetuneError
@@ -26,6 +27,7 @@ __all__ = [
     "SIDES",
     "Artifact",
     "Backbone",
+    "ColumnsPredictor",
     "ColumnsRun",
     "Dataset",
     "Evaluation",
@@ -45,6 +47,7 @@ __all__ = [
     "fit",
     "fit_columns",
     "load",
+    "load_columns_run",
     "load_dataset",
     "sweep",
     "wrap",

@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from sidetune.cli_answer import evaluate, predict
 from sidetune.cli_bench import bench_app
 from sidetune.cli_store import store_app
 from sidetune.cli_sweep import sweep
@@ -28,7 +29,6 @@ from sidetune.usage import (
     Data,
     Device,
     EnsembleOption,
-    EvalLabels,
     Folds,
     Json,
     Labels,
@@ -38,20 +38,18 @@ from sidetune.usage import (
     Out,
     OwnOrder,
     Quiet,
-    RunFolder,
-    ServePrecision,
     Settings,
     Side,
     Size,
     Store,
     Strict,
     Task,
-    Views,
     Weights,
     build_recipe,
     columns,
     example,
     first_line,
+    log_skipped,
     number_or_word,
     print_names,
 )
@@ -171,7 +169,7 @@ def fit(
         print_scores(run.metrics, column)
         data_of_run = run.metrics["data"]
         total = sum(data_of_run[f"num_{name}"] for name in ("train", "val", "test", "skipped"))
-        _log_skipped(data_of_run["num_skipped"], total, f": {run.folder / 'skipped.csv'}")
+        log_skipped(data_of_run["num_skipped"], total, f": {run.folder / 'skipped.csv'}")
     print(f"\n{found.folder / 'report.html'}")
 
 
@@ -217,77 +215,8 @@ def extract(
     _print_store(store, keys, as_json)
 
 
-@app.command("eval")
-def evaluate(
-    run: RunFolder,
-    data: Data,
-    split: Annotated[
-        str, typer.Option(metavar="NAME", rich_help_panel=IMAGES, help="auto, all, train, val or test.")
-    ] = "auto",
-    labels: EvalLabels = None,
-    views: Views = None,
-    weights: Weights = None,
-    precision: ServePrecision = None,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Score a run on labelled images. auto: the data's test split if it has one, else all images."""
-    from sidetune.predict import evaluate_run
-    from sidetune.tables import print_evaluation
-
-    found = evaluate_run(
-        run,
-        data,
-        split=split,
-        labels=columns(labels),
-        num_views=views,
-        weights=weights,
-        precision=precision,
-        device=device,
-    )
-    if as_json:
-        _print_json(
-            {"run": str(run), "split": found.split, "skipped": found.skipped, **found.evaluation.to_json()}
-        )
-        return
-    print_evaluation(found.evaluation, found.split)
-    for path, reason in found.skipped.items():
-        say(f"{path}: {reason}")
-    _log_skipped(len(found.skipped), found.evaluation.num_samples + len(found.skipped))
-
-
-@app.command()
-def predict(
-    run: RunFolder,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files, or folders of them.")],
-    abstain_below: Annotated[
-        float | None,
-        typer.Option("--abstain-below", metavar="P", help="Withhold answers of a probability below P."),
-    ] = None,
-    views: Views = None,
-    weights: Weights = None,
-    precision: ServePrecision = None,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Say what a run sees in images. Exit 1 if one of them cannot be read."""
-    import sidetune
-    from sidetune.data import list_images
-    from sidetune.tables import prediction_lines
-
-    predictor = sidetune.load(run, num_views=views, weights=weights, precision=precision, device=device)
-    predictions = predictor.predict(list_images(images), abstain_below=abstain_below)
-    if as_json:
-        _print_json({"run": str(run), "predictions": [asdict(item) for item in predictions]})
-    else:
-        for line in prediction_lines(predictions, predictor.artifact.task.kind):
-            print(line)
-    unreadable = [item for item in predictions if item.error is not None]
-    for item in unreadable:
-        say(f"error: {item.path}: {item.error}")
-    if unreadable:
-        _log_skipped(len(unreadable), len(predictions))
-        raise typer.Exit(SidetuneError.exit_code)
+app.command("eval")(evaluate)
+app.command()(predict)
 
 
 @app.command()
@@ -351,11 +280,6 @@ def _print_store(store: Any, keys: Sequence[str], as_json: bool) -> None:  # noq
     print(f"{store.folder}: {len(keys):,} samples, {size(store.num_bytes)}")
     for path, reason in skipped.items():
         say(f"{path}: {reason}")
-    _log_skipped(len(skipped), len(keys))
+    log_skipped(len(skipped), len(keys))
     if animated:
         say(first_frames([Path(path) for path in animated]))
-
-
-def _log_skipped(count: int, total: int, remark: str = "") -> None:
-    if count:
-        say(f"{count} of {total} images could not be read{remark}")

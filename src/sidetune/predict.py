@@ -1,4 +1,4 @@
-"""An artifact on its backbone: load, predict, evaluate.
+"""An artifact on its backbone: load and predict. `sidetune.rescore` scores it on labelled images.
 
 Loading builds the backbone that the recipe names, refuses another identity with the difference, and
 measures the check values again: a backbone that computes something else is refused too.
@@ -10,9 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -22,12 +20,12 @@ from torch import Tensor
 from sidetune.artifact import Artifact, find_device
 from sidetune.backbones import BACKBONES, build_backbone
 from sidetune.backbones.base import Backbone
-from sidetune.data import SPLITS, Dataset, Split, load_dataset
-from sidetune.data.views import Picture, pictures, views
+from sidetune.data import Dataset
+from sidetune.data.views import Picture, View, pictures, views
 from sidetune.ensemble import Ensemble, Seat
-from sidetune.errors import ArtifactError, BackboneError, DataError, RequestError, nearest, without_remedy
+from sidetune.errors import ArtifactError, BackboneError, DataError, RequestError, without_remedy
 from sidetune.evaluate import Evaluation, evaluate
-from sidetune.extract import DECODERS, decoded, key_of, sample_keys
+from sidetune.extract import DECODERS, decoded, key_of
 from sidetune.recipe import BackboneRecipe
 
 # largest difference of a tap's mean and std on the built-in image, in units of its std
@@ -92,97 +90,6 @@ def _build(recipe: BackboneRecipe, weights: str | Path | None, precision: str | 
         ) from error
 
 
-def evaluate_run(  # noqa: PLR0913 - what is scored, and with what
-    run: str | Path,
-    data: str | Path,
-    *,
-    split: str = "auto",
-    labels: Sequence[str] | None = None,
-    num_views: int | None = None,
-    backbone: Backbone | None = None,
-    weights: str | Path | None = None,
-    precision: str | None = None,
-    device: str = "auto",
-) -> RunEvaluation:
-    """Score a finished run on labelled images.
-
-    Args:
-        run: a run folder that `fit` finished.
-        data: as `fit` takes it.
-        split: ``auto`` is the test split where the data name one or are the run's own, else all rows.
-        labels: the CSV's label columns; None: the run's own.
-        num_views: see `Predictor`.
-        backbone: as `load` takes it.
-        weights: where the backbone's weights are now, if not where they were.
-        precision: as `load` takes it.
-        device: ``auto`` is the GPU where there is one.
-
-    Raises:
-        DataError: the data are not what the run knows, or the split is empty.
-        ArtifactError: see `load`.
-    """
-    if split not in ("auto", "all", *SPLITS):
-        raise DataError(f"no split named {split!r}.{nearest(split, ('auto', 'all', *SPLITS))}")
-    predictor = load(
-        run,
-        num_views=num_views,
-        backbone=backbone,
-        weights=weights,
-        precision=precision,
-        device=device,
-    )
-    dataset, split = _choose_split(predictor.artifact, Path(data), split, labels)
-    rows = dataset.rows(split)
-    if not len(rows):
-        others = " or ".join(name for name in SPLITS if len(dataset.rows(name)))
-        raise DataError(f"the split {split!r} of {data} is empty. Type: --split {others}, or --split all")
-    evaluation, skipped = predictor.evaluate(dataset, rows)
-    return RunEvaluation(
-        evaluation, split, {dataset.paths[row].as_posix(): reason for row, reason in skipped.items()}
-    )
-
-
-def _choose_split(
-    artifact: Artifact, data: Path, split: str, labels: Sequence[str] | None
-) -> tuple[Dataset, Split | Literal["all"]]:
-    """The data with the splits they name, or with the run's own drawing where those are asked for."""
-    recipe = artifact.recipe.data
-    labels = recipe.labels if labels is None else labels
-    read = partial(load_dataset, data, task=recipe.task, labels=labels, to_train=False)
-    whole = read(val_fraction=0.0, test_fraction=0.0)
-    if split == "all" or (split == "auto" and len(whole.rows("test"))):
-        return whole, "all" if split == "all" else "test"
-    try:
-        drawn = read(
-            split_seed=recipe.split_seed,
-            val_fraction=recipe.val_fraction,
-            test_fraction=recipe.test_fraction,
-        )
-    except DataError:
-        if split != "auto":
-            raise
-        return whole, "all"  # too few images to draw splits from, so not what the run was fitted on
-    if split != "auto":
-        return drawn, cast(Split, split)
-    own = drawn.fingerprint(sample_keys(drawn)) == artifact.data
-    return (drawn, "test") if own else (whole, "all")
-
-
-@dataclass(frozen=True)
-class RunEvaluation:
-    """What `evaluate_run` found.
-
-    Args:
-        evaluation: the scores.
-        split: the split that was scored.
-        skipped: path -> why it could not be read.
-    """
-
-    evaluation: Evaluation
-    split: str
-    skipped: dict[str, str]
-
-
 @dataclass(frozen=True)
 class Prediction:
     """What a run says about one image.
@@ -243,20 +150,36 @@ class Predictor:
         Raises:
             RequestError: a single path, not a list; a threshold outside 0..1, or one for a regression.
         """
-        if isinstance(paths, str | Path):
-            raise RequestError(
-                f"got the path {str(paths)!r}, expected a list. Type: predict([{str(paths)!r}])"
-            )
-        threshold = self._threshold(abstain_below)
-        values, bad = self._predictions([Path(path) for path in paths])
+        self.check_request(paths, abstain_below)
+        (values,), bad = answer_together([self], [Path(path) for path in paths])
+        return self.in_words(paths, values, bad, abstain_below)
+
+    def in_words(
+        self,
+        paths: Sequence[str | Path],
+        values: Tensor,
+        bad: Mapping[int, str],
+        abstain_below: float | None = None,
+    ) -> list[Prediction]:
+        """Predictions (n, K), and number of a file -> why it could not be read, as `predict` gives them."""
+        threshold = abstain_below or 0.0
         return [
             Prediction(str(path), error=bad[at]) if at in bad else self._prediction(str(path), row, threshold)
             for at, (path, row) in enumerate(zip(paths, values.tolist(), strict=True))
         ]
 
-    def _threshold(self, abstain_below: float | None) -> float:
+    def check_request(self, paths: Sequence[str | Path], abstain_below: float | None) -> None:
+        """Refuse what `predict` cannot answer, before any image is read.
+
+        Raises:
+            RequestError: as there.
+        """
+        if isinstance(paths, str | Path):
+            raise RequestError(
+                f"got the path {str(paths)!r}, expected a list. Type: predict([{str(paths)!r}])"
+            )
         if abstain_below is None:
-            return 0.0
+            return
         if self.artifact.task.kind == "regress":
             raise RequestError(
                 "--abstain-below needs probabilities, and the run is a regression. Leave it out"
@@ -266,7 +189,6 @@ class Predictor:
                 f"got --abstain-below {abstain_below:g}, expected a probability from 0 to 1. "
                 "Type: --abstain-below 0.9"
             )
-        return abstain_below
 
     def _prediction(self, path: str, row: list[float], threshold: float) -> Prediction:
         outputs = self.artifact.task.outputs
@@ -278,25 +200,6 @@ class Predictor:
         if values[label] < threshold:
             return Prediction(path, None, values, withheld=(label,))
         return Prediction(path, label, values)
-
-    def _predictions(self, files: Sequence[Path]) -> tuple[Tensor, dict[int, str]]:
-        """Predictions (n, K) on the CPU, and number of a file -> why it could not be read."""
-        shown = self._pictures(files)
-        voices, num_outputs = len(self.committee.voices), self.artifact.task.num_outputs
-        outputs: list[Tensor] = [torch.zeros(voices, 0, num_outputs)]
-        unreadable: dict[int, str] = {}
-        with ThreadPoolExecutor(DECODERS) as pool, torch.inference_mode():
-            for first, images, bad in decoded(shown, self.backbone.preprocess, pool):
-                features = self.backbone(images).to(self.backbone.device, torch.float32)
-                outputs.append(self.committee.outputs(features))
-                unreadable |= {(first + slot) // len(self.views): reason for slot, reason in bad.items()}
-        averaged = torch.cat(outputs, 1).unflatten(1, (len(files), len(self.views))).mean(2)
-        return self.committee.predictions(averaged), unreadable
-
-    def _pictures(self, files: Sequence[Path]) -> list[Picture]:
-        if len(self.views) == 1:
-            return [Picture(file) for file in files]
-        return pictures(files, [key_of(file, file) for file in files], self.views)
 
     def evaluate(self, dataset: Dataset, rows: NDArray[np.int64]) -> tuple[Evaluation, dict[int, str]]:
         """Scores on labelled images, with intervals.
@@ -311,8 +214,15 @@ class Predictor:
         Raises:
             DataError: another task, a class the run does not know, or no readable image.
         """
-        targets = self._targets(dataset)[rows]
-        values, skipped = self._predictions([dataset.file(row) for row in rows.tolist()])
+        self.targets(dataset)  # what does not fit is said before any image is read
+        (values,), skipped = answer_together([self], [dataset.file(row) for row in rows.tolist()])
+        return self.scored(dataset, rows, values, skipped)
+
+    def scored(
+        self, dataset: Dataset, rows: NDArray[np.int64], values: Tensor, skipped: Mapping[int, str]
+    ) -> tuple[Evaluation, dict[int, str]]:
+        """`evaluate`, of predictions (n, K) that are there already; number of a row -> why it is not."""
+        targets = self.targets(dataset)[rows]
         readable = [at for at in range(len(rows)) if at not in skipped]
         if not readable:
             raise DataError(
@@ -322,8 +232,12 @@ class Predictor:
         found = evaluate(self.artifact.task, predictions, targets[readable])
         return found, {int(rows[at]): reason for at, reason in skipped.items()}
 
-    def _targets(self, dataset: Dataset) -> NDArray[np.int64] | NDArray[np.float32]:
-        """The dataset's targets in the run's order of classes or columns."""
+    def targets(self, dataset: Dataset) -> NDArray[np.int64] | NDArray[np.float32]:
+        """The dataset's targets in the run's order of classes or columns; -1 where there is no class.
+
+        Raises:
+            DataError: another task, or a class that the run does not know.
+        """
         task = self.artifact.task
         known_at = {name: at for at, name in enumerate(task.outputs)}
         unknown = [name for name in dataset.outputs if name not in known_at]
@@ -336,7 +250,8 @@ class Predictor:
             )
         position = np.array([known_at[name] for name in dataset.outputs])
         if task.kind == "classify":
-            return position[dataset.targets.astype(np.int64)]
+            known_targets = position[dataset.targets.astype(np.int64)]
+            return np.where(dataset.targets < 0, -1, known_targets)
         columns = np.full((len(dataset), task.num_outputs), np.nan, dtype=np.float32)
         columns[:, position] = dataset.targets
         return columns
@@ -371,3 +286,36 @@ class Predictor:
                     "has the right weights and computes something else. Type: the fit command on this "
                     "machine, with a new --out"
                 )
+
+
+def answer_together(
+    predictors: Sequence[Predictor], files: Sequence[Path]
+) -> tuple[list[Tensor], dict[int, str]]:
+    """What predictors on one backbone say about images, in one pass over these.
+
+    Args:
+        predictors: with the same backbone and views. None of them sees that there are others.
+        files: n images.
+
+    Returns:
+        Of each predictor its predictions (n, K) on the CPU; and number of a file -> why it could not be read.
+    """
+    backbone, of_image = predictors[0].backbone, predictors[0].views
+    outputs = [
+        [torch.zeros(len(one.committee.voices), 0, one.artifact.task.num_outputs)] for one in predictors
+    ]
+    unreadable: dict[int, str] = {}
+    with ThreadPoolExecutor(DECODERS) as pool, torch.inference_mode():
+        for first, images, bad in decoded(_pictures(files, of_image), backbone.preprocess, pool):
+            features = backbone(images).to(backbone.device, torch.float32)
+            for own, one in zip(outputs, predictors, strict=True):
+                own.append(one.committee.outputs(features))
+            unreadable |= {(first + slot) // len(of_image): reason for slot, reason in bad.items()}
+    averaged = [torch.cat(own, 1).unflatten(1, (len(files), len(of_image))).mean(2) for own in outputs]
+    return [one.committee.predictions(own) for one, own in zip(predictors, averaged, strict=True)], unreadable
+
+
+def _pictures(files: Sequence[Path], of_image: Sequence[View]) -> list[Picture]:
+    if len(of_image) == 1:
+        return [Picture(file) for file in files]
+    return pictures(files, [key_of(file, file) for file in files], of_image)

@@ -78,7 +78,7 @@ def print_scores(metrics: Mapping[str, Any], column: str = "") -> None:
         f"95 % of {split}",
         "parameters",
         "time",
-        title=(escape(printable(f"{column}: ")) if column else "") + _title(headline, counts),
+        title=_heading(column) + _title(headline, counts),
     )
     for row in metrics["rows"]:
         test = row["test"] or {"scores": {}}
@@ -115,10 +115,11 @@ def _print_members(metrics: Mapping[str, Any]) -> None:
     Console().print(f"\n{printable(who_answers(metrics))}", markup=False, highlight=False, soft_wrap=True)
 
 
-def print_evaluation(evaluation: Evaluation, split: str) -> None:
-    """Every score of a split with its interval."""
+def print_evaluation(evaluation: Evaluation, split: str, column: str = "") -> None:
+    """Every score of a split with its interval, headed by its label column where there are several."""
     images = f"{evaluation.num_samples:,} images"
-    table = _table("score", "value", "95 %", title=f"{images} of {split}" if split != "all" else images)
+    title = _heading(column) + (f"{images} of {split}" if split != "all" else images)
+    table = _table("score", "value", "95 %", title=title)
     for name, value in evaluation.scores.items():
         interval = _interval(name, evaluation.intervals.get(name))
         table.add_row(_title(name), number(name, value), interval)
@@ -129,6 +130,18 @@ def print_evaluation(evaluation: Evaluation, split: str) -> None:
         counted = f"{len(labels) - len(without)} of {len(labels)}"
         said = f"AUROC is over {counted} labels; these have not both yes and no here: {', '.join(without)}"
         Console().print(printable(said), markup=False, highlight=False, soft_wrap=True)
+
+
+def column_lines(found: Mapping[str, Sequence[Prediction]]) -> Iterator[str]:
+    """One line an image that could be read: path, then the likeliest class of each label column."""
+    for items in zip(*found.values(), strict=True):
+        if items[0].error is not None:
+            continue
+        cells = [_shown_path(items[0].path)]
+        for column, item in zip(found, items, strict=True):
+            said = "withheld" if item.label is None else f"{item.label} {item.values[item.label]:.3f}"
+            cells.append(f"{column} {said}")
+        yield printable("\t".join(cells))
 
 
 def prediction_lines(predictions: Sequence[Prediction], task: TaskKind) -> Iterator[str]:
@@ -144,7 +157,12 @@ def prediction_lines(predictions: Sequence[Prediction], task: TaskKind) -> Itera
         elif item.withheld:
             cells = [f"withheld: {', '.join(item.withheld)}"]
         cells.append("  ".join(f"{name} {value:.3f}" for name, value in values))
-        yield printable("\t".join([repr(item.path)[1:-1] if "\n" in item.path else item.path, *cells]))
+        yield printable("\t".join([_shown_path(item.path), *cells]))
+
+
+def _shown_path(path: str) -> str:
+    """On one line."""
+    return repr(path)[1:-1] if "\n" in path else path
 
 
 def store_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -215,6 +233,11 @@ def _table(*columns: str, title: str) -> Table:
 def _title(name: str, remark: str = "") -> str:
     words, unit = label(name)
     return f"{words}{unit and f', {unit}'}{remark and f' ({remark})'}"
+
+
+def _heading(column: str) -> str:
+    """What begins the title of a table of a label column."""
+    return escape(printable(f"{column}: ")) if column else ""
 
 
 def _interval(name: str, pair: Sequence[float] | None) -> str:

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from sidetune.progress import say
+
 # Groups of options in --help; an option without one is about the result.
 IMAGES, BACKBONE, RECIPE = "Images and labels", "Backbone and features", "Side network and recipe"
 FLEET = "Several networks in one pass"
@@ -229,3 +231,9 @@ def print_names(lines: dict[str, str], as_json: bool) -> None:
 def print_json(value: dict[str, Any]) -> None:
     """One object on one line of stdout."""
     print(json.dumps(value, default=str))  # noqa: T201
+
+
+def log_skipped(count: int, total: int, remark: str = "") -> None:
+    """One line on stderr where images could not be read."""
+    if count:
+        say(f"{count} of {total} images could not be read{remark}")
