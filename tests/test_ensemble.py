@@ -19,7 +19,7 @@ from sidetune.errors import ArtifactError
 from sidetune.evaluate import evaluate
 from sidetune.files import sha256_file
 from sidetune.keyed import Draws, generator
-from sidetune.predict import evaluate_run
+from sidetune.rescore import evaluate_run
 from sidetune.selection import select_greedily
 
 CPU = torch.device("cpu")

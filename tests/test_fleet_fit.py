@@ -10,6 +10,7 @@ import torch
 
 import sidetune.fleet_fit
 import sidetune.methods
+import sidetune.side_fit
 import sidetune.waves
 from fitted_fleets import FOLDS, SETTINGS, fleet_recipe, values_of, write_table
 from fitted_runs import read_csv, snapshot, toy_recipe
@@ -19,9 +20,10 @@ from sidetune.artifact import Artifact
 from sidetune.errors import ArtifactError, DataError, DivergedError, RecipeError, SideError
 from sidetune.evaluate import scores
 from sidetune.members import variations
-from sidetune.predict import evaluate_run
+from sidetune.rescore import evaluate_run
 
 MODULE = importlib.import_module("sidetune.fit")  # `sidetune.fit` is the function
+OPENING = importlib.import_module("sidetune.opening")
 
 
 @pytest.fixture(autouse=True)
@@ -175,8 +177,8 @@ def test_a_variation_needs_all_its_folds(image_folder, stored, tmp_path, monkeyp
         one.model.head.bias_MK.data.fill_(torch.nan)
         return trained
 
-    real = sidetune.fleet_fit.train
-    monkeypatch.setattr(sidetune.fleet_fit, "train", train)
+    real = sidetune.side_fit.train
+    monkeypatch.setattr(sidetune.side_fit, "train", train)
     run = fit_members(image_folder, tmp_path / "run", stored, "seed=0,1", folds=3)
     table = read_csv(run.folder / "members.csv")
     assert [row["member"] for row in table if float(row["weight"])] == [f"seed=0 fold={k}" for k in range(3)]
@@ -303,7 +305,7 @@ def test_tables_of_several_outputs_in_folds(tmp_path, task):
 def test_what_cannot_be_is_refused_before_an_image_is_read(
     image_folder, tmp_path, monkeypatch, fleet, error, message
 ):
-    monkeypatch.setattr(MODULE, "extract", lambda *_, **__: pytest.fail("images were read"))
+    monkeypatch.setattr(OPENING, "extract", lambda *_, **__: pytest.fail("images were read"))
     with pytest.raises(error, match=message):
         fit_members(image_folder, tmp_path / "run", tmp_path / "s", **{"members": None, **fleet})
     assert not (tmp_path / "run").exists()
@@ -314,7 +316,7 @@ def test_what_cannot_be_is_refused_before_an_image_is_read(
 
 def test_a_finished_fleet_is_found_and_nothing_is_computed_or_written(ensemble, monkeypatch):
     before = snapshot(ensemble.folder)
-    for name in ("extract", "locked", "fit_methods"):
+    for name in ("open_jobs", "locked", "fit_methods"):
         monkeypatch.setattr(MODULE, name, lambda *_, **__: pytest.fail("it was computed again"))
     again = fit(ensemble.table, out=ensemble.folder, recipe=ensemble.recipe, store=ensemble.store, quiet=True)
     assert again == ensemble.run == Run.open(ensemble.folder)

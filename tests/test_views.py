@@ -13,7 +13,7 @@ from sidetune.data.views import View, views
 from sidetune.errors import RequestError, SidetuneError
 from sidetune.extract import extract, sample_keys
 from sidetune.keyed import Draws
-from sidetune.predict import evaluate_run
+from sidetune.rescore import evaluate_run
 from sidetune.sources import LiveSource, StoredSource
 
 

@@ -46,7 +46,6 @@ from sidetune.usage import (
     Task,
     Weights,
     build_recipe,
-    columns,
     example,
     first_line,
     log_skipped,

@@ -26,9 +26,9 @@ from sidetune.artifact import Artifact
 from sidetune.data import load_dataset
 from sidetune.errors import ArtifactError, DataError, RecipeError, SidetuneError, StoreError
 from sidetune.files import parse_json, sha256_file
-from sidetune.predict import evaluate_run
 from sidetune.progress import printable
 from sidetune.report import write_report
+from sidetune.rescore import evaluate_run
 from sidetune.runs import Run, read_skipped
 from sidetune.store import Store
 from sidetune.tables import print_scores

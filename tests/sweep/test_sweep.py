@@ -11,8 +11,8 @@ from images import make_csv
 from sidetune import Run, evaluate, fit, load, wrap
 from sidetune.data.preprocess import Preprocess
 from sidetune.errors import ArtifactError, DivergedError, MissingExtraError, RecipeError, RequestError
-from sidetune.predict import evaluate_run
 from sidetune.recipe import Recipe
+from sidetune.rescore import evaluate_run
 from sidetune.sides.losa import Losa
 from sidetune.sweep.score import Score
 from sweeps import EPOCHS, TRIALS, small_sweep
