@@ -177,6 +177,7 @@ def folders() -> str:
     for title, module in (
         ("run", "fit"),
         ("run of several networks", "fleet_run"),
+        ("run of several class columns", "columns"),
         ("sweep", "sweep"),
         ("store", "store"),
     ):

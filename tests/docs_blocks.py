@@ -168,19 +168,20 @@ def leaves(folder: Path, images: Path) -> None:
 
 
 def eight(folder: Path, images: Path) -> None:
-    """parts.csv: 48 images, eight yes-or-no columns with gaps, two of numbers, one of classes."""
+    """parts.csv: 48 images, eight yes-or-no columns with gaps, two of numbers, two of classes."""
     names = ["scratch", "dent", "rust", "crack", "stain", "bubble", "chip", "burn"]
     files = sorted(images.rglob("*.png"))[:48]
     (folder / "parts").mkdir()
     with (folder / "parts.csv").open("w", newline="") as stream:
         table = csv.writer(stream)
-        table.writerow(["path", *names, "length", "width", "kind"])
+        table.writerow(["path", *names, "length", "width", "kind", "finish"])
         for number, file in enumerate(files):
             path = f"parts/{number:04d}.jpg"
             Image.open(file).save(folder / path)
             cells: list[object] = [int((number * (k + 2) + k) % 11 < 4) for k in range(len(names))]
             cells[number % len(names)] = ""
-            table.writerow([path, *cells, number / 7, number % 5, ["gear", "bolt"][number % 2]])
+            finish = ["matt", "gloss", ""][number // 2 % 3]
+            table.writerow([path, *cells, number / 7, number % 5, ["gear", "bolt"][number % 2], finish])
 
 
 def scans(folder: Path, images: Path) -> None:

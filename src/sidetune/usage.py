@@ -23,7 +23,9 @@ Task = Annotated[
 Labels = Annotated[
     str | None,
     typer.Option(
-        metavar="A,B", rich_help_panel=IMAGES, help="The CSV's label columns, as a,b,c; default: label."
+        metavar="A,B",
+        rich_help_panel=IMAGES,
+        help="The CSV's label columns, as a,b,c; default: label. classify: a network a column.",
     ),
 ]
 EvalLabels = Annotated[
