@@ -55,7 +55,7 @@ def test_each_column_is_a_whole_run(run: ColumnsRun) -> None:
             *("recipe.json", "metrics.json", "history.jsonl", "predictions.csv", "findings.json"),
             *("side.safetensors", "artifact.json", "report.html", "skipped.csv"),
         }
-        assert recipe_of(own).data.labels == (name,)
+        assert (recipe_of(own).data.labels, recipe_of(own).data.split_by) == ((name,), None)
         assert [row["method"] for row in own.metrics["rows"]] == ["ridge-last", "ridge", "linear", "losa"]
     assert run.runs["a/b side"].metrics["outputs"] == ["left", "right"]
     page = (run.folder / "report.html").read_text()

@@ -219,9 +219,10 @@ def _parts(recipe: Recipe, datasets: Sequence[Dataset], out: Path) -> tuple[Part
     if not columns:
         return (Part("", recipe, datasets[0], out),)
     split_by = columns[0] if recipe.data.split_by is None else recipe.data.split_by
+    drawn = bool(datasets[0].carved) or recipe.fleet.folds not in (None, "column")
     parts = []
     for column, folder, dataset in zip(columns, folder_names(columns), datasets, strict=True):
-        own = {"labels": (column,), "split_by": None if column == split_by else split_by}
+        own = {"labels": (column,), "split_by": split_by if drawn and column != split_by else None}
         one = recipe.model_copy(update={"data": recipe.data.model_copy(update=own)})
         parts.append(Part(column, one, dataset, out / folder))
     return tuple(parts)
