@@ -32,8 +32,8 @@ from sidetune.data.dataset import Dataset
 from sidetune.ensemble import pooled
 from sidetune.evaluate import scores
 from sidetune.extract import extract, sample_keys
-from sidetune.fleet_fit import fit_fleet, side_outputs
-from sidetune.job import Job
+from sidetune.fleet_fit import fit_fleets, side_outputs
+from sidetune.job import Job, Work
 from sidetune.recipe import Recipe
 from sidetune.runs import environment
 from sidetune.sources import StoredSource
@@ -85,7 +85,7 @@ def train(recipe: Recipe, dataset: Dataset, task: Task, store: Path, kept: Path)
     out = store.parent / f"{store.name}-run"
     out.mkdir(exist_ok=True)
     job = Job(recipe, dataset, backbone, out, False, source, source.summary(), split, task, 0.0)
-    fleet = fit_fleet(job).fleet
+    fleet = fit_fleets(Work((job,), recipe, out))[0].fleet
     assert fleet is not None
     pairs = [(candidate, entry) for candidate in fleet.ranked for entry in candidate.entries]
     rows = np.arange(len(dataset))
