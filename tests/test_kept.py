@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from sidetune.kept import kept_bytes
+from sidetune.sides.chunks import Scratches
 
 FLOATS = 1000  # a tensor of so many is 4,000 bytes
 
@@ -114,3 +115,15 @@ def test_backward_is_as_it_would_be():
     kept_bytes(lambda: losses.append(x.exp().sum()) or losses[0], [x])
     losses[0].backward()
     assert torch.allclose(x.grad, x.detach().exp())
+
+
+def test_scratch_that_stays_with_a_side_is_not_kept_for_backward():
+    def scratches(tensor):
+        stays = Scratches()
+        taken = stays.take()
+        taken.take("codes", tensor.shape, tensor)
+        stays.give_back(taken)
+        return stays
+
+    x = torch.ones(3, requires_grad=True)
+    assert kept_bytes(lambda: Stash.apply(x, scratches).sum(), [x]) == 0

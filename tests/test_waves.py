@@ -22,10 +22,10 @@ def peaks():
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_members_are_said_to_take_is_what_they_take(peaks, case):
-    """Within a quarter, and beside it what a chunk works in, once. B 32, N 65, D 96, L 12, M 8."""
+    """Within a quarter, and beside it what two chunks work in. B 32, N 65, D 96, L 12, M 8."""
     predicted, taken = peaks[case]
     assert predicted > 30e6, "at a size where it matters"
-    assert 0.75 * predicted <= taken <= 1.25 * predicted + 1.1 * CACHE_BYTES
+    assert 0.75 * predicted <= taken <= 1.25 * predicted + 2 * CACHE_BYTES
 
 
 @dataclass

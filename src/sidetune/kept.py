@@ -1,7 +1,8 @@
 """What a step keeps for backward: bytes of every storage that the autograd graph holds.
 
 Three places are looked at: tensors that operations save (seen by the pack hook), tensors that a custom
-`torch.autograd.Function` leaves on its context, in containers too, and graphs that hang on those.
+`torch.autograd.Function` leaves on its context, in containers too, and graphs that hang on those. Scratch
+that stays with a side is none of that: chunks of any batch work in it, one after another.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from sidetune.sides.chunks import Scratches
 
 _LEAVES = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType)
 
@@ -74,7 +77,7 @@ def _tensors_in(holder: object, seen: set[int]) -> Iterator[Tensor]:
     """Tensors in containers and in the attributes of objects, however deep; parameters' modules apart."""
     if isinstance(holder, Tensor):
         yield holder
-    if isinstance(holder, (*_LEAVES, Tensor, nn.Module)) or id(holder) in seen:
+    if isinstance(holder, (*_LEAVES, Tensor, nn.Module, Scratches)) or id(holder) in seen:
         return
     seen.add(id(holder))
     for one in _parts(holder):
