@@ -118,8 +118,8 @@ def result_lines(name: str, recipe: Recipe, dataset: Dataset, task: Task, kept: 
     for seed in np.unique(found["seed"]).tolist():
         mine = np.flatnonzero(found["seed"] == seed)
         temperatures = found["temperature"][mine].tolist()
-        alone = [pooled([task], outputs[[k]], [t], [1.0]) for k, t in zip(mine, temperatures, strict=True)]
-        together = pooled([task] * len(mine), outputs[mine], temperatures, [1 / len(mine)] * len(mine))
+        alone = [task.predictions(outputs[k] / t) for k, t in zip(mine, temperatures, strict=True)]
+        together = pooled(task, alone, [1 / len(mine)] * len(mine))
         ones.append(alone)
         fives.append(together)
         scored = [scores(task, one.double().numpy(), targets) for one in alone]

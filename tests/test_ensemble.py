@@ -56,15 +56,14 @@ def test_a_committee_says_of_every_voice_what_it_says_alone():
             torch.testing.assert_close(output, one.model(features)[0], rtol=1e-5, atol=1e-5)
 
 
-def test_what_a_committee_predicts_is_the_weighted_mean_of_probabilities():
+def test_what_a_committee_predicts_is_the_softmax_of_the_weighted_mean_of_outputs():
     voices = [voice("losa", 0, 0.5), voice("last", 1, 0.2), voice("losa", 2, 0.3)]
     features = inputs(range(9), SPEC, Draws([0]))
     committee = Committee(voices, CPU)
     with torch.no_grad():
         found = committee.predictions(committee.outputs(features))
-        by_hand = sum(
-            one.weight * torch.softmax(one.model(features)[0].double() / one.temperature, 1) for one in voices
-        )
+        scaled = [one.weight * one.model(features)[0].double() / one.temperature for one in voices]
+        by_hand = torch.softmax(sum(scaled), 1)
     torch.testing.assert_close(found.double(), by_hand, rtol=1e-5, atol=1e-6)
 
 

@@ -213,13 +213,14 @@ def test_every_held_out_sample_is_answered_by_those_that_did_not_train_on_it(ens
     assert len(members) == 2 * FOLDS
     images = [ensemble.table.parent / row["path"] for row in table]
     said = {row["folder"]: values_of(load(ensemble.folder / row["folder"]), images) for row in members}
-    answers = np.zeros((len(table), 3))
+    logs = np.zeros((len(table), 3))
     for row in members:
         weight = float(row["weight"])
         held = np.array([one["fold"] == row["fold"] for one in table])
-        answers[held] += FOLDS * weight * said[row["folder"]][held]
+        logs[held] += FOLDS * weight * np.log(said[row["folder"]][held])
         test = np.array([one["split"] == "test" for one in table])
-        answers[test] += weight * said[row["folder"]][test]
+        logs[test] += weight * np.log(said[row["folder"]][test])
+    answers = np.exp(logs) / np.exp(logs).sum(1, keepdims=True)
     written = {row["path"]: row for row in read_csv(ensemble.folder / "predictions.csv")}
     for row, answer in zip(table, answers, strict=True):
         assert answer.sum() == pytest.approx(1, abs=1e-4)

@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sidetune.ensemble import pooled
 from sidetune.errors import RequestError, SidetuneError
 from sidetune.selection import EPSILON, MARGIN, select_greedily
 from sidetune.tasks import Classify, MultiLabel, Regress, Task
@@ -44,11 +46,19 @@ def loss(task: Task, prediction: np.ndarray, targets: np.ndarray) -> float:
     return float(np.mean(means))
 
 
+def together(task: Task, predictions: np.ndarray) -> np.ndarray:
+    """What these members answer, each as often as it stands there."""
+    parts = [torch.from_numpy(np.asarray(one, np.float64)) for one in predictions]
+    return pooled(task, parts, [1 / len(parts)] * len(parts)).numpy()
+
+
 def brute(task: Task, predictions: np.ndarray, targets: np.ndarray, most: int) -> np.ndarray:
     path: list[tuple[float, list[int]]] = []
     chosen: list[int] = []
     for _ in range(most):
-        losses = [loss(task, predictions[[*chosen, m]].mean(0), targets) for m in range(len(predictions))]
+        losses = [
+            loss(task, together(task, predictions[[*chosen, m]]), targets) for m in range(len(predictions))
+        ]
         chosen = [*chosen, int(np.argmin(losses))]
         path.append((min(losses), chosen))
     least = min(value for value, _ in path)
@@ -57,7 +67,7 @@ def brute(task: Task, predictions: np.ndarray, targets: np.ndarray, most: int) -
 
 
 def value(task: Task, predictions: np.ndarray, targets: np.ndarray, counts: np.ndarray) -> float:
-    return loss(task, np.tensordot(counts / counts.sum(), predictions, 1), targets)
+    return loss(task, together(task, np.repeat(predictions, counts, 0)), targets)
 
 
 @settings(max_examples=60, deadline=None)

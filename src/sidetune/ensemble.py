@@ -1,4 +1,7 @@
-"""Several trained sides that answer as one: the weighted mean of their predictions, in one pass.
+"""Several trained sides that answer as one, in one pass.
+
+Their probabilities are averaged by their logarithms (log-linear pool: Heskes, NIPS 1997), which is the
+softmax of the weighted mean of their outputs, each over its own temperature. Numbers are averaged as such.
 
     RUN/artifact.json           names the members, their weights and the sha256 of each artifact.json
     RUN/members/<hash>/         each a whole artifact, which answers alone as well
@@ -26,6 +29,7 @@ from sidetune.features import Features
 from sidetune.files import sha256_file, write_json
 from sidetune.model import SideModel
 from sidetune.recipe import Recipe
+from sidetune.selection import EPSILON
 from sidetune.tasks import Task
 
 SLACK = 1e-6  # of the weights' sum: rounding
@@ -40,7 +44,7 @@ class Voice:
         recipe: that describes it.
         task: what its outputs mean.
         temperature: that they are divided by.
-        weight: of its predictions; those of all voices sum to 1.
+        weight: in the answer; those of all voices sum to 1.
     """
 
     model: SideModel
@@ -53,6 +57,10 @@ class Voice:
     def of(cls, artifact: Artifact, weight: float = 1.0) -> Voice:
         """The voice of an artifact."""
         return cls(artifact.model, artifact.recipe, artifact.task, artifact.temperature, weight)
+
+    def predictions(self, output: Tensor) -> Tensor:
+        """What its outputs (n, K) say."""
+        return self.task.predictions(output / self.temperature)
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -97,33 +105,31 @@ class Committee:
         return torch.stack(found)
 
     def predictions(self, outputs: Tensor) -> Tensor:
-        """The weighted mean of what each voice predicts: (voices, n, K) -> (n, K)."""
-        voices = self.voices
-        return pooled(
-            [voice.task for voice in voices],
-            outputs,
-            [voice.temperature for voice in voices],
-            [voice.weight for voice in voices],
-        )
+        """What they answer: (voices, n, K) -> (n, K)."""
+        found = [voice.predictions(output) for voice, output in zip(self.voices, outputs, strict=True)]
+        return pooled(self.voices[0].task, found, [voice.weight for voice in self.voices])
 
 
-def pooled(
-    tasks: Sequence[Task], outputs: Tensor, temperatures: Sequence[float], weights: Sequence[float]
-) -> Tensor:
-    """The weighted mean of several predictions, each by its own temperature: (n, K).
+def pooled(task: Task, predictions: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Several predictions as one: (n, K).
 
     Args:
-        tasks: one a voice; for a regression each has scales of its own.
-        outputs: (voices, n, K).
-        temperatures: one a voice.
-        weights: one a voice, of sum 1.
+        task: what they mean.
+        predictions: (n, K) each, as `Task.predictions` gives them.
+        weights: one each, of sum 1.
     """
-    if len(tasks) == 1:  # to the bit what the one says
-        return tasks[0].predictions(outputs[0] / temperatures[0])
-    parts = zip(tasks, outputs, temperatures, weights, strict=True)
-    return torch.stack(
-        [weight * task.predictions(output / temperature) for task, output, temperature, weight in parts]
-    ).sum(0)
+    if len(predictions) == 1:  # to the bit what the one says
+        return predictions[0]
+
+    def mean(of_each: Sequence[Tensor]) -> Tensor:
+        return torch.stack([weight * one for weight, one in zip(weights, of_each, strict=True)]).sum(0)
+
+    if task.kind == "regress":
+        return mean(predictions)
+    sure = [one.double().clamp(EPSILON, 1 - EPSILON) for one in predictions]
+    if task.kind == "multilabel":
+        return mean([one.logit() for one in sure]).sigmoid().to(predictions[0])
+    return mean([one.log() for one in sure]).softmax(-1).to(predictions[0])
 
 
 def stacked(models: Sequence[SideModel]) -> SideModel:

@@ -24,7 +24,7 @@ from sidetune.bucket import Member
 from sidetune.calibration import fit_temperature
 from sidetune.checkpoint import Scores
 from sidetune.data.folds import shared_folds
-from sidetune.ensemble import Committee, Voice
+from sidetune.ensemble import Committee, Voice, pooled
 from sidetune.errors import DivergedError
 from sidetune.evaluate import Evaluation, evaluate, scores
 from sidetune.figures import label, number
@@ -283,7 +283,7 @@ def _fitted(
         for one in chosen
         for entry in one.entries
     ]
-    mean_nK = torch.stack([one.weight * one.predictions for one in chosen]).sum(0)
+    mean_nK = pooled(job.task, [one.predictions for one in chosen], [one.weight for one in chosen])
     held_out = evaluate(job.task, mean_nK.double().numpy(), job.dataset.targets[held])
     first = chosen[0].entries[0]
     assert first.trained.model is not None

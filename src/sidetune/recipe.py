@@ -188,7 +188,7 @@ class FleetRecipe(Part):
         members: what they differ in, as ``lr=1e-3,3e-3;seed=0,1``: every combination trains; ``--members``.
         folds: cross-validation over training and validation samples: how many folds, or ``column`` for
             those of the CSV. A network a fold, and out-of-fold scores. ``--folds``.
-        ensemble: choose members, greedily and with weights, whose mean prediction is best on what they were
+        ensemble: choose members, greedily and with weights, whose joint answer is best on what they were
             not trained on; else the best one answers. ``--ensemble``.
         own_order: members of another seed read batches in another order; else in one, which is read once.
     """

@@ -2,10 +2,11 @@
 
     S_1 = {the member with the least loss},   S_{i+1} = S_i and the member with the least loss of
 
-        mean over samples of loss((sum over m in S_i of p_m + p) / (i + 1)),   m again and again if it helps
+        mean over samples of loss(mean of S_i and p_m),   m again and again if it helps
 
-The loss is of averaged *predictions*: log loss of probabilities; for a regression the squared error of
-numbers, each over the standard deviation of its target.
+The loss is of what the members answer together (`sidetune.ensemble.pooled`): log loss of the normalised mean
+of log probabilities; for a regression the squared error of the mean number, over the standard deviation of
+its target.
 
 Source: Caruana et al., Ensemble Selection from Libraries of Models, ICML 2004, sections 2.1 and 2.2. As
 there, the path goes on where a step does not pay, and the best point of it is kept: of a member that is
@@ -84,8 +85,7 @@ class _Library(Protocol):
 def _library(predictions_MnK: NDArray[Any], targets: NDArray[Any], task: Task) -> _Library:
     """Entries with a label, a sample's labelled ones of equal weight, 1 together; weights sum to 1."""
     if task.kind == "classify":
-        observed_ME = predictions_MnK[:, np.arange(len(targets)), targets].astype(np.float64)
-        return _LogLosses(observed_ME, np.full(len(targets), 1.0 / len(targets)))
+        return _Classes(predictions_MnK, targets)
     sample, output = np.nonzero(~np.isnan(targets))
     weight_E = 1.0 / np.bincount(sample, minlength=len(targets))[sample]
     weight_E /= weight_E.sum()
@@ -95,41 +95,56 @@ def _library(predictions_MnK: NDArray[Any], targets: NDArray[Any], task: Task) -
         values_ME -= truth_E
         values_ME /= np.array(task.std)[output]
         return _SquaredErrors(values_ME, weight_E)
-    negative_E = truth_E < 0.5
-    values_ME[:, negative_E] = 1.0 - values_ME[:, negative_E]
-    return _LogLosses(values_ME, weight_E)
+    sure_ME = values_ME.clip(EPSILON, 1 - EPSILON)
+    return _YesOrNo((np.log(sure_ME) - np.log1p(-sure_ME)) * np.where(truth_E > 0.5, 1.0, -1.0), weight_E)
 
 
-class _LogLosses:
-    """Log loss: entries are the probabilities of what is true.
+class _Classes:
+    """Log loss of one of K classes: entries are log probabilities.
 
     Args:
-        parts_ME: probabilities; those below `EPSILON` are raised to it, in place.
+        predictions_MnK: probabilities.
+        targets: (n,) class indices.
+    """
+
+    def __init__(self, predictions_MnK: NDArray[Any], targets: NDArray[Any]) -> None:
+        members, self.samples, self.classes = predictions_MnK.shape
+        logs_MnK = np.log(predictions_MnK.astype(np.float64).clip(EPSILON, 1 - EPSILON))
+        self.parts_ME = logs_MnK.reshape(members, -1)
+        self.truth = np.arange(self.samples) * self.classes + targets
+        self.mean_truth_M = self.parts_ME[:, self.truth].mean(1)
+
+    def losses(self, total_E: Array, size: int) -> Array:
+        """``mean over samples of log(sum over k of exp(mean_k)) - mean_truth``."""
+        mean_truth_M = (total_E[self.truth].mean() + self.mean_truth_M) / size
+        losses_M = np.empty(len(self.parts_ME))
+        step = max(1, BLOCK // len(total_E))
+        for first in range(0, len(losses_M), step):
+            some = slice(first, first + step)
+            mean_bE = (total_E + self.parts_ME[some]) / size
+            sums_bn = np.exp(mean_bE).reshape(len(mean_bE), self.samples, self.classes).sum(2)
+            losses_M[some] = np.log(sums_bn).mean(1) - mean_truth_M[some]
+        return losses_M
+
+
+class _YesOrNo:
+    """Log loss of yes-or-no labels: entries are log odds of what is true.
+
+    Args:
+        parts_ME: log odds.
         weight_E: of each entry.
     """
 
     def __init__(self, parts_ME: Array, weight_E: Array) -> None:
-        self.parts_ME = np.maximum(parts_ME, EPSILON, out=parts_ME)
-        self.weight_E = weight_E
+        self.parts_ME, self.weight_E = parts_ME, weight_E
 
     def losses(self, total_E: Array, size: int) -> Array:
-        """``-w . log((total + p_m) / size)``.
-
-        As log(1 + x) <= x, it is ``-w . log(total / size) - w . (p_m / total)`` or more: one product for
-        all members. Logarithms are taken of those that may be the least by that.
-        """
-        losses_M = np.full(len(self.parts_ME), np.inf)
-        floor_M = np.full(len(self.parts_ME), -np.inf)
-        if size > 1:
-            floor_M = -np.log(total_E / size) @ self.weight_E - self.parts_ME @ (self.weight_E / total_E)
-        order = np.argsort(floor_M, kind="stable")
+        """``w . log(1 + exp(-mean))``."""
+        losses_M = np.empty(len(self.parts_ME))
         step = max(1, BLOCK // len(total_E))
-        for first in range(0, len(order), step):
-            some = order[first : first + step]
-            least = losses_M.min()
-            if floor_M[some[0]] > least + TIES * abs(least) + TIES:
-                break
-            losses_M[some] = -np.log((total_E + self.parts_ME[some]) / size) @ self.weight_E
+        for first in range(0, len(losses_M), step):
+            some = slice(first, first + step)
+            losses_M[some] = np.logaddexp(0.0, -(total_E + self.parts_ME[some]) / size) @ self.weight_E
         return losses_M
 
 
