@@ -70,7 +70,16 @@ def test_the_largest_kind_of_member_counts_for_all(monkeypatch):
     large = member(recipe_of("last", epochs=1, batch_size=256), "large")
     most = member_bytes(fleet, large)
     assert most > 2 * member_bytes(fleet, members[0])
-    assert at_once(SHARE * 2 * most, fleet, [*members, large], monkeypatch)[0] == 2
+    assert at_once(SHARE * 2 * most, fleet, [*members, large], monkeypatch)[0] == 3, "all fit"
+    assert at_once(SHARE * 2 * most, fleet, [*members, large, large], monkeypatch)[0] == 2
+
+
+def test_members_of_one_architecture_count_with_their_own_batches(monkeypatch):
+    fleet, _ = fleet_of(0)
+    large, small = (member(recipe_of("last", epochs=1, batch_size=n), str(n)) for n in (256, 8))
+    most = member_bytes(fleet, large)
+    for members in ([large, small], [small, large]):
+        assert at_once(SHARE * most, fleet, members, monkeypatch)[0] == 1
 
 
 def test_memory_grows_with_the_batch_and_holds_every_copy_of_a_parameter():

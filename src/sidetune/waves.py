@@ -33,12 +33,13 @@ def members_at_once(job: Job, fleet: Fleet, members: Sequence[Member]) -> int:
         fleet: that they will join.
         members: all of them.
     """
-    of_kinds = {member.architecture: member for member in members}
+    of_kinds = {_kind(member): member for member in members}
     bytes_of = {kind: member_bytes(fleet, member) for kind, member in of_kinds.items()}
-    largest = max(bytes_of.values())
-    total = sum(bytes_of[member.architecture] for member in members)
+    total = sum(bytes_of[_kind(member)] for member in members)
     limit = device_memory(job.backbone.device) // SHARE
-    at_once = max(1, min(len(members), limit // largest))
+    at_once = len(members)
+    if total > limit:
+        at_once = max(1, min(len(members), limit // max(bytes_of.values())))
     what = f"training {len(members)} members"
     if at_once == len(members):
         what += f" in one pass: about {size(total)} beside the features"
@@ -50,6 +51,11 @@ def members_at_once(job: Job, fleet: Fleet, members: Sequence[Member]) -> int:
         )
     job.say(what)
     return at_once
+
+
+def _kind(member: Member) -> tuple[str, int]:
+    """What a member's memory hangs on."""
+    return (member.architecture, member.recipe.train.batch_size)
 
 
 def member_bytes(fleet: Fleet, member: Member) -> int:
