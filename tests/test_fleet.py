@@ -184,6 +184,27 @@ def test_a_member_that_diverges_is_dropped_and_named_and_the_others_go_on(capsys
     assert [epoch.loss for epoch in trained["good"].history] == pytest.approx([e.loss for e in alone.history])
 
 
+def test_a_stream_is_read_no_further_when_all_its_members_have_diverged() -> None:
+    class Breaking(Classify):
+        def loss(self, output, target):
+            return super().loss(output, target) * math.inf
+
+    asked = []
+
+    def counted(rows, spec, draws):
+        asked.append(len(rows))
+        return inputs(rows, spec, draws)
+
+    bad = member(recipe_of(epochs=1, batch_size=3), "bad", task=Breaking(("a", "b"), (0.5, 0.5)))
+    good = member(recipe_of(epochs=1, batch_size=15), "good")
+    fleet = Fleet(replace(DATA, inputs=counted, ahead=1), build, 2)
+    fleet.add([bad, good])
+    losses = fleet.train_epoch()
+    assert math.isnan(losses["bad"]) and math.isfinite(losses["good"])
+    assert asked.count(3) < 5 and asked.count(15) == 2
+    assert fleet.places["good"].steps == 2
+
+
 def test_waves_end_where_one_pass_ends() -> None:
     everybody = [
         member(recipe_of(epochs=1 + seed % 3, seed=seed, order_seed=0, lr=1e-2), str(seed))

@@ -90,6 +90,11 @@ class _Stream:
     batch_size: int
     buckets: tuple[Bucket, ...]
 
+    @property
+    def alive(self) -> bool:
+        """Whether any of their members is still updated."""
+        return any(place.alive for bucket in self.buckets for place in bucket.places)
+
     def spec(self, every: Spec) -> Spec:
         """The taps that any of them reads."""
         read = {name for bucket in self.buckets for name in bucket.model.side.spec.names}
@@ -200,11 +205,6 @@ class Fleet:
         """Of an epoch."""
         return math.ceil(len(self.data.rows) / batch_size)
 
-    @property
-    def steps_an_epoch(self) -> int:
-        """Of all streams together."""
-        return sum(self.steps(stream.batch_size) for stream in self.streams())
-
     def streams(self) -> tuple[_Stream, ...]:
         """Members by what they read, then by architecture; buckets that have not changed stay."""
         if self._changed:
@@ -238,8 +238,8 @@ class Fleet:
                         bucket.step(batch.rows, own, epoch=self.epoch, step=self.step, total=total)
                     self.step += 1
                     after_step()
-                    if not any(place.alive for place in self.places.values()):
-                        break
+                    if not stream.alive:
+                        break  # nobody learns from the rest
             self.stream, self.step = number + 1, 0
         return self._end_epoch()
 
