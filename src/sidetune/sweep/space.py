@@ -7,6 +7,7 @@ side.rank: [4, 8, 16]                 one of a list
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,12 +192,13 @@ def _domain(name: str, asked: object, recipe: Recipe) -> Domain:
         (scale, bounds), *_ = asked.items()
         if scale in ("log", "linear") and isinstance(bounds, list) and len(bounds) == 2:
             low, high = (_number(name, bound) for bound in bounds)
-            if low < high and (low > 0 or scale == "linear"):
-                whole = kind is int
+            whole = kind is int
+            fits = low < high and (low > 0 or scale == "linear")
+            if fits and not (whole and (low % 1 or high % 1)):
                 return Range(int(low) if whole else low, int(high) if whole else high, scale == "log", whole)
     raise RecipeError(
         f"--search: {name} is {str(asked)[:200]!r}, expected a list of values, {{log: [low, high]}} with 0 < "
-        f"low < high, or {{linear: [low, high]}}. Write lines such as {EXAMPLE}"
+        f"low < high, or {{linear: [low, high]}}, whole where the setting is. Write lines such as {EXAMPLE}"
     )
 
 
@@ -234,9 +236,12 @@ def _value(name: str, value: object, kind: object) -> Value:
 
 def _number(name: str, value: object) -> float:
     try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise RecipeError(
-            f"--search: {name} has the bound {str(value)[:200]!r}, expected a number. Write lines such as "
-            f"{EXAMPLE}"
-        ) from None
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if math.isfinite(number):
+        return number
+    raise RecipeError(
+        f"--search: {name} has the bound {str(value)[:200]!r}, expected a finite number. Write lines such as "
+        f"{EXAMPLE}"
+    )
