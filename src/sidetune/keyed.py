@@ -28,15 +28,11 @@ class Draws:
         seeds: one a member, M in all.
         epoch: from 0; one a member where members that joined later count their own.
         step: within the epoch, from 0.
-        order: seed of what all members share, the batches' order and views; None: the first member's.
-        order_epoch: that it is keyed with; None: the first member's.
     """
 
     seeds: Sequence[int]
     epoch: int | Sequence[int] = 0
     step: int = 0
-    order: int | None = None
-    order_epoch: int | None = None
 
     @property
     def epochs(self) -> tuple[int, ...]:
@@ -47,10 +43,11 @@ class Draws:
         return tuple(self.epoch)
 
     def views(self, num_views: int, batch: int) -> list[int]:
-        """Which view of each sample is read: (B,) in 0..num_views - 1. One for all members, as the order."""
-        seed = self.seeds[0] if self.order is None else self.order
-        epoch = self.epochs[0] if self.order_epoch is None else self.order_epoch
-        keyed = generator(seed, "view", epoch, self.step)
+        """Which view of each sample is read: (B,) in 0..num_views - 1. One for all, by the first seed.
+
+        A fleet draws them by the seed of the batches' order, which its members share.
+        """
+        keyed = generator(self.seeds[0], "view", self.epochs[0], self.step)
         return torch.randint(num_views, (batch,), generator=keyed).tolist()
 
     def keep(self, purpose: str, rate: float | Sequence[float], batch: int, device: torch.device) -> Tensor:
