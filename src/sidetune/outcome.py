@@ -56,6 +56,7 @@ def write_job(job: Job, rows: Sequence[Row], leaks: Leaks | None, fingerprint: s
 
 def artifact_of(job: Job, fingerprint: str) -> Callable[..., Artifact]:
     """Artifacts of a job, given what is a network's own."""
+    check_values = job.backbone.check_values()  # of all networks, measured once
 
     def artifact(
         model: SideModel, recipe: Recipe, task: Task, temperature: float, scores: dict[str, Any]
@@ -68,7 +69,7 @@ def artifact_of(job: Job, fingerprint: str) -> Callable[..., Artifact]:
             job.backbone.identity,
             job.backbone.variant,
             None if job.source.final_norm is None else job.source.final_norm.eps,
-            job.backbone.check_values(),
+            check_values,
             temperature,
             fingerprint,
             scores,
