@@ -306,7 +306,7 @@ def _metrics(plan: Plan, finals: list[Final], seconds: dict[str, float], peak_me
         "data": {
             "name": job.dataset.name,
             **{f"num_{name}": len(rows) for name, rows in job.split.items()},
-            "num_skipped": len(job.source.skipped),
+            "num_skipped": len(job.skipped),
             "num_animated": len(job.source.animated),
         },
         "rows": [{**final.to_json(), "peak_memory_bytes": peak_memory} for final in finals],
