@@ -258,9 +258,14 @@ def test_fit_and_fit_columns_name_each_other(columns: Columns, tmp_path: Path) -
 
 def test_folders_of_columns_are_safe_and_no_two_are_alike() -> None:
     names = ["a/b", "a b", "..", "members", "Colour", "colour", "größe", "列", "x" * 300, "", "report.html"]
+    names.append("artifact.json")
     found = folder_names(names)
     assert found[:7] == ["a_b", "a_b-2", "column", "members-2", "Colour", "colour-2", "größe"]
-    assert found[7] == "列" and len(found[8]) == 80 and found[9:] == ["column-2", "report.html-2"]
+    assert (
+        found[7] == "列"
+        and len(found[8]) == 80
+        and found[9:] == ["column-2", "report.html-2", "artifact.json-2"]
+    )
     assert len({name.casefold() for name in found}) == len(names)
 
 

@@ -28,8 +28,11 @@ from sidetune.runs import Run, read_object
 
 FORMAT = 1
 LONGEST = 80  # bytes of a folder's name; file systems take 255
-# what stands beside the columns' folders, or in a run's
-TAKEN = ("columns.json", "recipe.json", "report.html", "skipped.csv", "checkpoint.safetensors", "members")
+# what stands beside the columns' folders or in a run's, and what other folders are known by
+TAKEN = (
+    *("columns.json", "recipe.json", "report.html", "skipped.csv", "checkpoint.safetensors", "members"),
+    *("artifact.json", "journal.log"),
+)
 PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">

@@ -146,13 +146,17 @@ def is_finished(folder: Path, recipe: Recipe, data: str, backbone: str) -> bool:
     if "sweep" in found:
         differing.insert(0, "it is a sweep")
     finished = any((folder / name).exists() for name in ("artifact.json", COLUMNS))
-    begun = any((folder / name).exists() for name in ("checkpoint.safetensors", "journal.log"))
-    begun |= any(folder.glob("*/artifact.json"))  # of a label column
-    if differing and (finished or begun):
+    if differing and is_begun(folder):
         raise ArtifactError(
             f"{folder} holds another run: {'; '.join(differing)}. Type: --out with a new folder"
         )
     return finished
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether a folder holds work that would be lost: of a run, of runs of label columns, or of a sweep."""
+    names = ("artifact.json", COLUMNS, "checkpoint.safetensors", "journal.log")
+    return any((folder / name).exists() for name in names) or any(folder.glob("*/artifact.json"))
 
 
 def begin_run(folder: Path, recipe: Recipe, data: str, backbone: str) -> bool:

@@ -6,9 +6,11 @@ import re
 import numpy as np
 import pytest
 
+from column_runs import recipe as columns_recipe
+from column_runs import write_table
 from fitted_runs import conv_net, snapshot, toy_recipe
 from images import make_csv
-from sidetune import Run, evaluate, fit, load, wrap
+from sidetune import Run, evaluate, fit, fit_columns, load, wrap
 from sidetune.data.preprocess import Preprocess
 from sidetune.errors import ArtifactError, DivergedError, MissingExtraError, RecipeError, RequestError
 from sidetune.recipe import Recipe
@@ -146,6 +148,15 @@ def test_a_fit_does_not_write_into_a_sweep_nor_a_sweep_into_a_fit(done, image_fo
         fit(image_folder, out=done.folder, recipe=toy_recipe(), quiet=True)
     with pytest.raises(ArtifactError, match="it is a run of `sidetune fit`"):
         small_sweep(image_folder, runs.copy(tmp_path / "run").parent, "run")
+
+
+def test_a_sweep_does_not_write_into_runs_of_label_columns(image_folder, tmp_path):
+    table = write_table(tmp_path / "table", sparse=False)
+    several = fit_columns(table, out=tmp_path / "run", recipe=columns_recipe("train.epochs=1"), quiet=True)
+    before = (several.folder / "recipe.json").read_bytes()
+    with pytest.raises(ArtifactError, match="it is a run of `sidetune fit`"):
+        small_sweep(image_folder, tmp_path, "run")
+    assert (several.folder / "recipe.json").read_bytes() == before
 
 
 def test_the_validation_split_may_choose(image_folder, tmp_path):

@@ -40,7 +40,7 @@ from sidetune.job import Job
 from sidetune.memory import PeakMemory
 from sidetune.opening import Part, open_jobs
 from sidetune.recipe import BackboneRecipe, FleetRecipe, Recipe
-from sidetune.runs import Run, check_free, default_store, differences, read_object
+from sidetune.runs import Run, check_free, default_store, differences, is_begun, read_object
 from sidetune.side_fit import open_fleet
 from sidetune.sweep.space import Space, apply, check_space, current, default_space, read_space
 from sidetune.waves import SHARE, device_memory, member_bytes
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
 
 ETA = 3  # one trial of three goes on after a rung: about 30 % of the epochs of training all to the end
 POLL_SECONDS = 0.5  # between looks at the journal while other processes train the last trials
-BEGUN = ("journal.log", "artifact.json", "checkpoint.safetensors")  # a folder with one of them is taken
 
 
 def sweep(  # noqa: PLR0913 - what, where, how; each has its option on the command line
@@ -202,12 +201,11 @@ def _is_finished(out: Path, claim: dict[str, Any]) -> bool:
         check_free(out)
         return False
     found = read_object(out / "recipe.json")
-    begun = any((out / name).exists() for name in BEGUN)
-    if begun and (differing := list(_differences(found, claim))):
+    if is_begun(out) and (differing := list(_differences(found, claim))):
         raise ArtifactError(
             f"{out} holds another sweep or a run: {'; '.join(differing)}. Type: --out with a new folder"
         )
-    return begun and (out / "artifact.json").exists() and (out / "report.html").exists()
+    return (out / "artifact.json").exists() and (out / "report.html").exists()
 
 
 def _differences(found: dict[str, Any], claim: dict[str, Any]) -> Iterator[str]:
