@@ -31,7 +31,7 @@ def test_the_page_names_every_member_its_scores_and_who_answers(tmp_path):
     for label in LABELS:
         assert label in page.text
     assert "1 of 5 diverged" in page.text and "0.50" in page.text and f"{first['log_loss']:.3f}" in page.text
-    assert "a new image by the mean over all 5 folds" in page.text
+    assert "a new image by the mean over all 5 folds. Members are chosen on these images" in page.text
     assert "Of the networks that answer, the first says so:" in page.text
 
 
