@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import column_runs
 import sidetune.fleet_fit
 import sidetune.methods
 import sidetune.side_fit
@@ -338,6 +339,19 @@ def test_members_of_a_run_that_was_killed_at_its_end_do_not_stay(image_folder, s
     run = fit_members(image_folder, tmp_path / "run", stored, "seed=0,1")
     folders = {row["folder"] for row in read_csv(run.folder / "members.csv")}
     assert {f"members/{path.name}" for path in (run.folder / "members").iterdir()} == folders
+
+
+@pytest.mark.parametrize(("fleet", "twins"), [({}, set()), ({"folds": 2}, {("18", "12")})])
+def test_twins_of_test_images_in_validation_count_where_that_is_trained_on(tmp_path, fleet, twins):
+    table = column_runs.write_table(tmp_path / "data", sparse=False)
+    images = table.parent / "images"
+    shutil.copy(images / "12.png", images / "18.png")  # of validation, and of test
+    asked = column_runs.recipe("train.epochs=1", labels=("colour",), fleet=fleet)
+    run = fit(table, out=tmp_path / "run", recipe=asked, store=tmp_path / "store", quiet=True)
+    leaks = json.loads((run.folder / "findings.json").read_text())["leaks"]
+    found = {(pair["path"][-6:-4], pair["train_path"][-6:-4]) for pair in leaks["pairs"] if pair["identical"]}
+    assert found == twins
+    assert leaks["compared"] == {"train": 30 if fleet else 24, "others": 12}
 
 
 def test_a_quiet_fleet_says_nothing(image_folder, stored, tmp_path, capsys):

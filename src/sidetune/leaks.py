@@ -13,9 +13,9 @@ crops by more than a few percent and mirror images are not. docs/log.md has what
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +76,18 @@ class Leaks:
     num_train: int
     num_others: int
 
+    def joined(self, more: Leaks) -> Leaks:
+        """With the twins that some of the same images have among more training images.
+
+        Args:
+            more: of images that were compared here as well, with training images that were not.
+        """
+        best: dict[int, Pair] = {}
+        for pair in (*self.pairs, *more.pairs):
+            if pair.row not in best or pair.similarity > best[pair.row].similarity:
+                best[pair.row] = pair
+        return replace(self, pairs=_most_similar_first(best), num_train=self.num_train + more.num_train)
+
 
 def find_leaks(
     files: Sequence[Path],
@@ -102,8 +114,11 @@ def find_leaks(
         left = np.sort(left[drawn.numpy()])
     candidates = _candidates(summary, train, left)
     found |= {pair.row: pair for pair in _same_pictures(files, candidates)}
-    pairs = sorted(found.values(), key=lambda pair: (-pair.similarity, pair.row))
-    return Leaks(tuple(pairs), len(train), num_identical + len(left))
+    return Leaks(_most_similar_first(found), len(train), num_identical + len(left))
+
+
+def _most_similar_first(found: Mapping[int, Pair]) -> tuple[Pair, ...]:
+    return tuple(sorted(found.values(), key=lambda pair: (-pair.similarity, pair.row)))
 
 
 def _identical(keys: Sequence[str], train: NDArray[np.int64], others: NDArray[np.int64]) -> list[Pair]:

@@ -182,6 +182,9 @@ def _find_leaks(job: Job, keys: Sequence[str]) -> Leaks:
     others = np.sort(np.concatenate([job.split["val"], job.split["test"]]))
     files = [job.dataset.file(row) for row in range(len(job.dataset))]
     leaks = find_leaks(files, keys, job.summary, job.split["train"], others)
+    if job.recipe.fleet.folds is not None:  # its networks train on validation, too
+        seen = find_leaks(files, keys, job.summary, job.split["val"], job.split["test"])
+        leaks = leaks.joined(seen)
     if leaks.pairs:
         first = leaks.pairs[0]
         names = [job.dataset.paths[row].as_posix() for row in (first.row, first.train_row)]
