@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,14 @@ import torch
 
 import sidetune.optimizer
 import sidetune.outcome
+import sidetune.side_fit
 import sidetune.train
 from column_runs import NAMES, Columns, recipe
 from fitted_runs import read_csv
 from sidetune import ColumnsRun, Recipe, Run, fit, fit_columns
 from sidetune.backbones.hooked import HookedBackbone
 from sidetune.columns import column_folders, folder_names
-from sidetune.errors import ArtifactError, DataError, RequestError
+from sidetune.errors import ArtifactError, DataError, DivergedError, RequestError
 
 FIT = importlib.import_module("sidetune.fit")  # `sidetune.fit` is the function
 
@@ -78,6 +80,21 @@ def test_a_column_ends_where_it_would_have_ended_alone(columns: Columns, run: Co
             )
             for key in left.keys() - {"path", "split", "label", "predicted"}:
                 assert float(left[key]) == pytest.approx(float(right[key]), abs=1e-4)
+
+
+def test_a_column_of_which_all_members_diverged_is_named(columns: Columns, monkeypatch) -> None:
+    def train(*arguments, **more):
+        trained = real(*arguments, **more)
+        return {
+            name: replace(one, model=None) if name.startswith("a_b_side ") else one
+            for name, one in trained.items()
+        }
+
+    real = sidetune.side_fit.train
+    monkeypatch.setattr(sidetune.side_fit, "train", train)
+    asked = recipe("train.epochs=1", fleet={"members": "seed=0,1"})
+    with pytest.raises(DivergedError, match=r"column 'a/b side': every variation has a network that div"):
+        columns.fit("one-diverged", columns.table, asked)
 
 
 def test_rows_without_a_class_take_no_part_in_their_column(sparse: ColumnsRun) -> None:

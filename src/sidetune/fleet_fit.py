@@ -217,9 +217,10 @@ def _candidates(
             continue
         found.append(_candidate(job, own, [outputs[id(entry)] for entry in own], held, folds))
     if not found:
+        column = f"column {job.column!r}: " if job.column else ""
         raise DivergedError(
-            "every variation has a network that diverged. Type: --set train.lr=3e-4, or lower rates in "
-            "--members"
+            f"{column}every variation has a network that diverged. Type: --set train.lr=3e-4, or lower rates "
+            "in --members"
         )
     return found
 
@@ -345,8 +346,8 @@ def side_outputs(job: Job, entries: Sequence[Entry], rows: NDArray[np.int64]) ->
 
 def _outputs(job: Job, voices: Sequence[Voice], rows: NDArray[np.int64]) -> Tensor:
     """Outputs of every voice for some rows, averaged over the views that are scored: (voices, n, K)."""
-    if not len(rows):
-        return torch.zeros(len(voices), 0, job.task.num_outputs)
+    if not voices or not len(rows):
+        return torch.zeros(len(voices), len(rows), job.task.num_outputs)
     committee, of_views = Committee(voices, job.backbone.device), []
     spec = job.source.spec.select([name for name in job.source.spec.names if name in committee.taps])
     with torch.no_grad():
