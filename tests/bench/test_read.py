@@ -90,10 +90,12 @@ def test_a_copy_takes_every_byte_into_a_target_of_its_size(num_bytes):
 
 
 ENDED = """
-import os, signal, sys
+import os, signal, sys, time
 from sidetune.bench import read
 from sidetune.bench.setting import Setting
-inside = lambda *given, **more: os.kill(os.getpid(), int(sys.argv[1]))
+def inside(*given, **more):
+    os.kill(os.getpid(), int(sys.argv[1]))
+    time.sleep(60)  # a signal may reach another thread first
 read.in_turn = inside  # the store stands
 read.bench_read(Setting(layers=1, tokens=2, width=4, batch=2, rounds=1, threads=1), quiet=True)
 """
