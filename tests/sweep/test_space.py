@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitted_runs import toy_recipe, wrapped_conv_net
+from fitted_runs import toy_recipe
 from sidetune import build_backbone
 from sidetune.errors import RecipeError, RequestError
 from sidetune.sweep.space import Choice, Range, apply, check_space, current, default_space, read_space
@@ -21,27 +21,21 @@ def write(folder, text):
 
 
 @pytest.mark.parametrize("side", ["losa", "last", "attentive"])
-def test_the_default_space_has_the_sides_own_fields_and_holds_the_defaults_rate(side, toy):
+def test_the_default_space_has_the_sides_own_fields_and_holds_the_defaults_rate(side):
     recipe = toy_recipe(side)
-    space = default_space(recipe, toy)
+    space = default_space(recipe)
     fields = type(recipe.side).model_fields
     assert {name for name in space if name.startswith("side.")} == {
-        f"side.{name}" for name in ("rank", "drop_path", "pool") if name in fields
+        f"side.{name}" for name in ("rank", "drop_path") if name in fields
     }
     assert {"train.lr", "train.weight_decay", "data.label_smoothing"} <= space.keys()
     assert space["train.lr"].contains(recipe.train.lr)
-    if side != "attentive":  # whose query is its pooling
-        assert space["side.pool"].values == ("mean", "cls", "cls+mean", "all")
     check_space(space, recipe)
 
 
-def test_a_backbone_without_a_class_token_has_nothing_to_choose_in_pooling():
-    assert "side.pool" not in default_space(toy_recipe("losa"), wrapped_conv_net().spec)
-
-
-def test_a_regression_has_no_labels_to_smooth(toy):
+def test_a_regression_has_no_labels_to_smooth():
     recipe = toy_recipe("losa", "data.task=regress")
-    assert "data.label_smoothing" not in default_space(recipe, toy)
+    assert "data.label_smoothing" not in default_space(recipe)
 
 
 def test_a_file_says_what_is_searched(tmp_path):

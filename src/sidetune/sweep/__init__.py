@@ -84,7 +84,7 @@ def sweep(  # noqa: PLR0913 - what, where, how; each has its option on the comma
         folds: how many, or ``column`` for those of the CSV; None: 5. Nothing with ``val``.
         places: trials that train at the same time in one process.
         search: a YAML file with lines as ``train.lr: {log: [1e-4, 1e-2]}`` or ``side.rank: [4, 8, 16]``;
-            None: rank, learning rate, weight decay, drop-path, label smoothing and pooling.
+            None: rank, learning rate, weight decay, drop-path and label smoothing.
         seed: of the draws of trials. The seed of every training is the recipe's.
         backbone: your own, in place of the one that the recipe names.
         store: where features are kept; None: ``$SIDETUNE_STORES`` or ./.sidetune/stores.
@@ -171,7 +171,7 @@ def _check_request(asked: dict[str, Any], recipe: Recipe) -> None:
 
 
 def _space(recipe: Recipe, backbone: Backbone, search: Path | None) -> Space:
-    space = default_space(recipe, backbone.spec) if search is None else read_space(search, recipe)
+    space = default_space(recipe) if search is None else read_space(search, recipe)
     check_space(space, recipe)
     for name, domain in space.items():
         if name == "side.pool":  # only now is it known what the backbone gives

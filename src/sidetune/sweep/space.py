@@ -16,7 +16,6 @@ from typing import Any, TypeAlias
 import yaml
 
 from sidetune.errors import RecipeError, RequestError, nearest
-from sidetune.features import Spec
 from sidetune.recipe import Recipe
 from sidetune.sides import SOLVED
 
@@ -91,15 +90,15 @@ Domain: TypeAlias = Choice | Range
 Space: TypeAlias = dict[str, Domain]
 
 
-def default_space(recipe: Recipe, spec: Spec) -> Space:
-    """What is drawn unless a file says otherwise: rank, rate, decay, drop-path, smoothing, pooling.
+def default_space(recipe: Recipe) -> Space:
+    """What is drawn unless a file says otherwise: rank, rate, decay, drop-path, smoothing.
 
     The rate's decades are those that the side networks' papers search (1e-4 .. 1e-2), and decay and
-    drop-path reach past their values (0.05; 0 .. 0.2) on both sides.
+    drop-path reach past their values (0.05; 0 .. 0.2) on both sides. Pooling is left out: another than the
+    mean helped no side (docs/log.md), and trials that differ in it cannot share their products.
 
     Args:
         recipe: its side says which fields there are.
-        spec: of the backbone: without a class token there is nothing to pool but patches.
     """
     space: Space = {
         "side.rank": Choice((4, 8, 16)),
@@ -109,13 +108,6 @@ def default_space(recipe: Recipe, spec: Spec) -> Space:
     }
     if recipe.data.task != "regress":
         space["data.label_smoothing"] = Range(0.0, 0.2, log=False)
-    pools = ["mean"]
-    if spec.last.cls_index is not None:
-        pools += ["cls", "cls+mean"]
-    if spec.last.num_prefix:
-        pools.append("all")
-    if len(pools) > 1:
-        space["side.pool"] = Choice(tuple(pools))
     fields = type(recipe.side).model_fields
     return {
         name: domain
