@@ -150,4 +150,6 @@ def test_a_result_line_says_where_it_comes_from(path: Path) -> None:
     for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
         assert fields <= line.keys()
         assert len(line["commit"]) == 40 and len(line["recipe"]) == 64
-        assert line["command"].startswith(("sidetune fit ", "sidetune bench ", "python scripts/"))
+        assert line["command"].startswith(
+            ("sidetune fit ", "sidetune sweep ", "sidetune bench ", "python scripts/")
+        )

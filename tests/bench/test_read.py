@@ -93,6 +93,7 @@ ENDED = """
 import os, signal, sys, time
 from sidetune.bench import read
 from sidetune.bench.setting import Setting
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 def inside(*given, **more):
     os.kill(os.getpid(), int(sys.argv[1]))
     time.sleep(60)  # a signal may reach another thread first
