@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from provenance import HARDWARE, git
 
 SEEDS = (0, 1, 2)
 GRID: dict[str, list[tuple[str, ...]]] = {  # a probe is an opponent only when it is fitted to the end
@@ -100,11 +101,6 @@ def run(options: argparse.Namespace, side: str, settings: tuple[str, ...], seed:
     return {**found, "commit": stamp.read_text()}
 
 
-def git(*words: str) -> str:
-    """What git prints."""
-    return subprocess.run(["git", *words], stdout=subprocess.PIPE, check=True, text=True).stdout.strip()
-
-
 def score_on_validation(metrics: dict[str, Any]) -> tuple[float, float]:
     """What settings are chosen by."""
     scores = metrics["rows"][-1]["val"]["scores"]
@@ -134,7 +130,7 @@ def result_lines(
             "parameters": row["parameters"],
             "command": shlex.join(["sidetune", *words]),
             "commit": metrics["commit"],
-            "hardware": f"{os.cpu_count()} cores {platform.machine()}, no GPU",
+            "hardware": HARDWARE,
             "recipe": metrics["recipe_hash"],
             "environment": metrics["environment"],
         }

@@ -7,26 +7,26 @@ images, fifteen networks in one pass. A network sees 800 images and is calibrate
 not see. *One* is the mean over these networks of what each scores alone; *five* is the mean prediction of
 the five of a seed, as `sidetune fit --folds 5` answers. Intervals: paired bootstrap over test images, the
 seeds averaged. Outputs are kept beside the stores, so that what is there already is not trained again.
+``--held-out`` prints how out-of-fold predictions are best averaged (docs/log.md); it does not look at test.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from provenance import HARDWARE, git
 from torch import Tensor
 
 from sidetune.backbones import build_backbone
-from sidetune.calibration import calibration_error
+from sidetune.calibration import calibration_error, fit_temperature
 from sidetune.data import load_dataset
 from sidetune.data.dataset import Dataset
 from sidetune.ensemble import pooled
@@ -53,9 +53,8 @@ def main() -> None:
     parser.add_argument("--stores", type=Path, default=Path("runs/folds/stores"))
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--held-out", action="store_true", help="print ways of averaging, write nothing")
     options = parser.parse_args()
-    if git("status", "--porcelain", "--untracked-files=no"):
-        sys.exit("the tree has changes, and a result line names a commit. Type: git commit")
     recipe = Recipe.build(
         {
             "backbone": {"name": "demo", "size": 112},
@@ -63,6 +62,13 @@ def main() -> None:
             "fleet": {"members": "seed=0,1,2", "folds": 5},
         }
     )
+    if options.held_out:
+        for name in options.tasks.split(","):
+            kept = options.stores / f"{name}-{recipe.hash[:12]}.npz"
+            print(name, *held_out(options.data / name, kept), sep="\n  ")
+        return
+    if git("status", "--porcelain", "--untracked-files=no"):
+        sys.exit("the tree has changes, and a result line names a commit. Type: git commit")
     OUT.touch()
     lines = [json.loads(line) for line in OUT.read_text("utf-8").splitlines()]
     for name in options.tasks.split(","):
@@ -110,7 +116,7 @@ def result_lines(name: str, recipe: Recipe, dataset: Dataset, task: Task, kept: 
         "task": f"{name} at 112 px",
         "command": f"python scripts/fold_results.py vtab-mini --tasks {name}",
         "commit": str(found["commit"]),
-        "hardware": f"{os.cpu_count()} cores {platform.machine()}, no GPU",
+        "hardware": HARDWARE,
         "recipe": recipe.hash,
         "environment": environment(torch.device("cpu")),
     }
@@ -134,6 +140,38 @@ def result_lines(name: str, recipe: Recipe, dataset: Dataset, task: Task, kept: 
         line = {"method": "losa, five folds - one", "seed": "0, 1, 2", "metric": f"test_{metric}"}
         lines.append({**line, "value": value, "interval": interval, **shared})
     return lines
+
+
+def held_out(data: Path, kept: Path) -> list[str]:
+    """Log loss and calibration error of out-of-fold predictions, one a seed, and of ways to average them."""
+    found, dataset = np.load(kept), load_dataset(data)
+    task = build_task("classify", dataset, dataset.rows("train"))
+    rows = np.sort(np.concatenate([dataset.rows("train"), dataset.rows("val")]))
+    targets, alone = dataset.targets[rows], []
+    for seed in np.unique(found["seed"]):
+        outputs = np.empty((len(rows), task.num_outputs), np.float32)
+        for k in np.flatnonzero(found["seed"] == seed):
+            unseen = ~found["trained"][k][rows]
+            outputs[unseen] = found["outputs"][k][rows][unseen]
+            temperature = float(found["temperature"][k])
+        alone.append(task.predictions(torch.from_numpy(outputs) / temperature))
+    share = [1 / len(alone)] * len(alone)
+    together = pooled(task, alone, share)
+    logs = together.double().log()
+    again = fit_temperature(task, logs, torch.from_numpy(targets), prior_std=None)
+    ways = {
+        "mean of probabilities": torch.stack(alone).mean(0),
+        "mean of log probabilities": together,
+        "the same over one more temperature": task.predictions(logs / again),
+    }
+    scored = [scores(task, one.double().numpy(), targets) for one in alone]
+    lines = [_way("one seed", {name: float(np.mean([one[name] for one in scored])) for name in METRICS})]
+    return lines + [_way(name, scores(task, one.double().numpy(), targets)) for name, one in ways.items()]
+
+
+def _way(name: str, found: Mapping[str, float | None]) -> str:
+    error = 100 * (found["calibration_error"] or 0.0)
+    return f"{name}: log loss {found['log_loss']:.3f}, calibration error {error:.1f} %"
 
 
 def differences(
@@ -197,11 +235,6 @@ def table(lines: list[dict[str, Any]]) -> str:
             cells.append(f"{one:.{digits}f} → {five:.{digits}f}, {shown}")
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
-
-
-def git(*words: str) -> str:
-    """What git prints."""
-    return subprocess.run(["git", *words], stdout=subprocess.PIPE, check=True, text=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -15,9 +15,6 @@ import argparse
 import copy
 import importlib
 import json
-import os
-import platform
-import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -27,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from provenance import HARDWARE, git
 
 from sidetune.backbones import build_backbone
 from sidetune.data import load_dataset
@@ -108,11 +106,6 @@ def sorted_by_class(job: Job, rows: NDArray[np.int64], spec: Spec) -> Layout:
     return replace(layout, shards=shards, fetch=lambda numbers: None)
 
 
-def git(*words: str) -> str:
-    """What git prints."""
-    return subprocess.run(["git", *words], stdout=subprocess.PIPE, check=True, text=True).stdout.strip()
-
-
 def result_lines(options: argparse.Namespace, recipe: Recipe, row: Row, name: str) -> list[dict[str, Any]]:
     """One line a metric."""
     assert row.test is not None
@@ -130,7 +123,7 @@ def result_lines(options: argparse.Namespace, recipe: Recipe, row: Row, name: st
             "parameters": row.fitted.parameters,
             "command": f"python scripts/shuffle_results.py elpv.csv --epochs {options.epochs}",
             "commit": git("rev-parse", "HEAD"),
-            "hardware": f"{os.cpu_count()} cores {platform.machine()}, no GPU",
+            "hardware": HARDWARE,
             "recipe": recipe.hash,
             "environment": environment(torch.device("cpu")),
         }

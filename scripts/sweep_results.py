@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 from pathlib import Path
 from typing import Any
+
+from provenance import HARDWARE
 
 METRICS = ("balanced_accuracy", "accuracy", "log_loss", "calibration_error")
 OUT = Path("results/sweep-112.jsonl")
@@ -36,7 +36,7 @@ def main() -> None:
         "seed": recipe["recipe"]["train"]["seed"],
         "command": f"sidetune sweep {metrics['data']['name']} --size 112 --trials {len(sweep['trials'])}",
         "commit": options.commit,
-        "hardware": f"{os.cpu_count()} cores {platform.machine()}, no GPU",
+        "hardware": HARDWARE,
         "recipe": recipe["hash"],
         "environment": metrics["environment"],
     }

@@ -93,6 +93,10 @@ class Place:
         """Whether it is still updated."""
         return self.died is None
 
+    def learning_rate(self, step: int, steps: int) -> float:
+        """At a step of its schedule, of so many steps an epoch."""
+        return learning_rate(step, self.member.epochs * steps, self.member.recipe.train)
+
 
 class Bucket:
     """Members of one architecture and stream.
@@ -184,7 +188,7 @@ class Bucket:
         for m, (place, count) in enumerate(zip(self.places, counts, strict=True)):
             if place.alive and count:
                 recipe = place.member.recipe.train
-                rate = learning_rate(place.steps, place.member.epochs * total, recipe)
+                rate = place.learning_rate(place.steps, total)
                 updates[m] = Update(rate, recipe.weight_decay, recipe.clip_norm)
         return updates
 

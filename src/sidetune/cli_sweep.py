@@ -113,7 +113,7 @@ def sweep(
         quiet=quiet,
     )
     if as_json:
-        print_json({"run": str(run.folder), "recipe_hash": run.recipe_hash, **run.metrics})
+        print_json(run.to_json())
         return
     print_scores(run.metrics)
     print(f"\n{run.folder / 'report.html'}")

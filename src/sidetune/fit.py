@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 
 from sidetune.artifact import find_device
-from sidetune.backbones import build_backbone
 from sidetune.backbones.base import Backbone
 from sidetune.columns import ColumnsRun, folder_names, write_columns, write_links
 from sidetune.data import Dataset, load_datasets
@@ -36,9 +35,9 @@ from sidetune.job import Job, Work
 from sidetune.leaks import Leaks
 from sidetune.memory import PeakMemory
 from sidetune.methods import Row, fit_methods, score
-from sidetune.opening import Part, look_for_leaks, open_jobs, reads
+from sidetune.opening import Part, look_for_leaks, open_jobs, reads, ready_backbone
 from sidetune.outcome import write_job
-from sidetune.recipe import BackboneRecipe, Recipe
+from sidetune.recipe import Recipe
 from sidetune.report import write_report
 from sidetune.runs import Run, begin_run, default_store, is_finished, read_skipped, write_skipped
 
@@ -150,12 +149,7 @@ def _fit(data: Path, out: Path, recipe: Recipe, backbone: Backbone | None, how: 
     if how.store is not None:
         check_store(recipe, Path(how.store), out)
     datasets = load_datasets(data, **recipe.data.arguments())
-    if backbone is None:
-        backbone = build_backbone(recipe.backbone.name, **recipe.backbone.arguments())
-    elif recipe.backbone == BackboneRecipe():  # no choice was made: the default names what was not used
-        named = BackboneRecipe(name=backbone.identity.architecture)
-        recipe = recipe.model_copy(update={"backbone": named})
-    backbone.to(place)
+    recipe, backbone = ready_backbone(recipe, backbone, place)
     _check_members(recipe, datasets, backbone)
     store = default_store(backbone, recipe.features.dtype) if how.store is None else Path(how.store)
     check_apart(store, out)

@@ -264,33 +264,21 @@ class Fleet:
         Returns:
             name -> (n, K) on the CPU.
         """
-        asked = [
-            bucket for bucket in self.buckets() if names is None or not set(names).isdisjoint(bucket.names)
-        ]
-        members = [place.member for bucket in asked for place in bucket.places]
-        wanted = [names is None or member.name in names for member in members]
-        if not len(rows):
-            return {
-                member.name: torch.zeros(0, member.task.num_outputs)
-                for member, want in zip(members, wanted, strict=True)
-                if want
-            }
+        wanted = set(self.names if names is None else names)
+        asked = [bucket for bucket in self.buckets() if not wanted.isdisjoint(bucket.names)]
+        members = {place.member.name: place.member for bucket in asked for place in bucket.places}
+        # of no rows there is no batch, and still an output
+        parts = {name: [torch.zeros(0, self.num_outputs)] for name in members if name in wanted}
         spec = _Stream(0, 1, tuple(asked)).spec(self.data.spec)
-        parts: list[list[Tensor]] = [[] for _ in members]
-        for batch in self.data.in_order(rows, spec, view):
+        for batch in self.data.in_order(rows, spec, view) if len(rows) else ():
             features = batch.to(asked[0].device)
-            of_all = [
-                output
-                for bucket in asked
-                for output in bucket.outputs(features.select(bucket.model.side.spec.names))
-            ]
-            for into, output, want in zip(parts, of_all, wanted, strict=True):
-                if want:
-                    into.append(output)
+            for bucket in asked:
+                outputs_MBK = bucket.outputs(features.select(bucket.model.side.spec.names))
+                for name, output_BK in zip(bucket.names, outputs_MBK, strict=True):
+                    if name in parts:
+                        parts[name].append(output_BK)
         return {
-            member.name: torch.cat(outputs)[:, : member.task.num_outputs]
-            for member, outputs, want in zip(members, parts, wanted, strict=True)
-            if want
+            name: torch.cat(outputs)[:, : members[name].task.num_outputs] for name, outputs in parts.items()
         }
 
     def _find(self, name: str) -> tuple[Bucket, int]:
@@ -304,21 +292,17 @@ class Fleet:
         for place in self.places.values():
             of_stream = grouped.setdefault(place.member.stream, {})
             of_stream.setdefault(place.member.architecture, []).append(place)
-        wanted = [places for of_stream in grouped.values() for places in of_stream.values()]
-        standing = {id(bucket.places[0]): bucket for stream in self._streams for bucket in stream.buckets}
-        kept = {}
-        for places in wanted:
-            bucket = standing.get(id(places[0]))
-            if bucket is not None and list(map(id, bucket.places)) == list(map(id, places)):
-                kept[id(places[0])] = bucket
-        for first, bucket in standing.items():
-            if first not in kept:
+        standing = {_seats(bucket.places): bucket for stream in self._streams for bucket in stream.buckets}
+        staying = {_seats(places) for of_stream in grouped.values() for places in of_stream.values()}
+        for seats, bucket in standing.items():
+            if seats not in staying:
                 bucket.leave()
         self._streams = tuple(
             _Stream(
                 *stream,
                 tuple(
-                    kept.get(id(places[0])) or Bucket(places, self.build, self.num_outputs, self.data.rows)
+                    standing.get(_seats(places))
+                    or Bucket(places, self.build, self.num_outputs, self.data.rows)
                     for places in of_stream.values()
                 ),
             )
@@ -345,3 +329,8 @@ class Fleet:
             return Batch(rows, pinned(inputs) if pin else inputs)
 
         return Ahead(range(begin, self.steps(size)), make, ahead=data.ahead)
+
+
+def _seats(places: Sequence[Place]) -> tuple[int, ...]:
+    """What a bucket is known by: the places themselves, in their order."""
+    return tuple(map(id, places))

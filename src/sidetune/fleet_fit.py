@@ -32,7 +32,7 @@ from sidetune.job import Fitted, Job, Work, union
 from sidetune.members import Variation, variations
 from sidetune.memory import PeakMemory
 from sidetune.selection import select_greedily
-from sidetune.side_fit import new_member, open_work, train_members
+from sidetune.side_fit import model_outputs, new_member, open_work, train_members
 from sidetune.tasks import build_task
 from sidetune.train import Trained
 
@@ -161,14 +161,7 @@ def _member(
 ) -> Member:
     own = rows if folds is None else rows[folds != fold]
     data = variation.recipe.data
-    task = build_task(
-        data.task,
-        job.dataset,
-        own,
-        class_weights=data.class_weights,
-        label_smoothing=data.label_smoothing,
-        focal_gamma=data.focal_gamma,
-    )
+    task = build_task(data.task, job.dataset, own, **data.task_options())
     name = job.named(network_name(variation, fold))
     return new_member(job, variation.recipe, name=name, rows=own, task=task)
 
@@ -298,7 +291,7 @@ def _fitted(
         seconds=sum(_seconds(entries)),
         peak_memory=peak_memory,
         detail=_detail(entries, chosen),
-        outputs=partial(_first_outputs, job, voices),
+        outputs=partial(model_outputs, job, first.trained.model),
         history=first.trained.history,
         fleet=FleetResult(tuple(entries), tuple(ranked), tuple(voices), held_out, answers),
     )
@@ -356,10 +349,6 @@ def _outputs(job: Job, voices: Sequence[Voice], rows: NDArray[np.int64]) -> Tens
             parts = [committee.outputs(batch.to(job.backbone.device)) for batch in batches]
             of_views.append(torch.cat(parts, 1))
     return torch.stack(of_views).mean(0)
-
-
-def _first_outputs(job: Job, voices: Sequence[Voice], split: str) -> Tensor:
-    return _outputs(job, voices[:1], job.split[split])[0]
 
 
 def _predictions(

@@ -1,5 +1,6 @@
 """Stage one: features of every row, from a store or live; then splits and task of each job.
 
+ready_backbone(recipe, ..)              the backbone, on its device
 open_jobs(parts, backbone, keys, ..)    what every method works from
 look_for_leaks(work, keys)              near-duplicates across splits, said before anything is scored on them
 """
@@ -16,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from sidetune.artifact import build_model
+from sidetune.backbones import build_backbone
 from sidetune.backbones.base import Backbone
 from sidetune.data import SPLITS
 from sidetune.data.dataset import Dataset
@@ -23,11 +25,11 @@ from sidetune.data.notes import first_frames, other_files
 from sidetune.data.views import views
 from sidetune.errors import DataError, naming
 from sidetune.extract import extract
-from sidetune.job import Job, Work
+from sidetune.job import Job, Work, union
 from sidetune.leaks import Leaks, find_leaks
 from sidetune.members import variations
 from sidetune.progress import say
-from sidetune.recipe import Recipe
+from sidetune.recipe import BackboneRecipe, Recipe
 from sidetune.runs import write_skipped
 from sidetune.sides import SOLVED
 from sidetune.sources import LiveSource, Source, StoredSource
@@ -49,6 +51,24 @@ class Part:
     recipe: Recipe
     dataset: Dataset
     out: Path
+
+
+def ready_backbone(
+    recipe: Recipe, backbone: Backbone | None, device: torch.device
+) -> tuple[Recipe, Backbone]:
+    """The backbone that a recipe names, or the one that was given, on its device; and a recipe that names it.
+
+    Args:
+        recipe: as asked for.
+        backbone: an object in place of the one that the recipe names.
+        device: to be on.
+    """
+    if backbone is None:
+        backbone = build_backbone(recipe.backbone.name, **recipe.backbone.arguments())
+    elif recipe.backbone == BackboneRecipe():  # no choice was made: the default names what was not used
+        named = BackboneRecipe(name=backbone.identity.architecture)
+        recipe = recipe.model_copy(update={"backbone": named})
+    return recipe, backbone.to(device)
 
 
 def open_jobs(
@@ -91,14 +111,7 @@ def open_jobs(
         with naming(part.column):
             split = _readable(part.dataset, source, out)
         data = part.recipe.data
-        task = build_task(
-            data.task,
-            part.dataset,
-            split["train"],
-            class_weights=data.class_weights,
-            label_smoothing=data.label_smoothing,
-            focal_gamma=data.focal_gamma,
-        )
+        task = build_task(data.task, part.dataset, split["train"], **data.task_options())
         job = Job(part.recipe, part.dataset, backbone, part.out, quiet, source, summary, split, task, seconds)
         jobs.append(replace(job, column=part.column))
         if part.dataset.labelled is not None:
@@ -179,7 +192,7 @@ def look_for_leaks(work: Work, keys: Sequence[str]) -> list[Leaks]:
 
 
 def _find_leaks(job: Job, keys: Sequence[str]) -> Leaks:
-    others = np.sort(np.concatenate([job.split["val"], job.split["test"]]))
+    others = union([job.split["val"], job.split["test"]])
     files = [job.dataset.file(row) for row in range(len(job.dataset))]
     leaks = find_leaks(files, keys, job.summary, job.split["train"], others)
     if job.recipe.fleet.folds is not None:  # its networks train on validation, too

@@ -78,15 +78,9 @@ def artifact_of(job: Job, fingerprint: str) -> Callable[..., Artifact]:
     return artifact
 
 
-def _metrics(job: Job, rows: Sequence[Row], peak_memory: int, findings: float) -> dict[str, Any]:
-    """What metrics.json holds."""
-    own, solved, device = rows[-1].fitted, job.recipe.side.name in SOLVED, job.backbone.device
-    seconds = {row.fitted.name: row.fitted.seconds for row in rows}
-    models = [own.model] if own.fleet is None else [voice.model for voice in own.fleet.voices]
-    if not solved:
-        seconds["train"] = seconds.pop(own.name)
+def about(job: Job) -> dict[str, Any]:
+    """What metrics.json says of the job itself."""
     return {
-        "side": own.name,
         "backbone": job.recipe.backbone.name,
         "task": job.task.kind,
         "outputs": list(job.task.outputs),
@@ -97,6 +91,24 @@ def _metrics(job: Job, rows: Sequence[Row], peak_memory: int, findings: float) -
             "num_skipped": len(job.skipped),
             "num_animated": len(job.source.animated),
         },
+    }
+
+
+def store_bytes(job: Job) -> int | None:
+    """Bytes of the store that the job reads; None where it reads the backbone."""
+    return job.source.store.num_bytes if isinstance(job.source, StoredSource) else None
+
+
+def _metrics(job: Job, rows: Sequence[Row], peak_memory: int, findings: float) -> dict[str, Any]:
+    """What metrics.json holds."""
+    own, solved, device = rows[-1].fitted, job.recipe.side.name in SOLVED, job.backbone.device
+    seconds = {row.fitted.name: row.fitted.seconds for row in rows}
+    models = [own.model] if own.fleet is None else [voice.model for voice in own.fleet.voices]
+    if not solved:
+        seconds["train"] = seconds.pop(own.name)
+    return {
+        "side": own.name,
+        **about(job),
         "rows": [row.to_json() for row in rows],
         **({} if own.fleet is None else {"fleet": fleet_json(job, own.fleet)}),
         "cost": {
@@ -112,7 +124,7 @@ def _metrics(job: Job, rows: Sequence[Row], peak_memory: int, findings: float) -
             },
             "peak_memory_bytes": peak_memory,
             "peak_gpu_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-            "store_bytes": job.source.store.num_bytes if isinstance(job.source, StoredSource) else None,
+            "store_bytes": store_bytes(job),
         },
         "environment": environment(device),
     }

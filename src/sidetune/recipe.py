@@ -36,6 +36,9 @@ LATER = {
 }
 
 
+TASK_OPTIONS = {"class_weights", "label_smoothing", "focal_gamma"}  # fields of `DataRecipe` about the loss
+
+
 class Part(BaseModel):
     """A frozen part of a recipe."""
 
@@ -76,7 +79,11 @@ class DataRecipe(Part):
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of `load_datasets`; the others are the task's."""
-        return self.model_dump(exclude={"class_weights", "label_smoothing", "focal_gamma"})
+        return self.model_dump(exclude=TASK_OPTIONS)
+
+    def task_options(self) -> dict[str, Any]:
+        """Options of `build_task`."""
+        return self.model_dump(include=TASK_OPTIONS)
 
 
 class BackboneRecipe(Part):

@@ -131,7 +131,7 @@ def train_members(
         fleet: that nobody trains in yet.
         members: all of them.
         owners: name of a member -> the job on whose validation it is scored after each epoch; None: no
-            scores before the end.
+            scores before the end, as with folds: every sample would be read once more an epoch.
 
     Raises:
         DivergedError: no member's loss stayed finite.
@@ -139,17 +139,12 @@ def train_members(
     return train(
         fleet,
         members,
-        validate=_no_scores if owners is None else partial(validate, owners),
+        validate=None if owners is None else partial(validate, owners),
         at_once=members_at_once(work.common, fleet, members) if len(members) > 1 else None,
         checkpoint=work.checkpoint,
         run_hash=work.recipe.hash,
         quiet=work.common.quiet,
     )
-
-
-def _no_scores(fleet: Fleet) -> dict[str, Scores]:
-    """Folds are scored at their ends alone: every sample would be read once more an epoch."""
-    return {}
 
 
 def _fitted(job: Job, member: Member, trained: Trained, window: int | None, peak_memory: int) -> Fitted:
@@ -164,7 +159,7 @@ def _fitted(job: Job, member: Member, trained: Trained, window: int | None, peak
         job.recipe.side.name,
         trained.model,
         job.recipe.model_copy(update={"train": train_recipe}),
-        described(job, member.recipe, job.task.num_outputs).num_parameters(),
+        trained.model.num_parameters(),
         seconds=sum(epoch.seconds for epoch in trained.history),
         peak_memory=peak_memory,
         detail={"epochs": recipe.epochs, "lr": recipe.lr}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sidetune.bucket import Member, learning_rate
+from sidetune.bucket import Member
 from sidetune.checkpoint import Epoch, Saved, Scores, Track, load_checkpoint, save_checkpoint
 from sidetune.errors import DivergedError
 from sidetune.fleet import Fleet
@@ -45,7 +45,7 @@ def train(
     fleet: Fleet,
     members: Sequence[Member],
     *,
-    validate: Validate,
+    validate: Validate | None = None,
     at_once: int | None = None,
     checkpoint: Path | None = None,
     run_hash: str = "",
@@ -56,7 +56,8 @@ def train(
     Args:
         fleet: that nobody trains in yet.
         members: all of them; `Recipe.train.select` and each task's headline say which epoch is kept.
-        validate: called after every epoch; scores of members by name, of those that have any.
+        validate: called after every epoch; scores of members by name, of those that have any. None: no
+            scores before the end.
         at_once: members of a wave; None: all.
         checkpoint: file to resume from and to write to; None: neither.
         run_hash: what the checkpoint must belong to.
@@ -95,7 +96,9 @@ def train(
 class _Loop:
     """Members on their way through the epochs."""
 
-    def __init__(self, fleet: Fleet, members: dict[str, Member], validate: Validate, quiet: bool) -> None:
+    def __init__(
+        self, fleet: Fleet, members: dict[str, Member], validate: Validate | None, quiet: bool
+    ) -> None:
         self.fleet, self.members, self.validate, self.quiet = fleet, members, validate, quiet
         self.saved = Saved()
         self._started = time.monotonic()
@@ -132,14 +135,10 @@ class _Loop:
         self._started = time.monotonic() - self.saved.seconds
         epoch = self.fleet.epoch
         losses = self.fleet.train_epoch(after_step)
-        scores = self.validate(self.fleet) if self._anybody() else {}
+        scores = self.validate(self.fleet) if self.validate is not None and self._anybody() else {}
         self.saved.seconds = 0.0
         for name, place in self.fleet.places.items():
-            lr = learning_rate(
-                place.steps - 1,
-                place.member.epochs * self.fleet.steps(place.member.stream[1]),
-                place.member.recipe.train,
-            )
+            lr = place.learning_rate(place.steps - 1, self.fleet.steps(place.member.stream[1]))
             line = Epoch(epoch - place.joined, losses[name], lr, scores.get(name, {}), self.seconds())
             self.saved.tracks[name].history.append(line)
         self._drop([name for name, place in self.fleet.places.items() if not place.alive])

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sidetune.artifact import build_model, find_device
-from sidetune.backbones import build_backbone
 from sidetune.backbones.base import Backbone, canonical_json
 from sidetune.data import load_dataset
 from sidetune.data.vtab import is_vtab
@@ -38,8 +37,8 @@ from sidetune.files import locked, write_json
 from sidetune.fit import check_apart, check_store
 from sidetune.job import Job
 from sidetune.memory import PeakMemory
-from sidetune.opening import Part, open_jobs
-from sidetune.recipe import BackboneRecipe, FleetRecipe, Recipe
+from sidetune.opening import Part, open_jobs, ready_backbone
+from sidetune.recipe import FleetRecipe, Recipe
 from sidetune.runs import Run, check_free, default_store, differences, is_begun, read_object
 from sidetune.side_fit import open_fleet
 from sidetune.sweep.space import Space, apply, check_space, current, default_space, read_space
@@ -110,12 +109,7 @@ def sweep(  # noqa: PLR0913 - what, where, how; each has its option on the comma
     if store is not None:
         check_store(recipe, Path(store), out)
     dataset = load_dataset(Path(data), **recipe.data.arguments())
-    if backbone is None:
-        backbone = build_backbone(recipe.backbone.name, **recipe.backbone.arguments())
-    elif recipe.backbone == BackboneRecipe():  # no choice was made: the default names what was not used
-        named = BackboneRecipe(name=backbone.identity.architecture)
-        recipe = recipe.model_copy(update={"backbone": named})
-    backbone.to(place)
+    recipe, backbone = ready_backbone(recipe, backbone, place)
     space = _space(recipe, backbone, None if search is None else Path(search))
     build_model(recipe, backbone.spec, len(dataset.outputs), backbone.norm)  # a wrong side is refused here
     if store is None:

@@ -12,25 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sidetune.bucket import Member
 from sidetune.calibration import fit_temperature
-from sidetune.checkpoint import Epoch, Scores
+from sidetune.checkpoint import Epoch
 from sidetune.errors import DivergedError
 from sidetune.evaluate import Evaluation, evaluate
 from sidetune.files import csv_text, write_json, write_text
-from sidetune.fleet import Fleet
+from sidetune.job import union
 from sidetune.model import SideModel
-from sidetune.outcome import artifact_of
+from sidetune.outcome import about, artifact_of, store_bytes
 from sidetune.paired import paired_difference
 from sidetune.recipe import Recipe
 from sidetune.runs import environment, write_run
 from sidetune.side_fit import model_outputs, new_member, open_fleet
-from sidetune.sources import StoredSource
 from sidetune.sweep.halving import share_trained
 from sidetune.sweep.journal import Trial
 from sidetune.sweep.page import write_page
@@ -80,7 +78,7 @@ class Final:
             detail["temperature"] = self.temperature
         return {
             "method": self.name,
-            "parameters": parameters(self.model),
+            "parameters": self.model.num_parameters(),
             "seconds": sum(epoch.seconds for epoch in self.history),
             "detail": detail,
             "val": self.val.to_json(),
@@ -133,17 +131,16 @@ def clear_up(out: Path) -> None:
 def _train_finals(plan: Plan, named: dict[str, Trial]) -> list[Final]:
     """All of them in one fleet. A winner that is the default itself is trained once."""
     job = plan.choosing.job
-    rows = np.sort(np.concatenate([job.split["train"], job.split["val"]]))
+    rows = union([job.split["train"], job.split["val"]])
     members = []
     for trial in {trial.number: trial for trial in named.values()}.values():
         recipe = plan.recipe_of(trial)
         task = measured_task(job, recipe, rows)
         members.append(new_member(job, recipe, name=str(trial.number), rows=rows, task=task))
     fleet = open_fleet(job, [member.recipe for member in members], rows)
-    trained = train(
+    trained = train(  # without scores: what is not test is trained on, and test is looked at once, at the end
         fleet,
         members,
-        validate=_unscored,
         checkpoint=plan.out / CHECKPOINT,
         run_hash=plan.run_hash,
         quiet=job.quiet,
@@ -160,11 +157,6 @@ def _train_finals(plan: Plan, named: dict[str, Trial]) -> list[Final]:
             "new --out and a --search file with a lower train.lr"
         )
     return finals
-
-
-def _unscored(fleet: Fleet) -> dict[str, Scores]:
-    """All labels but those of test are trained on, and test is looked at once, at the end."""
-    return {}
 
 
 def _final(
@@ -299,28 +291,14 @@ def _metrics(plan: Plan, finals: list[Final], seconds: dict[str, float], peak_me
     job, own = plan.choosing.job, finals[-1]
     return {
         "side": WINNER,
-        "backbone": job.recipe.backbone.name,
-        "task": job.task.kind,
-        "outputs": list(job.task.outputs),
-        "headline": job.task.headline,
-        "data": {
-            "name": job.dataset.name,
-            **{f"num_{name}": len(rows) for name, rows in job.split.items()},
-            "num_skipped": len(job.skipped),
-            "num_animated": len(job.source.animated),
-        },
+        **about(job),
         "rows": [{**final.to_json(), "peak_memory_bytes": peak_memory} for final in finals],
         "cost": {
-            "parameters": parameters(own.model),
+            "parameters": own.model.num_parameters(),
             "head_parameters": sum(parameter.numel() for parameter in own.model.head.parameters()),
             "seconds": seconds,
             "peak_memory_bytes": peak_memory,
-            "store_bytes": job.source.store.num_bytes if isinstance(job.source, StoredSource) else None,
+            "store_bytes": store_bytes(job),
         },
         "environment": environment(job.backbone.device),
     }
-
-
-def parameters(model: SideModel) -> int:
-    """Trained ones without the head."""
-    return sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in model.head.parameters())

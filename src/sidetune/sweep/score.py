@@ -21,7 +21,7 @@ from sidetune.calibration import plain
 from sidetune.data.folds import dataset_folds, given_folds
 from sidetune.evaluate import headline_score
 from sidetune.fleet import Fleet
-from sidetune.job import Job
+from sidetune.job import Job, union
 from sidetune.recipe import Recipe
 from sidetune.side_fit import mean_outputs, new_member
 from sidetune.tasks import Regress, Task, build_task
@@ -95,7 +95,7 @@ class Choosing:
         """
         if on == "val":
             return cls(job, on, (Fold(job.split["train"], job.split["val"]),))
-        rows = np.sort(np.concatenate([job.split["train"], job.split["val"]]))
+        rows = union([job.split["train"], job.split["val"]])
         if folds == "column":
             fold = given_folds(job.dataset, rows)
         else:
@@ -109,12 +109,12 @@ class Choosing:
     @property
     def trained(self) -> Rows:
         """Every row that a member trains on, ascending."""
-        return np.unique(np.concatenate([fold.train for fold in self.folds]))
+        return union([fold.train for fold in self.folds])
 
     @property
     def held(self) -> Rows:
         """Every row that is scored, ascending."""
-        return np.sort(np.concatenate([fold.held for fold in self.folds]))
+        return union([fold.held for fold in self.folds])
 
     def members(self, number: int, recipe: Recipe) -> list[Member]:
         """The members of a trial, one a fold."""
@@ -161,11 +161,7 @@ class Choosing:
 
 def measured_task(job: Job, recipe: Recipe, rows: Rows) -> Task:
     """The task of a recipe, measured on these rows."""
-    options = {name: value for name, value in recipe.data if name in TASK_OPTIONS}
-    return build_task(recipe.data.task, job.dataset, rows, **options)
-
-
-TASK_OPTIONS = ("class_weights", "label_smoothing", "focal_gamma")
+    return build_task(recipe.data.task, job.dataset, rows, **recipe.data.task_options())
 
 
 def recoded(given: Task, asked: Task, outputs: Tensor) -> Tensor:
