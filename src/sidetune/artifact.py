@@ -22,7 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sidetune.backbones.base import Identity, Variant
+from sidetune.backbones.base import Backbone, Identity, Variant
+from sidetune.baselines import BASELINES
+from sidetune.baselines.base import BaselineRecipe
 from sidetune.errors import (
     ArtifactError,
     RequestError,
@@ -177,6 +179,7 @@ def build_model(
     final_norm: FinalNorm | None,
     *,
     drop_paths: Sequence[float] | None = None,
+    backbone: Backbone | None = None,
 ) -> SideModel:
     """The model that a recipe describes, its parameters not yet drawn or loaded.
 
@@ -186,10 +189,16 @@ def build_model(
         num_outputs: K.
         final_norm: the backbone's.
         drop_paths: one a member; None: one member, with the recipe's.
+        backbone: whose blocks a baseline runs; sides need none.
 
     Raises:
         SideError: the side cannot read these taps, or pools in a way that no task reads.
+        BackboneError: a baseline is asked for, and the backbone cannot be taken apart.
     """
+    if isinstance(recipe.side, BaselineRecipe):
+        assert backbone is not None, "a baseline is built around a backbone"
+        baseline = BASELINES[recipe.side.name](spec, backbone.stages(), recipe.side)
+        return SideModel(baseline, num_outputs, norm=recipe.head.norm, final_norm=final_norm)
     arguments = recipe.side.arguments()
     if recipe.side.name in SOLVED:
         arguments.pop("l2")  # a choice of the solver, not of the module

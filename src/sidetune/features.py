@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sidetune.errors import RequestError, nearest
 
-TapKind = Literal["embedding", "block", "attention", "ffn"]
+TapKind = Literal["image", "embedding", "block", "attention", "ffn"]
 PrefixPer = Literal["clip", "frame"]
 
 
@@ -34,9 +34,11 @@ class Tap:
     """One place in the backbone that is read.
 
     Args:
-        name: unique in a spec: ``embedding``, ``block.1`` .. ``block.L``, ``attention.l``, ``ffn.l``.
-        kind: what is read there: the embedding z_0, the residual stream after a block, or the
-            output of a block's attention or feed-forward branch before the residual sum.
+        name: unique in a spec: ``image``, ``embedding``, ``block.1`` .. ``block.L``, ``attention.l``,
+            ``ffn.l``.
+        kind: what is read there: the prepared image, whose tokens are pixels of width 3; the embedding
+            z_0; the residual stream after a block; or the output of a block's attention or
+            feed-forward branch before the residual sum.
         width: D, channels a token.
         grid: (T, H, W) of the patch tokens. T counts tokens, not frames.
         num_prefix: class, distillation and register tokens in front of each unit.

@@ -35,7 +35,7 @@ from sidetune.job import Job, Work
 from sidetune.leaks import Leaks
 from sidetune.memory import PeakMemory
 from sidetune.methods import Row, fit_methods, score
-from sidetune.opening import Part, look_for_leaks, open_jobs, reads, ready_backbone
+from sidetune.opening import Part, look_for_leaks, open_jobs, reads, ready_backbone, refuse_baseline
 from sidetune.outcome import write_job
 from sidetune.recipe import Recipe
 from sidetune.report import write_report
@@ -145,6 +145,7 @@ class _How:
 
 
 def _fit(data: Path, out: Path, recipe: Recipe, backbone: Backbone | None, how: _How) -> None:
+    refuse_baseline(recipe)
     place = find_device(how.device)
     if how.store is not None:
         check_store(recipe, Path(how.store), out)

@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from sidetune.artifact import build_model
 from sidetune.backbones import build_backbone
 from sidetune.backbones.base import Backbone
+from sidetune.baselines import BASELINES
 from sidetune.data import SPLITS
 from sidetune.data.dataset import Dataset
 from sidetune.data.notes import first_frames, other_files
 from sidetune.data.views import views
-from sidetune.errors import DataError, naming
+from sidetune.errors import DataError, RequestError, naming
 from sidetune.extract import extract
 from sidetune.job import Job, Work, union
 from sidetune.leaks import Leaks, find_leaks
@@ -51,6 +52,19 @@ class Part:
     recipe: Recipe
     dataset: Dataset
     out: Path
+
+
+def refuse_baseline(recipe: Recipe) -> None:
+    """A baseline has no artifact: what it trains is of no use without the backbone's own blocks.
+
+    Raises:
+        RequestError: the recipe asks for one.
+    """
+    if recipe.side.name in BASELINES:
+        raise RequestError(
+            f"{recipe.side.name} is a baseline, which is measured and not kept. Type: --side losa, or "
+            f"sidetune bench accuracy --methods losa,{recipe.side.name}"
+        )
 
 
 def ready_backbone(
@@ -140,7 +154,8 @@ def reads(recipe: Recipe, backbone: Backbone, num_outputs: int) -> tuple[str, ..
     """Taps whose features any member reads. Solved sides read summaries alone."""
     with torch.device("meta"):
         built = [
-            build_model(one.recipe, backbone.spec, num_outputs, backbone.norm) for one in variations(recipe)
+            build_model(one.recipe, backbone.spec, num_outputs, backbone.norm, backbone=backbone)
+            for one in variations(recipe)
         ]
     if recipe.side.name in SOLVED:
         return ()

@@ -15,9 +15,10 @@ from typing import Annotated, Any, Literal, Self
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError
 
 from sidetune.backbones.base import Precision, canonical_json
+from sidetune.baselines import BASELINES, AnyBaselineRecipe
 from sidetune.data.dataset import TaskKind
 from sidetune.errors import RecipeError, nearest
 from sidetune.model import NormKind
@@ -26,6 +27,7 @@ from sidetune.sides.losa import LosaRecipe
 from sidetune.store import DTypeName
 
 SHOWN = 200  # characters of a value that an error repeats
+METHODS = {*SIDES, *BASELINES}
 
 
 # settings that came after runs did: where they are left alone, a recipe's hash does not know them
@@ -212,7 +214,7 @@ class Recipe(Part):
     data: DataRecipe = DataRecipe()
     backbone: BackboneRecipe = BackboneRecipe()
     features: FeaturesRecipe = FeaturesRecipe()
-    side: AnySideRecipe = LosaRecipe()
+    side: Annotated[AnySideRecipe | AnyBaselineRecipe, Discriminator("name")] = LosaRecipe()
     head: HeadRecipe = HeadRecipe()
     train: TrainRecipe = TrainRecipe()
     fleet: FleetRecipe = FleetRecipe()
@@ -235,7 +237,7 @@ class Recipe(Part):
                 raise RecipeError(_not_a_setting(setting, path, text))
             fields.setdefault(part, {})[field] = _value(setting, text)
         name = fields.get("side", {}).setdefault("name", "losa") if "side" in fields else "losa"
-        if not isinstance(name, str) or name not in SIDES:
+        if not isinstance(name, str) or name not in METHODS:
             raise RecipeError(f"no side named {_short(name)}.{nearest(str(name), SIDES)}")
         try:
             recipe = cls.model_validate(fields)
@@ -336,7 +338,7 @@ def _message(error: ValidationError, example: Recipe) -> str:
     """The first complaint in our words: the dotted key, what was got, what was expected."""
     complaint = error.errors()[0]
     location = [str(step) for step in complaint["loc"]]
-    if location[0] == "side" and len(location) > 1 and location[1] in SIDES:
+    if location[0] == "side" and len(location) > 1 and location[1] in METHODS:
         location.pop(1)  # the union's tag is no part of the key
     if location[:2] == ["side", "taps"]:
         location = location[:2]  # below it stand the branches of its type

@@ -172,7 +172,14 @@ def _fitted(job: Job, member: Member, trained: Trained, window: int | None, peak
 def _build(job: Job, training: Summary | None, recipes: Sequence[Recipe], num_outputs: int) -> SideModel:
     """M members of one architecture, on the backbone's device."""
     rates = [getattr(recipe.side, "drop_path", 0.0) for recipe in recipes]
-    model = build_model(recipes[0], job.source.spec, num_outputs, job.source.final_norm, drop_paths=rates)
+    model = build_model(
+        recipes[0],
+        job.source.spec,
+        num_outputs,
+        job.source.final_norm,
+        drop_paths=rates,
+        backbone=job.backbone,
+    )
     if training is not None:
         model.side.tap_scale.copy_(training.select(model.side.spec).tap_scale())
     return model.to(job.backbone.device)
@@ -181,7 +188,7 @@ def _build(job: Job, training: Summary | None, recipes: Sequence[Recipe], num_ou
 def described(job: Job, recipe: Recipe, num_outputs: int) -> SideModel:
     """What a recipe describes, without its numbers."""
     with torch.device("meta"):
-        return build_model(recipe, job.source.spec, num_outputs, job.source.final_norm)
+        return build_model(recipe, job.source.spec, num_outputs, job.source.final_norm, backbone=job.backbone)
 
 
 def _window(job: Job, layout: Layout | None, asked: int | None) -> int | None:

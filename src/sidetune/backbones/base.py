@@ -7,7 +7,9 @@ loaded, the architecture and its arguments, the preprocessing. *Variant* is how 
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import itertools
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -18,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from sidetune.data.preprocess import Preprocess, built_in_image
-from sidetune.features import Features, FinalNorm, Spec
+from sidetune.errors import BackboneError
+from sidetune.features import Features, FinalNorm, Spec, Tap
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Resize = Literal["squash", "crop"]
@@ -90,6 +93,21 @@ class Variant:
         return cls(**{**fields, "taps": tuple(fields["taps"])})
 
 
+@dataclass(frozen=True)
+class Stages:
+    """A backbone taken apart. The modules are its own, never to be changed.
+
+    Args:
+        embed: images (B, 3, size, size) -> the tokens (B, N, D) that enter block 1.
+        blocks: each tokens -> tokens.
+        tap: of the last block: grid and prefix of all these tokens.
+    """
+
+    embed: nn.Module
+    blocks: tuple[nn.Module, ...]
+    tap: Tap
+
+
 class Backbone(ABC):
     """A frozen feature source: images (B, 3, size, size) -> `Features`.
 
@@ -118,6 +136,17 @@ class Backbone(ABC):
     def to(self, device: torch.device | str) -> Self:
         """Move the backbone to a device; returns itself."""
 
+    def stages(self) -> Stages:
+        """Embedding and blocks, for what runs or changes them one by one.
+
+        Raises:
+            BackboneError: it cannot be taken apart.
+        """
+        raise BackboneError(
+            f"{self.identity.architecture} cannot be taken apart into blocks, expected a plain vision "
+            "transformer. Type: --backbone timm:vit_base_patch16_224"
+        )
+
     @torch.no_grad()
     def check_values(self) -> dict[str, tuple[float, float]]:
         """Mean and standard deviation a tap on the built-in image: measured at save and at load."""
@@ -136,6 +165,12 @@ def weights_digest(module: nn.Module) -> str:
         flat = tensor.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def shared_copy(module: nn.Module) -> nn.Module:
+    """Modules of its own around the same tensors: what is put into the copy is not in the module."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
 def canonical_json(value: Any) -> str:  # noqa: ANN401 - any JSON value

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sidetune.backbones.base import Precision, Resize
+from sidetune.backbones.base import Precision, Resize, Stages
 from sidetune.backbones.hooked import HookedBackbone
 from sidetune.backbones.timm import build_vit
-from sidetune.backbones.vit import run_vit, vit_parts
+from sidetune.backbones.vit import run_vit, vit_parts, vit_stages
 from sidetune.errors import BackboneError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -70,6 +70,10 @@ class DemoBackbone(HookedBackbone):
 
     def _forward(self, images: Tensor) -> object:
         return run_vit(self.module, images)
+
+    def stages(self) -> Stages:
+        """See `Backbone.stages`."""
+        return vit_stages(self.module, self.available.blocks[-1])
 
 
 def demo_weights() -> dict[str, Tensor]:

@@ -19,10 +19,10 @@ from timm.models import model_entrypoint, split_model_name_tag
 from torch import Tensor
 
 from sidetune import keyed
-from sidetune.backbones.base import Precision, Resize
+from sidetune.backbones.base import Precision, Resize, Stages
 from sidetune.backbones.checkpoint import HUB_FILES, load_weights, read_checkpoint
 from sidetune.backbones.hooked import HookedBackbone
-from sidetune.backbones.vit import ViT, pretrained_config, run_vit, vit_parts
+from sidetune.backbones.vit import ViT, pretrained_config, run_vit, vit_parts, vit_stages
 from sidetune.errors import BackboneError, nearest
 
 # timm's files whose models keep one width and one grid from the first block to the last.
@@ -32,11 +32,11 @@ FAMILIES = ("vision_transformer", "vision_transformer_hybrid", "deit", "eva", "b
 class TimmBackbone(HookedBackbone):
     """A vision transformer of timm, without its classifier.
 
-    Taps: ``embedding`` is z_0, the tokens that enter block 1 (class, distillation and register
-    tokens in front); ``block.l`` the output of block l before the final norm; ``attention.l`` and
-    ``ffn.l`` the branches as they are added to the residual stream: behind LayerScale, and behind
-    the norm of a post-norm block. Blocks that run both branches side by side offer no branch taps.
-    Embedding and blocks are read by default.
+    Taps: ``image`` is the prepared image, a token a pixel; ``embedding`` is z_0, the tokens that enter
+    block 1 (class, distillation and register tokens in front); ``block.l`` the output of block l before
+    the final norm; ``attention.l`` and ``ffn.l`` the branches as they are added to the residual stream:
+    behind LayerScale, and behind the norm of a post-norm block. Blocks that run both branches side by
+    side offer no branch taps. Embedding and blocks are read by default.
 
     The final norm is the model's ``norm``, or the ``fc_norm`` of models that pool first; None
     where that is not a LayerNorm.
@@ -76,6 +76,10 @@ class TimmBackbone(HookedBackbone):
 
     def _forward(self, images: Tensor) -> object:
         return run_vit(self.module, images)
+
+    def stages(self) -> Stages:
+        """See `Backbone.stages`."""
+        return vit_stages(self.module, self.available.blocks[-1])
 
 
 def build_vit(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sidetune import keyed
-from sidetune.backbones.base import Identity, Precision, Resize, weights_digest
+from sidetune.backbones.base import Identity, Precision, Resize, Stages, shared_copy, weights_digest
 from sidetune.backbones.hooked import HookedBackbone, Parts, Place, check_choice, check_size, final_norm
 from sidetune.data.preprocess import Preprocess
 from sidetune.features import Spec, Tap
@@ -23,7 +23,7 @@ PATCH, WIDTH, DEPTH, HEADS = 8, 32, 4, 2
 class ToyBackbone(HookedBackbone):
     """A ViT of patch 8, width 32, 4 blocks, 2 heads, a class token and a final LayerNorm.
 
-    Its weights are uniform draws, which are the same bits on every machine. Taps: ``embedding``,
+    Its weights are uniform draws, which are the same bits on every machine. Taps: ``image``, ``embedding``,
     and ``attention.l``, ``ffn.l``, ``block.l`` for l = 1..4; embedding and blocks by default.
 
     Args:
@@ -53,6 +53,14 @@ class ToyBackbone(HookedBackbone):
     def _forward(self, images: Tensor) -> object:
         return self.module(images)
 
+    def stages(self) -> Stages:
+        """See `Backbone.stages`."""
+        embed = shared_copy(self.module)
+        assert isinstance(self.module, ToyViT) and isinstance(embed, ToyViT)
+        embed.blocks = nn.Sequential()
+        embed.add_module("norm", nn.Identity())
+        return Stages(embed, tuple(self.module.blocks), self.available.blocks[-1])
+
 
 def _parts(size: int, seed: int, resize: Resize) -> Parts:
     # The layers' own start draws from the global generator: leave that as it was.
@@ -62,8 +70,8 @@ def _parts(size: int, seed: int, resize: Resize) -> Parts:
     preprocess = Preprocess(size=size, resize=resize)
     side = size // PATCH
     tap = partial(Tap, width=WIDTH, grid=(1, side, side), num_prefix=1, cls_index=0)
-    taps = [tap("embedding", "embedding")]
-    places = [Place("embedding", module.blocks[0], "input")]
+    taps = [Tap("image", "image", width=3, grid=(1, size, size)), tap("embedding", "embedding")]
+    places = [Place("image", module.patches, "input"), Place("embedding", module.blocks[0], "input")]
     for number, block in enumerate(module.blocks, start=1):
         assert isinstance(block, _Block)
         taps += [

@@ -14,7 +14,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from sidetune.backbones.base import Identity, Resize, weights_digest
+from sidetune.backbones.base import Identity, Resize, Stages, shared_copy, weights_digest
 from sidetune.backbones.hooked import Parts, Place, check_choice, check_size, final_norm
 from sidetune.data.preprocess import Preprocess
 from sidetune.errors import BackboneError
@@ -54,6 +54,38 @@ def vit_parts(model: ViT, arguments: Mapping[str, Any], *, size: int | None, res
     spec, places = _taps(model)
     versions = {"timm": timm.__version__}
     return Parts(model, spec, places, preprocess, identity, _norm(model), versions)
+
+
+def vit_stages(model: nn.Module, tap: Tap) -> Stages:
+    """A model taken apart: embedding and blocks.
+
+    Args:
+        model: whose blocks take tokens and nothing else.
+        tap: of the last block.
+
+    Raises:
+        BackboneError: its blocks take more than tokens, as those with rotary positions do.
+    """
+    if not isinstance(model, VisionTransformer):
+        raise BackboneError(
+            f"the blocks of {type(model).__name__} take more than tokens, expected a plain VisionTransformer "
+            "of timm. Type: --backbone timm:vit_base_patch16_224"
+        )
+    embed = shared_copy(model)
+    assert isinstance(embed, VisionTransformer)
+    embed.blocks, embed.norm = nn.Sequential(), nn.Identity()
+    return Stages(_Embed(embed), tuple(model.blocks), tap)
+
+
+class _Embed(nn.Module):
+    """Images -> the tokens that enter block 1."""
+
+    def __init__(self, model: VisionTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return run_vit(self.model, images)
 
 
 def _set_size(model: ViT, size: int | None) -> int:
@@ -100,8 +132,9 @@ def _taps(model: ViT) -> tuple[Spec, tuple[Place, ...]]:
         num_prefix=model.num_prefix_tokens,
         cls_index=None if model.cls_token is None else 0,
     )
-    taps = [tap("embedding", "embedding")]
-    places = [Place("embedding", model.blocks[0], "input")]
+    pixels = Tap("image", "image", width=3, grid=(1, *model.patch_embed.img_size))
+    taps = [pixels, tap("embedding", "embedding")]
+    places = [Place("image", model.patch_embed, "input"), Place("embedding", model.blocks[0], "input")]
     for number, block in enumerate(model.blocks, start=1):
         if hasattr(block, "drop_path1") and hasattr(block, "drop_path2"):
             # Drop path is the last thing before the sum, and the identity in eval mode.

@@ -47,6 +47,7 @@ class Side(nn.Module, ABC):
         members: M, networks trained together.
         pool: ``mean`` of patch tokens, ``cls``, ``cls+mean`` concatenated, mean of ``all`` tokens, or
             ``tokens``: no pooling, for tasks that ask for tokens.
+        out: the tap whose shape the final tokens have; None: the last of `spec`.
 
     A side's `tap_scale` (one number a tap, ones until measured) multiplies each tap as it is read.
     A side of the ``fast`` form gives threads their work itself (`sidetune.sides.chunks`).
@@ -55,11 +56,12 @@ class Side(nn.Module, ABC):
     tap_scale: Tensor
     form: Form = "textbook"
 
-    def __init__(self, spec: Spec, *, members: int = 1, pool: Pool = "mean") -> None:
+    def __init__(self, spec: Spec, *, members: int = 1, pool: Pool = "mean", out: Tap | None = None) -> None:
         super().__init__()
+        self.out = spec.last if out is None else out
         if pool not in get_args(Pool):
             raise SideError(f"pool is {pool!r}.{nearest(pool, get_args(Pool))} Type: --set side.pool=mean")
-        if pool in ("cls", "cls+mean") and spec.last.cls_index is None:
+        if pool in ("cls", "cls+mean") and self.out.cls_index is None:
             raise SideError(
                 f"pool {pool!r} needs a class token and this backbone has none. Type: --set side.pool=mean"
             )
@@ -74,7 +76,7 @@ class Side(nn.Module, ABC):
     @property
     def width(self) -> int:
         """Width of what `forward` returns: D, or 2D for ``cls+mean``."""
-        return self.spec.last.width * (2 if self.pool == "cls+mean" else 1)
+        return self.out.width * (2 if self.pool == "cls+mean" else 1)
 
     @property
     def halves(self) -> int:
@@ -95,7 +97,7 @@ class Side(nn.Module, ABC):
         Returns:
             (M, B, width), or (M, B, N, D) with pool ``tokens``.
         """
-        pooled = pool_tokens(self.tokens(features, draws), self.spec.last, self.pool, features.mask)
+        pooled = pool_tokens(self.tokens(features, draws), self.out, self.pool, features.mask)
         return pooled.expand(self.members, *pooled.shape[1:])
 
     def shares(self, features: Features) -> Tensor | None:
@@ -103,7 +105,7 @@ class Side(nn.Module, ABC):
 
         None where pooling is no such sum. Outside training.
         """
-        return token_shares(self.tokens(features), self.spec.last, self.pool, features.mask)
+        return token_shares(self.tokens(features), self.out, self.pool, features.mask)
 
     def scaled(self, features: Features, name: str) -> Tensor:
         """A tap times its scale: (B, N, D), at least in the precision of the side."""

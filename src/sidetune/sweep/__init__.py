@@ -37,7 +37,7 @@ from sidetune.files import locked, write_json
 from sidetune.fit import check_apart, check_store
 from sidetune.job import Job
 from sidetune.memory import PeakMemory
-from sidetune.opening import Part, open_jobs, ready_backbone
+from sidetune.opening import Part, open_jobs, ready_backbone, refuse_baseline
 from sidetune.recipe import FleetRecipe, Recipe
 from sidetune.runs import Run, check_free, default_store, differences, is_begun, read_object
 from sidetune.side_fit import open_fleet
@@ -144,6 +144,7 @@ def _chosen(data: Path, on: str | None, folds: int | str | None) -> dict[str, An
 
 
 def _check_request(asked: dict[str, Any], recipe: Recipe) -> None:
+    refuse_baseline(recipe)
     folds = asked["folds"]
     if isinstance(folds, str) and folds != "column":
         raise RequestError(f"--folds is {folds!r}, expected 2 or more, or column. Type: --folds 5")
