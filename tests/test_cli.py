@@ -177,7 +177,7 @@ def test_without_a_test_split_the_interval_is_of_validation(run_cli, tmp_path):
     [
         (
             ["--side", "loza"],
-            "no side named 'loza'. Did you mean 'losa'? Known: attentive, last, linear, losa",
+            "no side named 'loza'. Did you mean 'losa'? Known: attentive, bypass, fusion, ladder, last, linear, losa",
         ),
         (["--backbone", "toi"], "no backbone named 'toi'. Did you mean 'toy'? Known: demo, timm:MODEL, toy."),
         (["--set", "train.epoch=3"], "no setting 'train.epoch'. Did you mean 'train.epochs'?"),
@@ -478,7 +478,10 @@ def test_predict_on_what_is_no_run_exits_1(run_cli, image_folder):
 
 @pytest.mark.parametrize(
     ("command", "names"),
-    [("sides", ["attentive", "last", "linear", "losa", "ridge"]), ("backbones", ["demo", "timm", "toy"])],
+    [
+        ("sides", ["attentive", "bypass", "fusion", "ladder", "last", "linear", "losa", "ridge"]),
+        ("backbones", ["demo", "timm", "toy"]),
+    ],
 )
 def test_names_are_listed_with_what_they_are(run_cli, command, names):
     code, out, err = run_cli(command)

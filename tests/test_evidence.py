@@ -21,12 +21,15 @@ SPEC = Spec((Tap("embedding", "embedding", 6, (1, 2, 3), 2, "clip", 0), *TAPS))
 FRAMES = Tap("block.1", "block", 6, (3, 2, 2), 1, "frame", 0)
 
 
+SMALL = {"fusion": {"heads": 2}, "ladder": {"reduction": 2, "heads": 1}}
+
+
 def random_model(name: str, pool: str = "mean", norm: str = "backbone") -> tuple[SideModel, Features]:
     keyed = generator(0, "evidence")
     kind = SIDES[name]
     spec = kind.reads(SPEC)
-    pooled = {} if name in ("attentive", "ridge") else {"pool": pool}
-    side = kind(spec, members=1, **pooled)
+    arguments = {} if name in ("attentive", "fusion", "ridge") else {"pool": pool}
+    side = kind(spec, members=1, **arguments, **SMALL.get(name, {}))  # type: ignore[arg-type]
     final = FinalNorm(torch.rand(6, generator=keyed), torch.randn(6, generator=keyed), 1e-5)
     model = SideModel(side, 3, norm=norm, final_norm=final).double().eval()  # type: ignore[arg-type]
     with torch.no_grad():
@@ -37,7 +40,7 @@ def random_model(name: str, pool: str = "mean", norm: str = "backbone") -> tuple
 
 
 @pytest.mark.parametrize("norm", ["backbone", "trained", "none"])
-@pytest.mark.parametrize("name", ["losa", "last", "linear", "attentive"])
+@pytest.mark.parametrize("name", ["losa", "last", "linear", "attentive", "ladder", "bypass"])
 def test_patches_and_prefix_add_up_to_the_difference_of_outputs(name: str, norm: str) -> None:
     model, features = random_model(name, norm=norm)
     a, b = torch.tensor([0, 1, 2, 0, 1]), torch.tensor([1, 2, 0, 2, 0])
@@ -73,7 +76,7 @@ def prefix_evidence(model: SideModel, features: Features, a: torch.Tensor, b: to
 def test_shares_add_up_to_what_is_pooled(name: str) -> None:
     model, features = random_model(name)
     shares = model.side.shares(features)
-    if name == "ridge":
+    if name in ("ridge", "fusion"):
         assert shares is None
         return
     assert shares is not None
@@ -94,7 +97,7 @@ def test_shares_of_any_pooling_add_up(pool: str, masked: bool, tap: Tap) -> None
 
 def test_where_patches_do_not_reach_the_head_there_is_no_map() -> None:
     answer = torch.zeros(5, dtype=torch.int64)
-    for name, pool in (("losa", "cls"), ("ridge", "mean")):
+    for name, pool in (("losa", "cls"), ("ridge", "mean"), ("fusion", "mean")):
         model, features = random_model(name, pool, "none")
         assert patch_evidence(model, features, answer, answer + 1) is None
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fitted_runs import toy_recipe
-from sidetune import fit, load
+from sidetune import SIDES, fit, load
 
 pytestmark = [
     pytest.mark.gpu,
@@ -12,7 +12,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("side", ["losa", "last", "attentive", "linear", "ridge"])
+@pytest.mark.parametrize("side", sorted(SIDES))
 @pytest.mark.parametrize("mode", ["stored", "live"])
 def test_a_run_fitted_on_a_gpu_serves_on_a_cpu(image_folder, tmp_path, side, mode):
     recipe = toy_recipe(side, f"features.mode={mode}")

@@ -35,6 +35,14 @@ def last(width: int, _: int, blocks: int, rank: int = 4) -> int:
     return (blocks + 1) * (4 * width * rank + 2 * width)
 
 
+def ladder(width: int, _: int, blocks: int, reduction: int = 2) -> int:
+    narrow = width // reduction
+    per_block = 12 * narrow * narrow + 4 * narrow + 1
+    return (blocks + 2) * width * narrow + blocks * per_block + 2 * narrow
+
+
+LADDER = {"reduction": 2, "heads": 3}
+
 ROWS = {
     "losa": Row("losa", losa, {"rank": 3}),
     "losa token->channel": Row("losa", losa, {"rank": 3, "order": "token->channel"}),
@@ -50,10 +58,20 @@ ROWS = {
     "last every 2": Row("last", lambda D, N, L: last(D, N, L // 2), {"rank": 4, "every": 2}),
     "last without z_L": Row("last", last, {"rank": 4, "keep_last": False}, is_probe_at_start=False),
     "attentive": Row("attentive", lambda D, N, L: D + D * D, probe_pool="all"),
+    "bypass": Row("bypass", lambda D, N, L: 4 * L * D * 3, {"rank": 3}, is_probe_at_start=False),
+    "bypass every 2": Row(
+        "bypass", lambda D, N, L: 2 * L * D * 3, {"rank": 3, "every": 2}, is_probe_at_start=False
+    ),
+    "fusion": Row("fusion", lambda D, N, L: D + 3 * D * D, {"heads": 3}, is_probe_at_start=False),
+    "ladder": Row("ladder", ladder, LADDER),
+    "ladder cls+mean": Row("ladder", ladder, {**LADDER, "pool": "cls+mean"}, probe_pool="cls+mean"),
+    "ladder every 2": Row("ladder", lambda D, N, L: ladder(D, N, L // 2), {**LADDER, "every": 2}),
+    "ladder without b_L": Row("ladder", ladder, {**LADDER, "keep_last": False}, is_probe_at_start=False),
     "linear": Row("linear", lambda D, N, L: 0, {"pool": "cls+mean"}, probe_pool="cls+mean"),
     "ridge": Row("ridge", lambda D, N, L: 0, is_probe_at_start=False),
 }
 TRAINED = [name for name, row in ROWS.items() if row.side not in SOLVED]
+DROPPING = ["losa", "last", "ladder"]
 every_row = pytest.mark.parametrize("name", ROWS)
 every_trained = pytest.mark.parametrize("name", TRAINED)
 
@@ -112,6 +130,9 @@ def test_counts_of_the_papers() -> None:
     vit_b = make_spec(768, 12, (1, 14, 14))
     assert SIDES["losa"](vit_b, rank=8).num_parameters() == 185_280  # 0.19 M published
     assert SIDES["last"](vit_b, rank=16).num_parameters() == 658_944  # 0.66 M published
+    assert SIDES["bypass"](vit_b, rank=11).num_parameters() == 405_504  # 0.4 M published
+    assert SIDES["ladder"](vit_b).num_parameters() == 2_364_108  # about 2.4 M
+    assert SIDES["fusion"](vit_b).num_parameters() == 1_770_240
 
 
 @every_row
@@ -210,7 +231,7 @@ def test_masked_tokens_do_not_matter(name: str) -> None:
         assert not torch.allclose(clean[:, 1:], unmasked[:, 1:])
 
 
-@pytest.mark.parametrize("name", ["losa", "last"])
+@pytest.mark.parametrize("name", DROPPING)
 @pytest.mark.parametrize(
     ("rates", "says"),
     [
@@ -227,7 +248,7 @@ def test_drop_path_that_cannot_be(name: str, rates: list[float], says: str) -> N
     assert str(caught.value) == says
 
 
-@pytest.mark.parametrize("name", ["losa", "last"])
+@pytest.mark.parametrize("name", DROPPING)
 def test_drop_path_is_keyed_by_member_and_step(name: str) -> None:
     model = draw_all(make_model(name, (0, 1, 0), drop_path=0.5)).train()
     features = make_features(batch=16)
@@ -247,6 +268,11 @@ def test_drop_path_is_keyed_by_member_and_step(name: str) -> None:
         ("losa", {"first_state": "z_0"}, make_spec().select(["block.1", "block.4"]), "first_state=b_L"),
         ("last", {}, make_spec().select(["block.1", "block.4"]), "last reads the tap 'embedding'"),
         ("last", {"heads": 3}, make_spec(), "heads 3 does not divide rank 16"),
+        ("ladder", {}, make_spec().select(["block.1", "block.4"]), "ladder reads the tap 'embedding'"),
+        ("ladder", {}, make_spec(), "reduction 8 does not divide width 12. Type: --set side.reduction=1"),
+        ("ladder", {"reduction": 2}, make_spec(), "heads 4 does not divide width 6. Type: --set side.heads"),
+        ("bypass", {}, make_spec().select(["block.4"]), "bypass reads the tap 'embedding' and got block.4"),
+        ("fusion", {"heads": 5}, make_spec(), "heads 5 does not divide width 12. Type: --set side.heads=1"),
         ("losa", {}, make_spec().select(["embedding"]), "losa reads block taps and got embedding"),
         ("losa", {"every": 0}, make_spec(), "every is 0, expected 1 or more"),
         (

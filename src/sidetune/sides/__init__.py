@@ -8,17 +8,31 @@ from pydantic import Discriminator
 
 from sidetune.sides.attentive import Attentive, AttentiveRecipe
 from sidetune.sides.base import Side
+from sidetune.sides.bypass import Bypass, BypassRecipe
+from sidetune.sides.fusion import Fusion, FusionRecipe
+from sidetune.sides.ladder import Ladder, LadderRecipe
 from sidetune.sides.last import Last, LastRecipe
 from sidetune.sides.linear import Linear, LinearRecipe
 from sidetune.sides.losa import Losa, LosaRecipe
 from sidetune.sides.ridge import Ridge, RidgeRecipe
 
 AnySideRecipe = Annotated[
-    AttentiveRecipe | LastRecipe | LinearRecipe | LosaRecipe | RidgeRecipe, Discriminator("name")
+    AttentiveRecipe
+    | BypassRecipe
+    | FusionRecipe
+    | LadderRecipe
+    | LastRecipe
+    | LinearRecipe
+    | LosaRecipe
+    | RidgeRecipe,
+    Discriminator("name"),
 ]
 
 SIDES: dict[str, type[Side]] = {
     "attentive": Attentive,
+    "bypass": Bypass,
+    "fusion": Fusion,
+    "ladder": Ladder,
     "last": Last,
     "linear": Linear,
     "losa": Losa,

@@ -299,3 +299,16 @@ def kept_blocks(spec: Spec, every: int, side: str) -> tuple[Tap, ...]:
             f"{side} needs block taps of one width and one grid, got {shapes}. Type: --side ridge"
         )
     return kept
+
+
+def need_embedding(spec: Spec, side: str) -> None:
+    """Refuse taps without the embedding.
+
+    Raises:
+        SideError: there is none.
+    """
+    if "embedding" not in spec.names:
+        raise SideError(
+            f"{side} reads the tap 'embedding' and got {', '.join(spec.names)}. "
+            "Type: --set backbone.taps=null"
+        )

@@ -37,6 +37,7 @@ from sidetune.sides.base import (
     kept_blocks,
     known_form,
     member_rates,
+    need_embedding,
     normal_start,
 )
 from sidetune.sides.last_fast import pooled_last
@@ -98,11 +99,7 @@ class Last(Side):
         self.keep_last, self.heads = keep_last, heads
         self.drop_path = member_rates(drop_path, members)
         self.form = known_form(form)
-        if "embedding" not in spec.names:
-            raise SideError(
-                f"last reads the tap 'embedding' and got {', '.join(spec.names)}. "
-                "Type: --set backbone.taps=null"
-            )
+        need_embedding(spec, "last")
         if rank % heads:
             raise SideError(f"heads {heads} does not divide rank {rank}. Type: --set side.heads=1")
         self.attention = nn.ModuleList(

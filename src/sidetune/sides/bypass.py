@@ -1,0 +1,96 @@
+"""Res-Tuning-Bypass (Jiang et al., NeurIPS 2023, arXiv 2310.19859).
+
+    x_0 = z_0
+    x_l = Lat_l(b_l) + Ver_l(x_{l-1}),  l = 1..L               tokens = x_L
+    Lat, Ver: A(x) = x + GELU(x W_down) W_up
+
+A lateral and a vertical residual adapter a layer, on features out of which no gradient leads; z_0 is the
+embedding, b_l the frozen pre-norm output of block l. The sum, the residual adapters and their GELU are read
+in the authors' code. It has biases, and draws W_up (Xavier); here there are no biases and W_up starts at
+zero, as in every side. The paper's text weighs the two by lambda and 1 - lambda, the code adds them. At the
+start x_L is therefore the sum of z_0 and all b_l: not the linear probe, unlike the other sides.
+
+Nothing mixes tokens: what an answer knows of the image beyond single tokens comes from the backbone.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from sidetune.features import Features, Spec
+from sidetune.keyed import Draws
+from sidetune.sides.base import (
+    MemberModule,
+    Pool,
+    Side,
+    SideRecipe,
+    kept_blocks,
+    need_embedding,
+    normal_start,
+)
+
+
+class BypassRecipe(SideRecipe):
+    """The bypass' dials. See `Bypass`."""
+
+    name: Literal["bypass"] = "bypass"
+    rank: int = Field(11, ge=1)
+    pool: Pool = "mean"
+    every: int = Field(1, ge=1)
+
+
+class Bypass(Side):
+    """Res-Tuning-Bypass over the embedding and the block taps.
+
+    Parameters a member: 4 * L * D * w, L the blocks that are read.
+
+    Args:
+        spec: the tap ``embedding`` and block taps of one width and grid.
+        rank: w, width of an adapter's bottleneck; 11 gives the paper's 0.4 M on ViT-B.
+        members: M.
+        pool: see `Side`.
+        every: read every k-th block, counted back from L.
+
+    Raises:
+        SideError: no embedding or block taps, or unequal shapes.
+    """
+
+    def __init__(
+        self, spec: Spec, *, rank: int = 11, members: int = 1, pool: Pool = "mean", every: int = 1
+    ) -> None:
+        super().__init__(spec, members=members, pool=pool)
+        need_embedding(spec, "bypass")
+        self.blocks = kept_blocks(spec, every, "bypass")
+        width = self.blocks[-1].width
+        self.lateral = nn.ModuleList(Adapter(members, width, rank) for _ in self.blocks)
+        self.vertical = nn.ModuleList(Adapter(members, width, rank) for _ in self.blocks)
+
+    def tokens(self, features: Features, draws: Draws | None = None) -> Tensor:
+        """x_L: (M, B, N, D)."""
+        x_MBND = self.scaled(features, "embedding")[None]
+        for tap, lateral, vertical in zip(self.blocks, self.lateral, self.vertical, strict=True):
+            x_MBND = lateral(self.scaled(features, tap.name)[None]) + vertical(x_MBND)
+        return x_MBND
+
+
+class Adapter(MemberModule):
+    """A(x) = x + GELU(x W_down) W_up."""
+
+    def __init__(self, members: int, width: int, rank: int) -> None:
+        super().__init__()
+        self.down_MDR = nn.Parameter(torch.zeros(members, width, rank))
+        self.up_MRD = nn.Parameter(torch.zeros(members, rank, width))
+
+    def start_member(self, member: int, keyed: torch.Generator) -> None:
+        """Down normal with std 1/sqrt(D), up zero."""
+        normal_start(self.down_MDR, member, self.down_MDR.shape[1], keyed)
+
+    def forward(self, x_MBND: Tensor) -> Tensor:
+        """(M or 1, B, N, D) -> (M, B, N, D)."""
+        code = F.gelu(torch.matmul(x_MBND, self.down_MDR[:, None]))
+        return x_MBND + torch.matmul(code, self.up_MRD[:, None])
