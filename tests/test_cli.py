@@ -177,7 +177,7 @@ def test_without_a_test_split_the_interval_is_of_validation(run_cli, tmp_path):
     [
         (
             ["--side", "loza"],
-            "no side named 'loza'. Did you mean 'losa'? Known: attentive, bypass, fusion, ladder, last, linear, losa",
+            "no side named 'loza'. Did you mean 'losa'? Known: attentive, bypass, fusion, ladder, last",
         ),
         (["--backbone", "toi"], "no backbone named 'toi'. Did you mean 'toy'? Known: demo, timm:MODEL, toy."),
         (["--set", "train.epoch=3"], "no setting 'train.epoch'. Did you mean 'train.epochs'?"),

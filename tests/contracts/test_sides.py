@@ -13,6 +13,7 @@ from sidetune.features import Features, FinalNorm, Spec, Tap
 from sidetune.keyed import Draws, generator
 from sidetune.model import SideModel
 from sidetune.sides import SIDES, SOLVED
+from sidetune.sides.base import kept_blocks
 
 WIDTH, BLOCKS, CLASSES = 12, 4, 3
 
@@ -259,6 +260,19 @@ def test_drop_path_is_keyed_by_member_and_step(name: str) -> None:
     assert torch.equal(first[1], solo[1])
     assert not torch.equal(first[0], solo[0])
     assert torch.equal(model.eval()(features), model(features))
+
+
+def test_branches_are_read_like_blocks_where_they_are_tapped() -> None:
+    taps = [Tap("embedding", "embedding", 8, (1, 2, 2))]
+    for i in (1, 2):
+        taps += [Tap(f"attention.{i}", "attention", 8, (1, 2, 2)), Tap(f"ffn.{i}", "ffn", 8, (1, 2, 2))]
+    spec = Spec((*taps, Tap("block.2", "block", 8, (1, 2, 2))))
+    assert [tap.name for tap in kept_blocks(spec, 1, "losa")] == list(spec.names[1:])
+    assert [tap.name for tap in kept_blocks(spec, 2, "losa")] == ["attention.1", "attention.2", "block.2"]
+    attention = spec.select(["attention.1", "attention.2", "block.2"])
+    side = SIDES["losa"](attention, rank=2)
+    features = Features(tuple(torch.ones(2, 4, 8) * i for i in (1.0, 2.0, 3.0)), attention)
+    assert torch.equal(side(features)[0], torch.full((2, 8), 3.0)), "b_L at the start, no branch"
 
 
 @pytest.mark.parametrize(

@@ -283,16 +283,20 @@ def known_form(form: Form) -> Form:
 def kept_blocks(spec: Spec, every: int, side: str) -> tuple[Tap, ...]:
     """Every k-th block tap counted back from L, in running order; all of one width and grid.
 
+    Where ``backbone.taps`` names outputs of attention or feed-forward branches, these are read like
+    blocks, each in its place; what stands last is b_L, so name ``block.L``, too.
+
     Raises:
         SideError: no block is tapped, or their shapes differ.
     """
-    if not spec.blocks:
+    read = tuple(tap for tap in spec.taps if tap.kind in ("block", "attention", "ffn"))
+    if not read:
         raise SideError(
             f"{side} reads block taps and got {', '.join(spec.names)}. Type: --set backbone.taps=null"
         )
     if every < 1:
         raise SideError(f"every is {every}, expected 1 or more. Type: --set side.every=1")
-    kept = tuple(reversed(spec.blocks[::-1][::every]))
+    kept = tuple(reversed(read[::-1][::every]))
     if len({(tap.width, tap.num_tokens) for tap in kept}) > 1:
         shapes = ", ".join(f"{tap.name} {tap.num_tokens}x{tap.width}" for tap in kept)
         raise SideError(

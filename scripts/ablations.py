@@ -1,0 +1,287 @@
+"""What each choice of LoSA and LAST is worth: results/ablations-112.jsonl.
+
+    python scripts/ablations.py ../shared/data/vtab-mini --stores runs/stores
+    python scripts/ablations.py --table
+
+Trained on train800 and scored on val200, the last epoch: test images are never looked at. Every variant
+changes one thing of the recipe as given; the other side networks stand beside them. All that read the same
+taps train in one fleet: variants as buckets, seeds as members, batches in one order. A group of variants is
+written as soon as it is done, and what stands in the file already is not trained again.
+
+`--stores` has a folder a task, as `sidetune extract --backbone demo --size 112 --out STORES/TASK` makes
+them; they are only read. Branches of attention and feed-forward layers are no part of such a store: those of
+the training and validation images are extracted into `--branches` when they are first asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ablation_sides import HYBRIDS, build_hybrid
+from numpy.typing import NDArray
+from provenance import HARDWARE, git
+
+from sidetune.backbones import build_backbone
+from sidetune.data import load_dataset
+from sidetune.data.dataset import Dataset
+from sidetune.extract import extract, sample_keys
+from sidetune.fleet import Fleet
+from sidetune.job import Job
+from sidetune.recipe import Recipe
+from sidetune.runs import environment
+from sidetune.side_fit import new_member, open_fleet, validate
+from sidetune.sources import StoredSource
+from sidetune.store import Store
+from sidetune.tasks import build_task
+from sidetune.train import train
+
+TASKS = ("shapes_count", "elpv", "sprites_ori")
+SEEDS = (0, 1)
+GROUP = 6  # variants that train together; what is lost to a kill
+OUT = Path("results/ablations-112.jsonl")
+LAYERS = range(1, 13)
+TAPS = {
+    "all": None,
+    "attention": ("embedding", *(f"attention.{i}" for i in LAYERS), "block.12"),
+    "ffn": ("embedding", *(f"ffn.{i}" for i in LAYERS), "block.12"),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table.
+
+    Args:
+        side: of the recipe.
+        name: what is changed; empty: nothing.
+        settings: the same, as ``--set`` takes it.
+        taps: a key of `TAPS`.
+    """
+
+    side: str
+    name: str = ""
+    settings: tuple[str, ...] = ()
+    taps: str = "all"
+
+    @property
+    def method(self) -> str:
+        """As result lines have it."""
+        return f"{self.side}, {self.name}" if self.name else self.side
+
+    @property
+    def fleet(self) -> tuple[str, str, str]:
+        """Variants of one fleet share it: taps, their scale, and how models are built."""
+        scale = "none" if "features.tap_scale=none" in self.settings else "rms"
+        return self.taps, scale, self.method if self.method in HYBRIDS else ""
+
+    def recipe(self, size: int, epochs: int, seed: int) -> Recipe:
+        """All of it; seeds differ in their start and drop-path, and share the order of the batches."""
+        fields = {
+            "backbone": {"name": "demo", "size": size, "taps": TAPS[self.taps]},
+            "side": {"name": self.side},
+            "train": {"epochs": epochs, "seed": seed, "order_seed": 0},
+        }
+        return Recipe.build(fields, self.settings)
+
+
+def _set(side: str, *settings: str) -> Variant:
+    return Variant(side, ", ".join(setting.partition(".")[2] for setting in settings), settings)
+
+
+VARIANTS = (
+    Variant("losa"),
+    Variant("last"),
+    _set("losa", "side.mix_tokens=false"),
+    _set("losa", "features.tap_scale=none"),
+    _set("last", "features.tap_scale=none"),
+    Variant("losa", "attention for its token mixer"),
+    Variant("last", "a static token mixer for its attention"),
+    *(_set("losa", f"side.order={order}") for order in ("token->channel", "parallel")),
+    *(_set("losa", f"side.first_state={state}") for state in ("zero", "z_0")),
+    *(_set("losa", f"side.a={a}") for a in (0.1, 0.3)),
+    *(_set("losa", f"side.rank={rank}") for rank in (2, 4, 16, 32)),
+    *(_set("losa", f"side.every={every}") for every in (2, 3)),
+    *(_set("losa", f"side.drop_path={rate}") for rate in (0.1, 0.2)),
+    *(_set("losa", f"side.pool={pool}") for pool in ("cls", "cls+mean", "all")),
+    *(_set("losa", f"head.norm={norm}") for norm in ("trained", "none")),
+    *(_set("last", f"side.rank={rank}") for rank in (4, 8, 32)),
+    *(_set("last", f"side.heads={heads}") for heads in (2, 4)),
+    _set("last", "side.keep_last=false"),
+    *(_set("last", f"side.every={every}") for every in (2, 3)),
+    *(_set("last", f"side.drop_path={rate}") for rate in (0.1, 0.2)),
+    *(_set("last", f"side.pool={pool}") for pool in ("cls", "cls+mean", "all")),
+    *(_set("last", f"head.norm={norm}") for norm in ("trained", "none")),
+    *(Variant(side, f"{taps} taps", taps=taps) for side in ("losa", "last") for taps in ("attention", "ffn")),
+    *(_set(side, f"train.lr={lr}") for side in ("losa", "last") for lr in ("3e-4", "3e-3")),
+    *(Variant(side) for side in ("attentive", "fusion", "ladder", "bypass")),
+    _set("ladder", "side.keep_last=false"),
+)
+
+
+def main() -> None:
+    """Train what is missing, write its lines."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, nargs="?", help="folder with a folder a task")
+    parser.add_argument("--stores", type=Path, default=Path("runs/stores"))
+    parser.add_argument("--branches", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--size", type=int, default=112)
+    parser.add_argument("--table", action="store_true", help="print the table, train nothing")
+    options = parser.parse_args()
+    OUT.touch()
+    if options.table:
+        print(table(_lines()))
+        return
+    if options.data is None:
+        parser.error("which data? Type: python scripts/ablations.py DATA --stores STORES")
+    if git("status", "--porcelain", "--untracked-files=no", "--", "src", "scripts"):
+        sys.exit("the tree has changes, and a result line names a commit. Type: git commit")
+    common = {
+        "command": f"python scripts/ablations.py vtab-mini --epochs {options.epochs}",
+        "commit": git("rev-parse", "HEAD"),
+        "hardware": HARDWARE,
+    }
+    tasks = options.tasks.split(",")
+    for group in _groups(tasks):
+        for name in tasks:
+            for line in _train(name, group, options):
+                _append(line | common)
+
+
+def _lines() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in OUT.read_text("utf-8").splitlines()]
+
+
+def _append(line: dict[str, Any]) -> None:
+    with OUT.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(line) + "\n")
+
+
+def _groups(tasks: Sequence[str]) -> Iterator[list[Variant]]:
+    """Variants of one fleet that lack a line, a few at a time, those that stand first first."""
+    done = {(line["method"], line["task"].partition(" ")[0], line["seed"]) for line in _lines()}
+    wanted = [(task, seed) for task in tasks for seed in SEEDS]
+    waiting = [one for one in VARIANTS if any((one.method, *pair) not in done for pair in wanted)]
+    while waiting:
+        group = [one for one in waiting if one.fleet == waiting[0].fleet][:GROUP]
+        waiting = [one for one in waiting if one not in group]
+        yield group
+
+
+def _train(name: str, group: Sequence[Variant], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Lines of a group of variants on a task."""
+    done = {(line["method"], line["task"], line["seed"]) for line in _lines()}
+    task = f"{name} at {options.size} px"
+    recipes = {
+        (one.method, seed): one.recipe(options.size, options.epochs, seed)
+        for one in group
+        for seed in SEEDS
+        if (one.method, task, seed) not in done
+    }
+    if not recipes:
+        return []
+    taps, scale, hybrid = group[0].fleet
+    job = open_job(name, taps, scale, options)
+    members = [
+        new_member(job, recipe, name=f"{method} {seed}", rows=job.split["train"])
+        for (method, seed), recipe in recipes.items()
+    ]
+    fleet = open_fleet(job, list(recipes.values()), job.split["train"])
+    if hybrid:
+        fleet.build = _scaled(fleet, partial(build_hybrid, hybrid, job.source.spec, job.source.final_norm))
+    print(f"{task}: {', '.join(one.method for one in group)}", flush=True)
+    trained = train(fleet, members, validate=partial(_at_the_end, job, options.epochs))
+    lines = []
+    for ((method, seed), recipe), member in zip(recipes.items(), members, strict=True):
+        one = trained[member.name]
+        assert one.model is not None, f"{member.name} diverged"
+        line = {"method": method, "task": task, "seed": seed, "metric": "val_accuracy"}
+        line |= {"value": one.history[-1].val["accuracy"], "loss": one.history[-1].loss}
+        line |= {"parameters": one.model.num_parameters(), "recipe": recipe.hash}
+        lines.append(line | {"environment": environment(torch.device("cpu"))})
+    return lines
+
+
+def _scaled(fleet: Fleet, build: Any) -> Any:  # noqa: ANN401 - two ways to build a model
+    """Hybrids on the tap scale that the fleet's own models have."""
+    own = fleet.build
+
+    def scaled(recipes: Sequence[Recipe], num_outputs: int) -> Any:  # noqa: ANN401 - as above
+        model = build(recipes, num_outputs)
+        model.side.tap_scale.copy_(own(recipes, num_outputs).side.tap_scale)
+        return model
+
+    return scaled
+
+
+def _at_the_end(job: Job, epochs: int, fleet: Fleet) -> dict[str, Any]:
+    """Scores after the last epoch alone."""
+    if fleet.epoch < epochs:
+        return {}
+    return validate(dict.fromkeys(fleet.names, job), fleet)  # type: ignore[return-value]
+
+
+def open_job(name: str, taps: str, scale: str, options: argparse.Namespace) -> Job:
+    """A task's features, splits and targets."""
+    dataset, store = load_dataset(options.data / name), options.stores / name
+    backbone = build_backbone("demo", size=options.size, taps=TAPS[taps])
+    if taps == "all":
+        opened = Store.open(store)
+        assert opened.plan.identity == backbone.identity, f"{store} is another backbone's"
+    else:
+        dataset = only(dataset, np.flatnonzero(dataset.split != "test"))
+        every = {tap for names in TAPS.values() for tap in names or ()}
+        whole = build_backbone("demo", size=options.size, taps=sorted(every))
+        opened = extract(dataset, whole, options.branches / name, keys=sample_keys(dataset))
+    source = StoredSource(opened, sample_keys(dataset), backbone.spec)
+    split = {part: dataset.rows(part) for part in ("train", "val")}
+    recipe = Recipe.build({"features": {"tap_scale": scale}})
+    task = build_task("classify", dataset, split["train"])
+    return Job(recipe, dataset, backbone, Path(), False, source, source.summary(), split, task, 0.0)
+
+
+def only(dataset: Dataset, rows: NDArray[np.int64]) -> Dataset:
+    """These samples of a data set without groups and folds."""
+    return replace(
+        dataset,
+        paths=tuple(dataset.paths[row] for row in rows),
+        targets=dataset.targets[rows],
+        split=dataset.split[rows],
+        group=None,
+    )
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """A row a variant: mean over seeds a task in percent, and what it is apart from the side as given."""
+    tasks = list(dict.fromkeys(line["task"] for line in lines))
+    found: dict[tuple[str, str], list[float]] = {}
+    for line in lines:
+        found.setdefault((line["method"], line["task"]), []).append(100 * line["value"])
+    mean = {key: sum(values) / len(values) for key, values in found.items()}
+    heads = ["side", "what is changed", *(task.partition(" ")[0] for task in tasks), "mean difference"]
+    rows = [heads, ["---"] * len(heads)]
+    for one in sorted(VARIANTS, key=lambda one: [*dict.fromkeys(v.side for v in VARIANTS)].index(one.side)):
+        if any((one.method, task) not in mean for task in tasks):
+            continue
+        values = [mean[one.method, task] for task in tasks]
+        apart = [value - mean[one.side, task] for value, task in zip(values, tasks, strict=True)]
+        cells = [
+            f"{v:.1f} ({d:+.1f})" if one.name else f"{v:.1f}" for v, d in zip(values, apart, strict=True)
+        ]
+        rows.append([one.side, one.name or "nothing", *cells])
+        rows[-1].append(f"{sum(apart) / len(apart):+.1f}" if one.name else "")
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+if __name__ == "__main__":
+    main()
