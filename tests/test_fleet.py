@@ -1,6 +1,7 @@
 """Many members in one pass end where each would have ended alone."""
 
 import math
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from fleets import DATA, TARGETS, build, inputs, member, recipe_of, run_all
 from sidetune.bucket import Member
 from sidetune.features import Features
 from sidetune.fleet import Fleet, TrainingSet
+from sidetune.keyed import Draws
 from sidetune.model import SideModel
 from sidetune.recipe import Recipe
 from sidetune.tasks import Classify, MultiLabel, Regress
@@ -228,3 +230,32 @@ def test_targets_of_rows_that_a_member_does_not_train_on_are_never_learnt() -> N
     assert first is not None and second is not None
     for mine, theirs in zip(first.parameters(), second.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_batch_is_let_go_before_the_next_is_asked_for(ahead) -> None:
+    """With a live backbone each is as large as all taps of a batch."""
+    made: list[weakref.ref[Features]] = []
+
+    def alive() -> int:
+        return sum(one() is not None for one in made)
+
+    def noted(rows, spec, draws):
+        found.append(alive())
+        features = inputs(rows, spec, draws)
+        made.append(weakref.ref(features.layers[0]))
+        return features
+
+    def in_order(rows, spec, view):
+        for row in rows[:4]:
+            yield noted([row], spec, Draws([0]))
+
+    found: list[int] = []
+    fleet = Fleet(replace(DATA, inputs=noted, in_order=in_order, ahead=ahead), build, 2)
+    fleet.add([member(recipe_of(epochs=1, batch_size=5))])
+    fleet.train_epoch()
+    assert len(found) == 6 and max(found) <= 2 * ahead, "those ahead, and the one in use beside them"
+    made.clear()
+    found.clear()
+    assert fleet.outputs(np.arange(4))["one"].shape == (4, 2)
+    assert found == [0] * 4

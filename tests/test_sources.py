@@ -1,5 +1,6 @@
 import importlib
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -82,6 +83,27 @@ def test_a_few_taps_of_a_source_are_the_same_taps(both):
         assert few.spec.names == ("block.1", "block.3")
         whole = source.features([3, 5])
         assert all(torch.equal(few[name], whole[name]) for name in few.spec.names)
+
+
+def test_a_live_source_holds_what_is_asked_for_and_once(both, monkeypatch):
+    _, live = both
+    rows = [0, 1, *range(5, 11)]
+    whole = live.features(rows)
+    monkeypatch.setattr(EXTRACT, "MICRO_BATCH", 3)
+    made, run = [], live._run
+
+    def noted(images):
+        features = run(images)
+        made.append([weakref.ref(layer) for layer in features.layers])
+        return features
+
+    monkeypatch.setattr(live, "_run", noted)
+    few = live.features(rows, live.spec.select(["block.2", "block.4"]))
+    for name in few.spec.names:
+        assert torch.allclose(few[name], whole[name], rtol=0, atol=1e-6)
+    assert len(made) == 3 and not any(layer() is not None for part in made for layer in part)
+    one = live.features(rows[:3])
+    assert all(layer is ref() for layer, ref in zip(one.layers, made[-1], strict=True)), "nothing is copied"
 
 
 def test_a_stored_source_reads_only_the_taps_asked_for(both):

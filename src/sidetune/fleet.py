@@ -228,20 +228,23 @@ class Fleet:
         for number, stream in enumerate(self.streams()):
             if number < self.stream:
                 continue
-            total = self.steps(stream.batch_size)
             with self._batches(stream) as batches:
                 for batch in batches:
-                    device = stream.buckets[0].device
-                    features = sent(batch.inputs, device)
-                    for bucket in stream.buckets:
-                        own = features.select(bucket.model.side.spec.names)
-                        bucket.step(batch.rows, own, epoch=self.epoch, step=self.step, total=total)
+                    self._step(stream, batch)
+                    del batch  # before the next is made: a live backbone's taps would stand twice
                     self.step += 1
                     after_step()
                     if not stream.alive:
                         break  # nobody learns from the rest
             self.stream, self.step = number + 1, 0
         return self._end_epoch()
+
+    def _step(self, stream: _Stream, batch: Batch) -> None:
+        features = sent(batch.inputs, stream.buckets[0].device)
+        total = self.steps(stream.batch_size)
+        for bucket in stream.buckets:
+            own = features.select(bucket.model.side.spec.names)
+            bucket.step(batch.rows, own, epoch=self.epoch, step=self.step, total=total)
 
     def _end_epoch(self) -> dict[str, float]:
         losses = {}
@@ -277,6 +280,7 @@ class Fleet:
                 for name, output_BK in zip(bucket.names, outputs_MBK, strict=True):
                     if name in parts:
                         parts[name].append(output_BK)
+            del batch, features  # before the next batch is made
         return {
             name: torch.cat(outputs)[:, : members[name].task.num_outputs] for name, outputs in parts.items()
         }

@@ -27,6 +27,7 @@ from sidetune.data.folds import shared_folds
 from sidetune.ensemble import Committee, Voice, pooled
 from sidetune.errors import DivergedError
 from sidetune.evaluate import Evaluation, evaluate, scores
+from sidetune.features import Features
 from sidetune.figures import label, number
 from sidetune.job import Fitted, Job, Work, union
 from sidetune.members import Variation, variations
@@ -342,12 +343,15 @@ def _outputs(job: Job, voices: Sequence[Voice], rows: NDArray[np.int64]) -> Tens
     if not voices or not len(rows):
         return torch.zeros(len(voices), len(rows), job.task.num_outputs)
     committee, of_views = Committee(voices, job.backbone.device), []
+
+    def outputs(batch: Features) -> Tensor:
+        return committee.outputs(batch.to(job.backbone.device))
+
     spec = job.source.spec.select([name for name in job.source.spec.names if name in committee.taps])
     with torch.no_grad():
         for view in job.scored_views:
             batches = job.source.batches(rows, spec, view)
-            parts = [committee.outputs(batch.to(job.backbone.device)) for batch in batches]
-            of_views.append(torch.cat(parts, 1))
+            of_views.append(torch.cat(list(map(outputs, batches)), 1))  # `map` lets go of what it gave
     return torch.stack(of_views).mean(0)
 
 

@@ -310,6 +310,7 @@ def answer_together(
             features = backbone(images).to(backbone.device, torch.float32)
             for own, one in zip(outputs, predictors, strict=True):
                 own.append(one.committee.outputs(features))
+            del features  # before the next are computed
             unreadable |= {(first + slot) // len(of_image): reason for slot, reason in bad.items()}
     averaged = [torch.cat(own, 1).unflatten(1, (len(files), len(of_image))).mean(2) for own in outputs]
     return [one.committee.predictions(own) for one, own in zip(predictors, averaged, strict=True)], unreadable

@@ -1,7 +1,7 @@
 """Batches ahead of their use, in an order that memory can follow.
 
-`Ahead` prepares batches on a thread of its own, two ahead at most: four are alive at once, the one in
-use, the one before it, which is let go only then, and the two ahead.
+`Ahead` prepares batches on a thread of its own, two ahead at most: three are alive at once, where the one
+in use is let go before the next is asked for.
 
 `EpochOrder` shuffles. A store that fits into half of the memory is shuffled as a whole: every order of its
 samples is as likely. A larger one does not stay in the page cache: each epoch would read it from the disk

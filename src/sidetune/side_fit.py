@@ -261,10 +261,13 @@ def model_outputs(job: Job, model: SideModel, split: str) -> Tensor:
     if not len(rows):
         return torch.zeros(0, job.task.num_outputs)
     model.to(job.backbone.device)
+
+    def output(batch: Features) -> Tensor:
+        return model(batch.to(job.backbone.device))[0].float().cpu()  # type: ignore[no-any-return]
+
     of_views = []
     with torch.no_grad():
         for view in job.scored_views:
             batches = job.source.batches(rows, model.side.spec, view)
-            parts = [model(batch.to(job.backbone.device))[0].float().cpu() for batch in batches]
-            of_views.append(torch.cat(parts))
+            of_views.append(torch.cat(list(map(output, batches))))  # `map` lets go of what it gave
     return torch.stack(of_views).mean(0)

@@ -175,7 +175,8 @@ class LiveSource(Source):
         """See `Source.features`."""
         chosen = [views] * len(rows) if isinstance(views, int) else views
         pictures = [self._picture(row, view) for row, view in zip(rows, chosen, strict=True)]
-        parts = []
+        spec = self.spec if spec is None else self.spec.select(spec.names)
+        parts: list[list[Tensor]] = [[] for _ in spec.taps]
         for first, images, bad in decoded(pictures, self.backbone.preprocess, self._pool):
             for slot, reason in bad.items():
                 if self.valid[rows[first + slot]]:
@@ -183,9 +184,10 @@ class LiveSource(Source):
                         f"{pictures[first + slot].file}: {reason}; it could be read when the run began. "
                         "Put it back, then type the same command: it resumes"
                     )
-            parts.append(self._run(images))
-        layers = tuple(torch.cat(layer) for layer in zip(*(part.layers for part in parts), strict=True))
-        return Features(layers, self.spec).select((self.spec if spec is None else spec).names)
+            for part, layer in zip(parts, self._run(images).select(spec.names).layers, strict=True):
+                part.append(layer)
+            del layer  # what is not asked for, and what is joined, is let go
+        return Features(tuple(map(_joined, parts)), spec)
 
     def summary(self, view: int = 0) -> Summary:
         """See `Source.summary`. Another view than the first costs a pass when it is first asked for."""
@@ -212,3 +214,10 @@ class LiveSource(Source):
     def _run(self, images: Tensor) -> Features:
         with torch.no_grad():
             return self.backbone(images).to(self.backbone.device, torch.float32)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """All samples of a tap. Its parts are let go before the next tap is joined: one of them stands twice."""
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+    parts.clear()
+    return whole
