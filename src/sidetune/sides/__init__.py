@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Discriminator
-
 from sidetune.sides.attentive import Attentive, AttentiveRecipe
 from sidetune.sides.base import Side
 from sidetune.sides.bypass import Bypass, BypassRecipe
@@ -16,7 +12,7 @@ from sidetune.sides.linear import Linear, LinearRecipe
 from sidetune.sides.losa import Losa, LosaRecipe
 from sidetune.sides.ridge import Ridge, RidgeRecipe
 
-AnySideRecipe = Annotated[
+AnySideRecipe = (
     AttentiveRecipe
     | BypassRecipe
     | FusionRecipe
@@ -24,9 +20,8 @@ AnySideRecipe = Annotated[
     | LastRecipe
     | LinearRecipe
     | LosaRecipe
-    | RidgeRecipe,
-    Discriminator("name"),
-]
+    | RidgeRecipe
+)
 
 SIDES: dict[str, type[Side]] = {
     "attentive": Attentive,
