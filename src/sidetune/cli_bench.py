@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from sidetune.cli_accuracy import bench_accuracy
 from sidetune.progress import say
 from sidetune.usage import Json, Quiet, print_json
 
@@ -129,6 +130,9 @@ def bench_read(
         rounds=rounds,
     )
     _print(run(setting, quiet=quiet), as_json)
+
+
+bench_app.command("accuracy")(bench_accuracy)
 
 
 def _print(bench: Bench, as_json: bool) -> None:

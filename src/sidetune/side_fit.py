@@ -8,6 +8,7 @@ fit_sides(work)                a side a job: trained, ready to predict
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -255,9 +256,37 @@ def _scores(job: Job, output: Tensor) -> Scores:
     return scores(job.task, predictions, targets)
 
 
+def solo_epoch_seconds(job: Job, member: Member, timed: int) -> float:
+    """Seconds of an epoch of one network that trains alone: the quickest, after one that warms up.
+
+    Args:
+        job: its features.
+        member: as it trains; nothing of it is kept.
+        timed: epochs that are timed.
+    """
+    fleet = open_fleet(job, [member.recipe], member.rows)
+    fleet.add([member])
+    seconds = []
+    for _ in range(1 + timed):
+        started = time.monotonic()
+        fleet.train_epoch()
+        seconds.append(time.monotonic() - started)
+    return min(seconds[1:])
+
+
 def model_outputs(job: Job, model: SideModel, split: str) -> Tensor:
     """Outputs of a split, averaged over the views that are scored: (n, K), on the CPU."""
-    rows = job.split[split]
+    return row_outputs(job, model, job.split[split])
+
+
+def row_outputs(job: Job, model: SideModel, rows: NDArray[np.int64]) -> Tensor:
+    """Outputs of some rows, averaged over the views that are scored: (n, K), on the CPU.
+
+    Args:
+        job: whose features are read; the model may have been trained on another's.
+        model: moved to the device of the job's backbone.
+        rows: (n,) of the job's data.
+    """
     if not len(rows):
         return torch.zeros(0, job.task.num_outputs)
     model.to(job.backbone.device)

@@ -160,6 +160,7 @@ EXAMPLES = {
     "eval": "sidetune eval runs/first photos/",
     "predict": "sidetune predict runs/first new.jpg",
     "bench": "sidetune bench side",
+    "bench accuracy": "sidetune bench accuracy tasks/ --out runs/accuracy",
     "store": "sidetune store ls",
     "store gc": "sidetune store gc features/photos",
     "store verify": "sidetune store verify features/photos",

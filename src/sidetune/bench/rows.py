@@ -112,10 +112,7 @@ class Bench:
             yield "How the time grows, ms an image"
             yield from _growth_lines(growth)
             yield ""
-        about = self.environment
-        yield f"{about['cpu']} · {about['threads']} threads of {about['cores']} cores"
-        gpu = "" if about["gpu"] is None else f" · {about['gpu']}"
-        yield f"torch {about['torch']}{gpu} · commit {(about['commit'] or 'unknown')[:12]}"
+        yield from machine_lines(self.environment)
 
 
 def describe_machine(device: torch.device, setting: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,6 +130,17 @@ def describe_machine(device: torch.device, setting: Mapping[str, Any]) -> dict[s
         "commit": _commit(),
         "setting": dict(setting),
     }
+
+
+def machine_lines(about: Mapping[str, Any]) -> Iterator[str]:
+    """The machine in words.
+
+    Args:
+        about: as `describe_machine` gives it.
+    """
+    yield f"{about['cpu']} · {about['threads']} threads of {about['cores']} cores"
+    gpu = "" if about["gpu"] is None else f" · {about['gpu']}"
+    yield f"torch {about['torch']}{gpu} · commit {(about['commit'] or 'unknown')[:12]}"
 
 
 def _line(row: Row) -> str:

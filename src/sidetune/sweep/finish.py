@@ -28,7 +28,7 @@ from sidetune.outcome import about, artifact_of, store_bytes
 from sidetune.paired import paired_difference
 from sidetune.recipe import Recipe
 from sidetune.runs import environment, write_run
-from sidetune.side_fit import model_outputs, new_member, open_fleet
+from sidetune.side_fit import model_outputs, new_member, open_fleet, solo_epoch_seconds
 from sidetune.sweep.halving import share_trained
 from sidetune.sweep.journal import Trial
 from sidetune.sweep.page import write_page
@@ -187,16 +187,7 @@ def _final(
 def _solo_seconds(plan: Plan) -> float:
     """Seconds of an epoch of one network that trains alone, as every trial would without a fleet."""
     choosing = plan.choosing
-    rows = choosing.folds[0].train
-    member = choosing.members(0, plan.recipe)[0]
-    fleet = open_fleet(choosing.job, [plan.recipe], rows)
-    fleet.add([member])
-    seconds = []
-    for _ in range(1 + SOLO_EPOCHS):
-        started = time.monotonic()
-        fleet.train_epoch()
-        seconds.append(time.monotonic() - started)
-    return min(seconds[1:])
+    return solo_epoch_seconds(choosing.job, choosing.members(0, plan.recipe)[0], SOLO_EPOCHS)
 
 
 def _write_tables(plan: Plan, trials: list[Trial], finals: list[Final], seconds: dict[str, float]) -> None:

@@ -36,7 +36,8 @@ class Score:
     """How good a trial is at a rung.
 
     Args:
-        headline: the task's headline score, which the choice follows; None where it is not defined.
+        headline: the task's headline score, or the metric asked for, which the choice follows; None where
+            it is not defined.
         loss: mean log loss, or squared error in standard deviations; it orders what scores the same.
     """
 
@@ -80,21 +81,23 @@ class Choosing:
         job: data, task, and the rows of each split.
         on: held-out folds, or the validation split.
         folds: one a member of a trial; their held rows are disjoint.
+        metric: that the choice follows; None: the task's headline score.
     """
 
     job: Job
     on: On
     folds: tuple[Fold, ...]
+    metric: str | None = None
 
     @classmethod
-    def build(cls, job: Job, on: On, folds: int | str) -> Choosing:
+    def build(cls, job: Job, on: On, folds: int | str, *, metric: str | None = None) -> Choosing:
         """The folds: drawn, stratified, groups whole, by the data's split seed; or the ``column`` of a CSV.
 
         Raises:
             DataError: there are too few samples, groups, or samples of a class.
         """
         if on == "val":
-            return cls(job, on, (Fold(job.split["train"], job.split["val"]),))
+            return cls(job, on, (Fold(job.split["train"], job.split["val"]),), metric)
         rows = union([job.split["train"], job.split["val"]])
         if folds == "column":
             fold = given_folds(job.dataset, rows)
@@ -102,9 +105,8 @@ class Choosing:
             assert isinstance(folds, int), "checked before anything runs"
             seed = job.recipe.data.split_seed
             fold = dataset_folds(job.dataset, rows, num_folds=folds, seed=seed)
-        return cls(
-            job, on, tuple(Fold(rows[fold != number], rows[fold == number]) for number in np.unique(fold))
-        )
+        parts = tuple(Fold(rows[fold != number], rows[fold == number]) for number in np.unique(fold))
+        return cls(job, on, parts, metric)
 
     @property
     def trained(self) -> Rows:
@@ -150,7 +152,7 @@ class Choosing:
             return None
         task = self.job.task
         predictions = task.predictions(outputs).double().numpy()
-        headline = headline_score(task, predictions, self.job.dataset.targets[self.held])
+        headline = headline_score(task, predictions, self.job.dataset.targets[self.held], self.metric)
         target = self.job.targets[torch.from_numpy(self.held)]
         loss = plain(task).loss(outputs[None].double(), target).mean().item()
         return Score(headline, loss) if math.isfinite(loss) else None

@@ -1,0 +1,147 @@
+"""Methods, and what each is tried with: a grid of the same size for every one that is trained.
+
+solved     ridge-last, ridge, linear: closed form or convex, with a choice of their own
+fleet      side networks: the points of the grid train in one pass, and so do the seeds
+alone      baselines: one network after another
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sidetune.errors import RecipeError, RequestError, nearest
+from sidetune.recipe import Recipe
+from sidetune.sides import SIDES, SOLVED
+
+# Peak learning rates, the usual one first: of equal scores it wins. Each spans a factor of 30.
+RATES = (1e-3, 3e-3, 3e-4, 1e-2)
+RATES_OF: dict[str, tuple[float, ...]] = {
+    "full": (1e-4, 3e-5, 3e-4, 1e-5),  # every weight moves: ten times lower
+    "bitfit": (3e-3, 1e-3, 1e-2, 3e-2),  # few numbers move: higher
+    "norms": (3e-3, 1e-3, 1e-2, 3e-2),
+    "vpt": (3e-3, 1e-3, 1e-2, 3e-2),
+}
+DECAYS = (0.05, 1e-3)  # the other dial, for grids of more points than rates
+MOST_POINTS = len(RATES) * len(DECAYS)
+
+# Names of methods that are a side or a baseline with other fields than its own defaults.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ridge-last": {"name": "ridge", "taps": "last"},
+    "lora-linear": {"name": "lora", "layers": "linear"},
+}
+PROBES = ("ridge-last", "ridge", "linear")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Args:
+        name: as it was typed.
+        side: fields of `Recipe.side`.
+        seeds: that it is trained with; None: as many as all others.
+    """
+
+    name: str
+    side: Mapping[str, Any] = field(hash=False)
+    seeds: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Method:
+        """``losa``, or ``lora:1`` for one seed alone.
+
+        Raises:
+            RequestError: the number of seeds is none.
+        """
+        name, colon, seeds = text.strip().partition(":")
+        if colon and not (seeds.isdecimal() and int(seeds) > 0):
+            raise RequestError(f"--methods has {text!r}, expected NAME or NAME:SEEDS. Type: --methods {name}")
+        return cls(name, VARIANTS.get(name, {"name": name}), int(seeds) if colon else None)
+
+    @property
+    def solved(self) -> bool:
+        """Whether it has a closed form or a convex one: no grid and no seeds."""
+        return self.side["name"] in SOLVED
+
+    @property
+    def in_fleet(self) -> bool:
+        """Whether its networks train side by side; the baselines' train one after another."""
+        return self.side["name"] in SIDES
+
+    def recipe(self, base: Recipe, settings: Sequence[str] = ()) -> Recipe:
+        """What it trains with before anything is chosen.
+
+        Args:
+            base: data, backbone, features, head and training, which all methods share.
+            settings: ``part.field=value``; those of the side are taken by the methods that have the field.
+
+        Raises:
+            RecipeError: there is no such method, or a setting does not fit.
+        """
+        fields = base.model_dump(mode="json")
+        fields["side"] = dict(self.side)
+        try:
+            own = Recipe.build(fields)
+        except RecipeError as error:
+            raise RecipeError(f"method {self.name!r}: {error}") from error
+        known = type(own.side).model_fields
+        mine = [one for one in settings if _side_field(one) is None or _side_field(one) in known]
+        return Recipe.build(fields, mine)
+
+    def points(self, size: int) -> Iterator[dict[str, float]]:
+        """The grid: fields of `Recipe.train`, the usual point first.
+
+        Args:
+            size: how many points.
+        """
+        rates = RATES_OF.get(str(self.side["name"]), RATES)
+        every = [{"lr": rate, "weight_decay": decay} for decay in DECAYS for rate in rates]
+        yield from every[:size]
+
+
+def parse_methods(text: str) -> tuple[Method, ...]:
+    """``losa,last,lora:1`` as methods.
+
+    Raises:
+        RequestError: a name stands there twice, or there is none.
+    """
+    methods = tuple(Method.parse(one) for one in text.split(",") if one.strip())
+    names = [method.name for method in methods]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice or not methods:
+        found = f"{twice[0]!r} twice" if twice else "no method"
+        raise RequestError(f"--methods has {found}. Type: --methods ridge,linear,losa,last")
+    return methods
+
+
+def check_grid(size: int) -> None:
+    """Refuse a size that is not there.
+
+    Raises:
+        RequestError: it is.
+    """
+    if not 1 <= size <= MOST_POINTS:
+        raise RequestError(f"--grid-size is {size}, expected 1 to {MOST_POINTS}. Type: --grid-size 4")
+
+
+def check_settings(methods: Sequence[Method], recipes: Sequence[Recipe], settings: Sequence[str]) -> None:
+    """Refuse a setting of the side that no method takes.
+
+    Raises:
+        RecipeError: names the nearest field.
+    """
+    known = {name for recipe in recipes for name in type(recipe.side).model_fields}
+    for one in settings:
+        name = _side_field(one)
+        if name is not None and name not in known:
+            named = ", ".join(method.name for method in methods)
+            raise RecipeError(f"no method of {named} has the setting side.{name}.{nearest(name, known)}")
+
+
+def _side_field(setting: str) -> str | None:
+    """The field in ``side.field=value``; None for a setting of another part."""
+    path = setting.partition("=")[0]
+    part, _, name = path.partition(".")
+    return name if part == "side" else None
