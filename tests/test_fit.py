@@ -397,6 +397,18 @@ def test_a_users_own_network_works_end_to_end(image_folder, tmp_path, side):
     assert found.evaluation.scores == pytest.approx(run.row["test"]["scores"], abs=5e-3)
 
 
+@pytest.mark.parametrize("mode", ["stored", "live"])
+def test_ridge_on_more_statistics_predicts_what_it_scored(image_folder, tmp_path, mode):
+    recipe = toy_recipe("ridge", "side.statistics=cls+mean+std+quadrants", f"features.mode={mode}")
+    run = fit(image_folder, out=tmp_path / "run", recipe=recipe, store=stored_in(tmp_path, mode), quiet=True)
+    assert run.row["method"] == "ridge"
+    rows = read_csv(run.folder / "predictions.csv")
+    predicted = load(run.folder).predict([image_folder / row["path"] for row in rows])
+    for row, found in zip(rows, predicted, strict=True):
+        written = {name: float(row[f"p_{name}"]) for name in found.values}
+        assert found.values == pytest.approx(written, abs=5e-3)
+
+
 def test_a_backbone_given_as_an_object_is_asked_for_again(image_folder, tmp_path):
     recipe = toy_recipe("ridge", "backbone.name=demo")
     run = fit(

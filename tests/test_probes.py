@@ -12,7 +12,7 @@ from sidetune.features import FinalNorm
 from sidetune.keyed import generator
 from sidetune.probes import Pooled, fit_linear, fit_ridge, headline
 from sidetune.sides.linear import PENALTIES, LinearRecipe
-from sidetune.sides.ridge import RidgeRecipe
+from sidetune.sides.ridge import RidgeRecipe, beyond_summary
 from sidetune.summary import summarise
 from sidetune.tasks import MultiLabel, build_task
 
@@ -44,6 +44,16 @@ def test_ridge_from_the_summary_is_ridge_on_the_features(problem, taps):
         torch.testing.assert_close(probe.model(features)[0], probe.outputs(data.summary, rows))
     assert probe.detail["taps"] == {"all": 5, "last": 1}.get(taps, 2)
     assert probe.recipe == RidgeRecipe(taps=taps, l2=probe.detail["l2"])
+
+
+@pytest.mark.parametrize("statistics", ["cls+mean+std", "cls+mean+quadrants"])
+def test_ridge_with_more_statistics_from_the_summary_is_ridge_on_the_features(problem, statistics):
+    _, features, data, task = problem
+    recipe = RidgeRecipe(statistics=statistics)
+    richer = replace(data, summary=summarise(features, beyond_summary(recipe)))
+    probe = fit_ridge(recipe, richer, task)
+    with torch.no_grad():
+        torch.testing.assert_close(probe.model(features)[0], probe.outputs(richer.summary, np.arange(60)))
 
 
 def test_ridge_is_scikit_learns(problem):

@@ -54,6 +54,18 @@ def test_summaries_are_the_same_stored_and_live(both):
     assert torch.allclose(a.tap_scale(), b.tap_scale(), rtol=1e-5)
 
 
+def test_more_statistics_are_the_same_stored_and_live_and_read_once(both, monkeypatch):
+    found = [source.richer(("std", "quadrants")) for source in both]
+    for stored, live in zip(*(one.more.values() for one in found), strict=True):
+        for a, b in zip(stored, live, strict=True):
+            assert torch.allclose(a[both[0].valid], b[both[0].valid], rtol=0, atol=1e-4)
+    for source, one in zip(both, found, strict=True):
+        assert torch.allclose(one.mean[2][0], source.summary().mean[2][0], rtol=0, atol=1e-6)
+        monkeypatch.setattr(source, "features", None)  # not asked again
+        assert source.richer(("std", "quadrants")) is one
+        assert source.richer(()).more == {}
+
+
 def test_norm_and_skipped_images_are_the_same_stored_and_live(both):
     for source in both:
         assert source.skipped == {

@@ -64,6 +64,31 @@ def test_summary_equals_a_float64_oracle(taps, masked):
         assert {summary.mean[i].dtype, summary.cls[i].dtype, summary.mean_square.dtype} == {torch.float32}
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["all tokens", "mask"])
+@pytest.mark.parametrize("taps", [CLIP, FRAME], ids=["clip", "frame"])
+def test_more_statistics_equal_a_float64_oracle(taps, masked):
+    batch = features(taps, masked=masked)
+    summary = summarise(batch, ("std", "quadrants"))
+    counts = torch.ones(len(batch), taps[0].num_tokens) if batch.mask is None else batch.mask
+    for i, (layer, tap) in enumerate(zip(batch.layers, taps, strict=True)):
+        patches = tap.patch_tokens(layer).double().numpy().reshape(5, 2, 2, 2, -1)  # (B, T, H, W, D)
+        kept = tap.patch_tokens(counts[..., None]).numpy().reshape(5, 2, 2, 2).astype(bool)
+        for sample in range(5):
+            std = patches[sample][kept[sample]].std(0)
+            np.testing.assert_allclose(summary.more["std"][i][sample], std, atol=1e-5 * 10**i)
+            for number, (row, column) in enumerate(np.ndindex(2, 2)):
+                inside = patches[sample, :, row, column][kept[sample, :, row, column]]
+                found = summary.more["quadrants"][i][sample].reshape(4, -1)[number]
+                expected = inside.mean(0) if len(inside) else np.zeros(tap.width)
+                np.testing.assert_allclose(found, expected, atol=1e-5 * 10**i)
+
+
+def test_odd_sides_share_their_middle_among_quadrants():
+    tap = Tap("block.1", "block", 1, (1, 3, 1))
+    found = summarise(Features((torch.tensor([[[1.0], [2.0], [6.0]]]),), Spec((tap,))), ("quadrants",))
+    assert found.more["quadrants"][0].tolist() == [[1.5, 1.5, 4.0, 4.0]]
+
+
 def test_half_precision_is_pooled_in_float32():
     batch = features(CLIP, masked=False).to("cpu", torch.float16)
     expected = summarise(batch.to("cpu", torch.float32))
@@ -96,20 +121,22 @@ def test_pooled_gives_mean_cls_or_both():
 
 
 def test_rows_and_concatenate_are_inverse():
-    summary = summarise(features(CLIP, masked=True))
+    summary = summarise(features(CLIP, masked=True), ("std",))
     parts = [summary.rows(torch.tensor(rows)) for rows in ([0, 1], [2], [3, 4])]
     assert [len(part) for part in parts] == [2, 1, 2]
     again = concatenate(parts)
     assert (again.spec, len(again)) == (summary.spec, 5)
-    for got, wanted in zip((*again.mean, *again.cls), (*summary.mean, *summary.cls), strict=True):
+    columns = ((*one.mean, *one.cls, *one.more["std"]) for one in (again, summary))
+    for got, wanted in zip(*columns, strict=True):
         assert torch.equal(got, wanted)
     assert torch.equal(again.mean_square, summary.mean_square)
 
 
 def test_select_keeps_only_the_taps_asked_for():
-    summary = summarise(features(CLIP, masked=False))
+    summary = summarise(features(CLIP, masked=False), ("quadrants",))
     few = summary.select(summary.spec.select(["block.2", "embedding"]))
     assert few.spec.names == ("embedding", "block.2")
     assert torch.equal(few.mean[1], summary.mean[2])
     assert torch.equal(few.cls[1], summary.cls[2])
+    assert torch.equal(few.more["quadrants"][1], summary.more["quadrants"][2])
     assert torch.equal(few.mean_square, summary.mean_square[:, [0, 2]])

@@ -26,7 +26,8 @@ from sidetune.recipe import FleetRecipe
 from sidetune.side_fit import fit_sides
 from sidetune.sides import SOLVED
 from sidetune.sides.linear import LinearRecipe
-from sidetune.sides.ridge import RidgeRecipe
+from sidetune.sides.ridge import RidgeRecipe, beyond_summary
+from sidetune.summary import Summary
 
 
 def fit_methods(work: Work) -> Iterator[tuple[Job, Fitted]]:
@@ -41,7 +42,6 @@ def fit_methods(work: Work) -> Iterator[tuple[Job, Fitted]]:
 
 def _solve_probes(job: Job) -> Iterator[Fitted]:
     """Stage two: ridge on the last tap, ridge on all taps, and the linear probe."""
-    pooled = Pooled(job.summary, job.targets, job.split["train"], job.split["val"], job.dataset.group)
     probes: dict[str, RidgeRecipe | LinearRecipe] = {
         "ridge-last": RidgeRecipe(taps="last"),
         "ridge": RidgeRecipe(),
@@ -54,7 +54,8 @@ def _solve_probes(job: Job) -> Iterator[Fitted]:
     for name, recipe in probes.items():
         started = time.monotonic()
         with PeakMemory() as memory:
-            probe = _solve(job, pooled, recipe)
+            summary = job.source.richer(beyond_summary(recipe))
+            probe = _solve(job, summary, recipe)
         yield Fitted(
             name,
             probe.model,
@@ -68,7 +69,8 @@ def _solve_probes(job: Job) -> Iterator[Fitted]:
         )
 
 
-def _solve(job: Job, pooled: Pooled, recipe: RidgeRecipe | LinearRecipe) -> Probe:
+def _solve(job: Job, summary: Summary, recipe: RidgeRecipe | LinearRecipe) -> Probe:
+    pooled = Pooled(summary, job.targets, job.split["train"], job.split["val"], job.dataset.group)
     if isinstance(recipe, RidgeRecipe):
         return fit_ridge(recipe, pooled, job.task)
     norm, final_norm = job.recipe.head.norm, job.source.final_norm
@@ -77,7 +79,9 @@ def _solve(job: Job, pooled: Pooled, recipe: RidgeRecipe | LinearRecipe) -> Prob
 
 def _probe_outputs(job: Job, probe: Probe, split: str) -> Tensor:
     rows = job.split[split]
-    return torch.stack([probe.outputs(job.source.summary(view), rows) for view in job.scored_views]).mean(0)
+    more = beyond_summary(probe.recipe)
+    views = [probe.outputs(job.source.richer(more, view), rows) for view in job.scored_views]
+    return torch.stack(views).mean(0)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from sidetune.progress import say
 from sidetune.recipe import BackboneRecipe, Recipe
 from sidetune.runs import write_skipped
 from sidetune.sides import SOLVED
+from sidetune.sides.ridge import beyond_summary
 from sidetune.sources import LiveSource, Source, StoredSource
 from sidetune.tasks import build_task
 
@@ -151,14 +152,14 @@ def _open_source(
 
 
 def reads(recipe: Recipe, backbone: Backbone, num_outputs: int) -> tuple[str, ...]:
-    """Taps whose features any member reads. Solved sides read summaries alone."""
+    """Taps whose features any member reads. Solved sides read summaries, unless these lack something."""
     with torch.device("meta"):
         built = [
             build_model(one.recipe, backbone.spec, num_outputs, backbone.norm, backbone=backbone)
             for one in variations(recipe)
         ]
     if recipe.side.name in SOLVED:
-        return ()
+        return backbone.spec.names if beyond_summary(recipe.side) else ()
     read = {name for model in built for name in model.side.spec.names}
     return tuple(name for name in backbone.spec.names if name in read)
 

@@ -76,7 +76,7 @@ class Probe:
 
 def fit_ridge(recipe: RidgeRecipe, data: Pooled, task: Task) -> Probe:
     """Ridge with lambda by leave-one-out on the training rows; validation is not looked at."""
-    side = Ridge(data.summary.spec, taps=recipe.taps)
+    side = Ridge(data.summary.spec, taps=recipe.taps, statistics=recipe.statistics)
     train = data.summary.rows(torch.from_numpy(data.train))
     side.standardise(train)
     target = data.targets[data.train]

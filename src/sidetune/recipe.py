@@ -35,6 +35,7 @@ LATER = {
     "data": ("focal_gamma", "split_by"),
     "train": ("shuffle_window", "order_seed"),
     "fleet": ("members", "folds", "ensemble", "own_order"),
+    "side": ("statistics",),
 }
 
 
@@ -261,11 +262,10 @@ class Recipe(Part):
         fields["backbone"].pop("weights")  # the weights themselves are in the backbone's identity
         fields["side"].pop("form", None)  # all forms of a side compute the same
         for part, later in LATER.items():
+            own = getattr(self, part)
+            known = type(own).model_fields  # one side has a setting, another has not
             for field in later:
-                if (
-                    getattr(getattr(self, part), field)
-                    == type(getattr(self, part)).model_fields[field].default
-                ):
+                if field in known and getattr(own, field) == known[field].default:
                     fields[part].pop(field)
         if not fields["fleet"]:
             fields.pop("fleet")

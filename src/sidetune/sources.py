@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from sidetune.features import Features, FinalNorm, Spec
 from sidetune.progress import Progress
 from sidetune.reader import AHEAD, Ahead, Layout
 from sidetune.store import Store
-from sidetune.summary import Summary, concatenate, summarise
+from sidetune.summary import Statistic, Summary, concatenate, summarise
 
 
 class Source(ABC):
@@ -67,6 +67,25 @@ class Source(ABC):
     @abstractmethod
     def summary(self, view: int = 0) -> Summary:
         """Pooled taps of a view of every row of the dataset; rows that are not valid hold no meaning."""
+
+    def richer(self, statistics: tuple[Statistic, ...], view: int = 0) -> Summary:
+        """The same with more statistics, from one pass over the features of all rows, which is remembered.
+
+        Args:
+            statistics: that `Summary.more` holds; none: the summary as it is.
+            view: of every row.
+        """
+        if not statistics:
+            return self.summary(view)
+        key = (statistics, view)
+        if key not in self._richer:
+            batches = self.batches(np.arange(len(self.valid)), view=view)
+            self._richer[key] = concatenate([summarise(batch.to("cpu"), statistics) for batch in batches])
+        return self._richer[key]
+
+    @cached_property
+    def _richer(self) -> dict[tuple[tuple[Statistic, ...], int], Summary]:
+        return {}
 
     def batches(self, rows: NDArray[np.int64], spec: Spec | None = None, view: int = 0) -> Iterator[Features]:
         """The features of a view of many rows, a micro-batch at a time, in order."""

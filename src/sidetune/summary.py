@@ -1,19 +1,24 @@
 """Pooled taps of many samples: all that closed forms, probes and the tap scale need.
 
 A summary is a few kilobytes a sample where features are megabytes. Extraction writes it beside
-each shard, so ridge and the linear probe answer in seconds without reading the features again.
+each shard, so ridge and the linear probe answer in seconds without reading the features again. More
+statistics of the tokens are computed from features when they are asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sidetune.features import Features, Spec
+from sidetune.features import Features, Spec, Tap
 from sidetune.sides.base import Pool, pool_tokens
+
+Statistic = Literal["std", "quadrants"]
 
 
 @dataclass(frozen=True)
@@ -25,12 +30,15 @@ class Summary:
         mean: a tuple of (n, D_l) float32: mean of the patch tokens of each tap.
         cls: a tuple of (n, D_l) float32: class token of each tap; (n, 0) where a tap has none.
         mean_square: (n, taps) float32: mean of the squared features over tokens and channels.
+        more: a tuple a statistic that was asked for: ``std`` (n, D_l), of the patch tokens;
+            ``quadrants`` (n, 4 D_l), their means over a 2 x 2 grid.
     """
 
     spec: Spec
     mean: tuple[Tensor, ...]
     cls: tuple[Tensor, ...]
     mean_square: Tensor
+    more: Mapping[Statistic, tuple[Tensor, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.mean_square.shape[0]
@@ -39,13 +47,15 @@ class Summary:
         """Only these samples."""
         mean = tuple(tensor[rows] for tensor in self.mean)
         cls = tuple(tensor[rows] for tensor in self.cls)
-        return Summary(self.spec, mean, cls, self.mean_square[rows])
+        more = {name: tuple(tensor[rows] for tensor in of_taps) for name, of_taps in self.more.items()}
+        return Summary(self.spec, mean, cls, self.mean_square[rows], more)
 
     def select(self, spec: Spec) -> Summary:
         """Only the taps of `spec`."""
         at = [self.spec.index(name) for name in spec.names]
         mean, cls = tuple(self.mean[i] for i in at), tuple(self.cls[i] for i in at)
-        return Summary(spec, mean, cls, self.mean_square[:, at])
+        more = {name: tuple(of_taps[i] for i in at) for name, of_taps in self.more.items()}
+        return Summary(spec, mean, cls, self.mean_square[:, at], more)
 
     def pooled(self, name: str, pool: Pool) -> Tensor:
         """A tap pooled by ``mean``, ``cls`` or ``cls+mean``: (n, D) or (n, 2D) float32.
@@ -66,9 +76,15 @@ class Summary:
         return (rms[-1] / rms.clamp(min=1e-12)).float()
 
 
-def summarise(features: Features) -> Summary:
-    """Pool every tap of a batch, in float32 (float64 features stay so)."""
+def summarise(features: Features, statistics: Sequence[Statistic] = ()) -> Summary:
+    """Pool every tap of a batch, in float32 (float64 features stay so).
+
+    Args:
+        features: of the batch.
+        statistics: that go into `Summary.more`.
+    """
     mean, cls, mean_square = [], [], []
+    more: dict[Statistic, list[Tensor]] = {name: [] for name in statistics}
     for layer, tap in zip(features.layers, features.spec.taps, strict=True):
         tokens = layer if layer.dtype == torch.float64 else layer.float()
         mean.append(pool_tokens(tokens, tap, "mean", features.mask))
@@ -76,15 +92,52 @@ def summarise(features: Features) -> Summary:
         mean_square.append(
             pool_tokens(tokens.square().mean(-1, keepdim=True), tap, "all", features.mask)[:, 0]
         )
-    return Summary(features.spec, tuple(mean), tuple(cls), torch.stack(mean_square, -1))
+        for name, found in more.items():
+            found.append(_STATISTICS[name](tokens, tap, features.mask))
+    return Summary(
+        features.spec,
+        tuple(mean),
+        tuple(cls),
+        torch.stack(mean_square, -1),
+        {name: tuple(found) for name, found in more.items()},
+    )
+
+
+def _std(tokens: Tensor, tap: Tap, mask: Tensor | None) -> Tensor:
+    """Of the patch tokens, a channel at a time: (B, D)."""
+    centred = tokens - pool_tokens(tokens, tap, "mean", mask)[:, None]
+    return pool_tokens(centred.square(), tap, "mean", mask).sqrt()
+
+
+def _quadrants(tokens: Tensor, tap: Tap, mask: Tensor | None) -> Tensor:
+    """Means of the patch tokens over a 2 x 2 grid: (B, 4 D), row by row. Odd sides share their middle."""
+    patches = tap.patch_tokens(tokens)
+    counts = torch.ones_like(patches[..., :1])
+    if mask is not None:
+        counts = counts * tap.patch_tokens(mask[..., None])
+
+    def pooled(values_BPD: Tensor) -> Tensor:
+        over_time = values_BPD.unflatten(1, tap.grid).mean(1).movedim(-1, 1)  # (B, D, H, W)
+        return F.adaptive_avg_pool2d(over_time, 2).flatten(2).mT  # (B, 4, D)
+
+    means: Tensor = pooled(patches * counts) / pooled(counts).clamp(min=1e-12)
+    return means.flatten(1)
+
+
+_STATISTICS = {"std": _std, "quadrants": _quadrants}
 
 
 def concatenate(parts: Sequence[Summary]) -> Summary:
     """Summaries of several batches as one."""
     spec = parts[0].spec
+
+    def column(of_parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        return tuple(torch.cat(tensors) for tensors in zip(*of_parts, strict=True))
+
     return Summary(
         spec,
-        tuple(torch.cat([part.mean[i] for part in parts]) for i in range(len(spec))),
-        tuple(torch.cat([part.cls[i] for part in parts]) for i in range(len(spec))),
+        column([part.mean for part in parts]),
+        column([part.cls for part in parts]),
         torch.cat([part.mean_square for part in parts]),
+        {name: column([part.more[name] for part in parts]) for name in parts[0].more},
     )

@@ -70,6 +70,9 @@ ROWS = {
     "ladder without b_L": Row("ladder", ladder, {**LADDER, "keep_last": False}, is_probe_at_start=False),
     "linear": Row("linear", lambda D, N, L: 0, {"pool": "cls+mean"}, probe_pool="cls+mean"),
     "ridge": Row("ridge", lambda D, N, L: 0, is_probe_at_start=False),
+    "ridge with more statistics": Row(
+        "ridge", lambda D, N, L: 0, {"statistics": "cls+mean+std+quadrants"}, is_probe_at_start=False
+    ),
 }
 TRAINED = [name for name, row in ROWS.items() if row.side not in SOLVED]
 DROPPING = ["losa", "last", "ladder"]

@@ -79,6 +79,23 @@ def test_features_are_cls_and_mean_of_the_chosen_taps_standardised() -> None:
     assert Ridge(spec).width == 16
 
 
+def test_more_statistics_stand_behind_the_pooled_taps() -> None:
+    spec = Spec(tuple(Tap(f"block.{i}", "block", 4, (1, 2, 2), 1, "clip", 0) for i in (1, 2)))
+    keyed = generator(0, "statistics")
+    layers = tuple(torch.randn(30, 5, 4, generator=keyed) * 7 + 3 for _ in spec.taps)
+    features = Features(layers, spec)
+    side = Ridge(spec, statistics="cls+mean+std+quadrants")
+    side.standardise(summarise(features, side.more))
+    patches = [layer[:, 1:].double().numpy() for layer in layers]
+    raw = [part for layer in layers for part in (layer[:, 0].numpy(), layer[:, 1:].mean(1).numpy())]
+    raw += [of_tap.std(1) for of_tap in patches]
+    raw += [of_tap.reshape(30, 16) for of_tap in patches]  # on a 2 x 2 grid a quadrant is a patch
+    x = np.concatenate(raw, 1)
+    expected = (x - x.mean(0)) / x.std(0) / np.sqrt(2 * 4 * (2 + 1 + 4))
+    assert side.width == expected.shape[1] == 56
+    np.testing.assert_allclose(side(features)[0].numpy(), expected, atol=1e-5)
+
+
 def test_a_constant_feature_is_no_division_by_zero() -> None:
     spec = Spec((Tap("block.1", "block", 2, (1, 1, 2)),))
     layer = torch.zeros(6, 2, 2)

@@ -1,6 +1,7 @@
 """Ridge regression in closed form: the opponent that every side network must beat.
 
     x = [cls, mean] of each chosen tap, standardised on the training split, / sqrt(F)   (F numbers)
+        switch: their patch tokens' std, and means over a 2 x 2 grid, too
     Y = one-hot minus the training mean
     W = (X'X + lambda I)^-1 X'Y
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -25,9 +26,10 @@ from torch import Tensor
 from sidetune.features import Features, Spec
 from sidetune.keyed import Draws
 from sidetune.sides.base import Side, SideRecipe
-from sidetune.summary import Summary, summarise
+from sidetune.summary import Statistic, Summary, summarise
 from sidetune.threads import SMALL, one_thread
 
+Statistics = Literal["cls+mean", "cls+mean+std", "cls+mean+quadrants", "cls+mean+std+quadrants"]
 LAMBDAS = tuple(10.0 ** (exponent / 2) for exponent in range(-10, 5))  # 1e-5 .. 1e2
 
 
@@ -36,11 +38,14 @@ class RidgeRecipe(SideRecipe):
 
     Args:
         taps: ``all``, ``last``, or a list of names.
+        statistics: of each tap: class token and ``mean`` of the patch tokens; their ``std`` a channel;
+            their means over 2 x 2 ``quadrants``. More than the first read the features themselves, once.
         l2: lambda; None: chosen by leave-one-out.
     """
 
     name: Literal["ridge"] = "ridge"
     taps: Literal["all", "last"] | tuple[str, ...] = "all"
+    statistics: Statistics = "cls+mean"
     l2: float | None = Field(None, gt=0)
 
 
@@ -50,6 +55,7 @@ class Ridge(Side):
     Args:
         spec: the taps of the features it will be given.
         taps: ``all``, ``last``, or tap names.
+        statistics: see `RidgeRecipe`.
         members: 1.
     """
 
@@ -57,18 +63,25 @@ class Ridge(Side):
     spread: Tensor
 
     def __init__(
-        self, spec: Spec, *, taps: Literal["all", "last"] | tuple[str, ...] = "all", members: int = 1
+        self,
+        spec: Spec,
+        *,
+        taps: Literal["all", "last"] | tuple[str, ...] = "all",
+        statistics: Statistics = "cls+mean",
+        members: int = 1,
     ) -> None:
         super().__init__(spec, members=members, pool="mean")
         chosen = {"all": spec.names, "last": (spec.last.name,)}.get(taps) if isinstance(taps, str) else taps
         self.chosen = spec.select(chosen or ())
+        self.more = beyond_pooled(statistics)
         self.register_buffer("centre", torch.zeros(self.width))
         self.register_buffer("spread", torch.ones(self.width))
 
     @property
     def width(self) -> int:
-        """F: D a tap, 2D where it has a class token."""
-        return sum(tap.width * (1 if tap.cls_index is None else 2) for tap in self.chosen.taps)
+        """F: D a tap, 2D where it has a class token; D more for the std, 4D for the quadrants."""
+        more = sum(4 if name == "quadrants" else 1 for name in self.more)
+        return sum(tap.width * ((1 if tap.cls_index is None else 2) + more) for tap in self.chosen.taps)
 
     @property
     def halves(self) -> int:
@@ -81,7 +94,7 @@ class Ridge(Side):
 
     def forward(self, features: Features, draws: Draws | None = None) -> Tensor:
         """(1, B, F), standardised."""
-        return self.standardised(summarise(features.select(self.chosen.names)))[None]
+        return self.standardised(summarise(features.select(self.chosen.names), self.more))[None]
 
     def shares(self, features: Features) -> None:
         """None: every tap's class token and mean stand side by side."""
@@ -101,7 +114,21 @@ class Ridge(Side):
         return (raw - self.centre.to(raw.dtype)) / self.spread.to(raw.dtype)
 
     def _raw(self, summary: Summary) -> Tensor:
-        return torch.cat([summary.pooled(name, "cls+mean") for name in self.chosen.names], -1)
+        parts = [summary.pooled(name, "cls+mean") for name in self.chosen.names]
+        at = [summary.spec.index(name) for name in self.chosen.names]
+        parts += [summary.more[name][i] for name in self.more for i in at]
+        return torch.cat(parts, -1)
+
+
+def beyond_summary(recipe: SideRecipe) -> tuple[Statistic, ...]:
+    """What a side reads of a summary that stores do not hold."""
+    return beyond_pooled(recipe.statistics) if isinstance(recipe, RidgeRecipe) else ()
+
+
+def beyond_pooled(statistics: Statistics) -> tuple[Statistic, ...]:
+    """The statistics that are no pooled tap."""
+    names = statistics.split("+")
+    return tuple(name for name in get_args(Statistic) if name in names)
 
 
 @dataclass(frozen=True)
