@@ -36,16 +36,17 @@ from sidetune.data.dataset import Dataset
 from sidetune.extract import extract, sample_keys
 from sidetune.fleet import Fleet
 from sidetune.job import Job
+from sidetune.probes import Pooled, fit_ridge
 from sidetune.recipe import Recipe
 from sidetune.runs import environment
 from sidetune.side_fit import new_member, open_fleet, validate
+from sidetune.sides.ridge import beyond_summary
 from sidetune.sources import StoredSource
 from sidetune.store import Store
 from sidetune.tasks import build_task
 from sidetune.train import train
 
 TASKS = ("shapes_count", "elpv", "sprites_ori")
-SEEDS = (0, 1)
 GROUP = 6  # variants that train together; what is lost to a kill
 OUT = Path("results/ablations-112.jsonl")
 LAYERS = range(1, 13)
@@ -81,7 +82,12 @@ class Variant:
     def fleet(self) -> tuple[str, str, str]:
         """Variants of one fleet share it: taps, their scale, and how models are built."""
         scale = "none" if "features.tap_scale=none" in self.settings else "rms"
-        return self.taps, scale, self.method if self.method in HYBRIDS else ""
+        return self.taps, scale, self.method if self.method in HYBRIDS else self.side * (self.side == "ridge")
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of ridge nothing is drawn."""
+        return (0,) if self.side == "ridge" else (0, 1)
 
     def recipe(self, size: int, epochs: int, seed: int) -> Recipe:
         """All of it; seeds differ in their start and drop-path, and share the order of the batches."""
@@ -135,6 +141,9 @@ VARIANTS = (
     *(_set(side, "side.every=3") for side in ("losa", "last")),
     _set("last", "side.rank=4"),
     _set("last", "side.heads=2"),
+    Variant("ridge"),
+    *(_set("ridge", f"side.statistics=cls+mean{more}") for more in ("+std", "+quadrants", "+std+quadrants")),
+    _set("ridge", "side.taps=last"),
 )
 
 
@@ -147,6 +156,7 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--size", type=int, default=112)
+    parser.add_argument("--sides", default="", help="of these alone, as a,b")
     parser.add_argument("--table", action="store_true", help="print the table, train nothing")
     options = parser.parse_args()
     OUT.touch()
@@ -163,7 +173,7 @@ def main() -> None:
         "hardware": HARDWARE,
     }
     tasks = options.tasks.split(",")
-    for group in _groups(tasks):
+    for group in _groups(tasks, [side for side in options.sides.split(",") if side]):
         for name in tasks:
             for line in _train(name, group, options):
                 _append(line | common)
@@ -178,11 +188,15 @@ def _append(line: dict[str, Any]) -> None:
         stream.write(json.dumps(line) + "\n")
 
 
-def _groups(tasks: Sequence[str]) -> Iterator[list[Variant]]:
+def _groups(tasks: Sequence[str], sides: Sequence[str] = ()) -> Iterator[list[Variant]]:
     """Variants of one fleet that lack a line, a few at a time, those that stand first first."""
     done = {(line["method"], line["task"].partition(" ")[0], line["seed"]) for line in _lines()}
-    wanted = [(task, seed) for task in tasks for seed in SEEDS]
-    waiting = [one for one in VARIANTS if any((one.method, *pair) not in done for pair in wanted)]
+    waiting = [
+        one
+        for one in VARIANTS
+        if (one.side in sides or not sides)
+        and any((one.method, task, seed) not in done for task in tasks for seed in one.seeds)
+    ]
     while waiting:
         group = [one for one in waiting if one.fleet == waiting[0].fleet][:GROUP]
         waiting = [one for one in waiting if one not in group]
@@ -196,21 +210,23 @@ def _train(name: str, group: Sequence[Variant], options: argparse.Namespace) -> 
     recipes = {
         (one.method, seed): one.recipe(options.size, options.epochs, seed)
         for one in group
-        for seed in SEEDS
+        for seed in one.seeds
         if (one.method, task, seed) not in done
     }
     if not recipes:
         return []
     taps, scale, hybrid = group[0].fleet
     job = open_job(name, taps, scale, options)
+    print(f"{task}: {', '.join(one.method for one in group)}", flush=True)
+    if group[0].side == "ridge":
+        return [_solve(job, task, method, recipe) for (method, _), recipe in recipes.items()]
     members = [
         new_member(job, recipe, name=f"{method} {seed}", rows=job.split["train"])
         for (method, seed), recipe in recipes.items()
     ]
     fleet = open_fleet(job, list(recipes.values()), job.split["train"])
-    if hybrid:
+    if hybrid in HYBRIDS:
         fleet.build = _scaled(fleet, partial(build_hybrid, hybrid, job.source.spec, job.source.final_norm))
-    print(f"{task}: {', '.join(one.method for one in group)}", flush=True)
     trained = train(fleet, members, validate=partial(_at_the_end, job, options.epochs))
     lines = []
     for ((method, seed), recipe), member in zip(recipes.items(), members, strict=True):
@@ -221,6 +237,18 @@ def _train(name: str, group: Sequence[Variant], options: argparse.Namespace) -> 
         line |= {"parameters": one.model.num_parameters(), "recipe": recipe.hash}
         lines.append(line | {"environment": environment(torch.device("cpu"))})
     return lines
+
+
+def _solve(job: Job, task: str, method: str, recipe: Recipe) -> dict[str, Any]:
+    """The line of a ridge."""
+    summary = job.source.richer(beyond_summary(recipe.side))
+    probe = fit_ridge(
+        recipe.side, Pooled(summary, job.targets, job.split["train"], job.split["val"]), job.task
+    )
+    right = probe.outputs(summary, job.split["val"]).argmax(1) == job.targets[job.split["val"]]
+    line = {"method": method, "task": task, "seed": 0, "metric": "val_accuracy", "recipe": recipe.hash}
+    line |= {"value": right.double().mean().item(), "detail": probe.detail}
+    return line | {"environment": environment(torch.device("cpu"))}
 
 
 def _scaled(fleet: Fleet, build: Any) -> Any:  # noqa: ANN401 - two ways to build a model
@@ -245,12 +273,12 @@ def _at_the_end(job: Job, epochs: int, fleet: Fleet) -> dict[str, Any]:
 def open_job(name: str, taps: str, scale: str, options: argparse.Namespace) -> Job:
     """A task's features, splits and targets."""
     dataset, store = load_dataset(options.data / name), options.stores / name
+    dataset = only(dataset, np.flatnonzero(dataset.split != "test"))
     backbone = build_backbone("demo", size=options.size, taps=TAPS[taps])
     if taps == "all":
         opened = Store.open(store)
         assert opened.plan.identity == backbone.identity, f"{store} is another backbone's"
     else:
-        dataset = only(dataset, np.flatnonzero(dataset.split != "test"))
         every = {tap for names in TAPS.values() for tap in names or ()}
         whole = build_backbone("demo", size=options.size, taps=sorted(every))
         opened = extract(dataset, whole, options.branches / name, keys=sample_keys(dataset))
@@ -262,13 +290,13 @@ def open_job(name: str, taps: str, scale: str, options: argparse.Namespace) -> J
 
 
 def only(dataset: Dataset, rows: NDArray[np.int64]) -> Dataset:
-    """These samples of a data set without groups and folds."""
+    """These samples of a data set that has neither groups nor folds."""
+    assert dataset.group is None and dataset.fold is None
     return replace(
         dataset,
         paths=tuple(dataset.paths[row] for row in rows),
         targets=dataset.targets[rows],
         split=dataset.split[rows],
-        group=None,
     )
 
 
