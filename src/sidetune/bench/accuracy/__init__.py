@@ -2,7 +2,8 @@
 
     OUT/TASK/METHOD/     fits, as `ledger` keeps them
     OUT/frozen.json      recipe hashes
-    OUT/accuracy.json    the last report
+    OUT/chosen.json      the last report without test scores
+    OUT/accuracy.json    the last one with them
 
 Tasks run one after another. Every method is chosen on training images from a grid of one size (`protocol`);
 then its recipe's hash is frozen; then it is trained on train and validation with every seed. Test scores are
@@ -40,12 +41,14 @@ from sidetune.data.vtab import is_vtab
 from sidetune.errors import DataError, RequestError
 from sidetune.extract import sample_keys
 from sidetune.files import locked, write_json
+from sidetune.job import Job
 from sidetune.opening import Part, open_jobs
 from sidetune.recipe import Recipe
 from sidetune.runs import default_store
 from sidetune.sides.losa import LosaRecipe
 from sidetune.sides.ridge import RidgeRecipe
-from sidetune.sweep.score import Choosing
+from sidetune.sources import LiveSource
+from sidetune.sweep.score import Choosing, On
 from sidetune.tasks import Task
 
 FOLDS = 5  # of train and validation, where the protocol is not VTAB's
@@ -109,12 +112,17 @@ def bench_accuracy(request: Request, backbone: Backbone | None = None) -> Report
     backbone.to(find_device(request.device))
     recipes = {method: method.recipe(request.base, request.settings) for method in request.methods}
     check_settings(request.methods, list(recipes.values()), request.settings)
-    for recipe in recipes.values():
-        build_model(recipe, backbone.spec, 2, backbone.norm)  # a wrong side is refused here
+    pixels = _pixels(request, recipes, backbone)
+    for method, recipe in recipes.items():
+        own = pixels.get(method, backbone)
+        build_model(recipe, own.spec, 2, own.norm, backbone=own)  # a wrong side is refused here
     with locked(request.out):
         tables: list[_Row] = []
         for folder in request.tasks:
-            tables += _run_task(request, folder, recipes, backbone)
+            ground = _open(request, folder, recipes, backbone)
+            live = {one: _live(ground, one) for one in set(pixels.values())}
+            grounds = {method: live[pixels[method]] if method in pixels else ground for method in recipes}
+            tables += _run_task(request, grounds, recipes)
         if request.reveal:
             tables = _revealed(request, tables)
         about = {
@@ -130,7 +138,8 @@ def bench_accuracy(request: Request, backbone: Backbone | None = None) -> Report
             request.against,
             describe_machine(backbone.device, about),
         )
-        write_json(request.out / "accuracy.json", report.to_json())
+        # what was chosen must not stand where scores were
+        write_json(request.out / ("accuracy.json" if request.reveal else "chosen.json"), report.to_json())
     return report
 
 
@@ -174,32 +183,43 @@ def _check(request: Request) -> None:
         )
 
 
+def _pixels(request: Request, recipes: Mapping[Method, Recipe], backbone: Backbone) -> dict[Method, Backbone]:
+    """The backbone once more, giving its input, for the methods that begin there."""
+    num_blocks = len(backbone.spec.blocks)
+    methods = [method for method, recipe in recipes.items() if method.reads_image(recipe, num_blocks)]
+    if not methods:
+        return {}
+    part = request.base.backbone
+    again = build_backbone(part.name, **{**part.arguments(), "taps": ("image",)}).to(backbone.device)
+    return dict.fromkeys(methods, again)
+
+
 def _run_task(
-    request: Request, folder: TaskFolder, recipes: Mapping[Method, Recipe], backbone: Backbone
+    request: Request, grounds: Mapping[Method, Ground], recipes: Mapping[Method, Recipe]
 ) -> list[_Row]:
     """Both tables of a task, without scores."""
-    ground = _open(request, folder, recipes, backbone)
     seeds = range(request.seeds)
-    choices = {m: choose(ground, m, recipe, request.grid_size) for m, recipe in recipes.items()}
+    choices = {m: choose(grounds[m], m, recipe, request.grid_size) for m, recipe in recipes.items()}
     chosen = {m: choice.recipe for m, choice in choices.items() if choice.recipe is not None}
-    frozen = freeze(request.out, _pairs(ground, chosen, ""))
-    answers = {m: finals(ground, m, recipe, seeds) for m, recipe in chosen.items()}
-    costs = {m: clock(ground, m, recipe, seeds) for m, recipe in chosen.items()}
+    frozen = freeze(request.out, _pairs(grounds, chosen, ""))
+    answers = {m: finals(grounds[m], m, recipe, seeds) for m, recipe in chosen.items()}
+    costs = {m: clock(grounds[m], m, recipe, seeds) for m, recipe in chosen.items()}
     rows = [
-        _row(ground, choices[m], chosen.get(m), answers.get(m, []), costs.get(m, {}), request, frozen)
+        _row(grounds[m], choices[m], chosen.get(m), answers.get(m, []), costs.get(m, {}), request, frozen)
         for m in recipes
     ]
     if not request.equal_time:
         return rows
     limited = _cut_all(chosen, costs, request.minutes)
-    frozen = freeze(request.out, _pairs(ground, limited, " at equal time"))
+    frozen = freeze(request.out, _pairs(grounds, limited, " at equal time"))
     for m in recipes:
         recipe = limited.get(m)
-        entries = [] if recipe is None else finals(ground, m, recipe, seeds)
+        entries = [] if recipe is None else finals(grounds[m], m, recipe, seeds)
         cost = dict(costs.get(m, {}))
         if recipe is not None and recipe.train.epochs is not None and not m.solved:
             cost["epochs"] = recipe.train.epochs
-        rows.append(replace(_row(ground, choices[m], recipe, entries, cost, request, frozen), timed=True))
+        row = _row(grounds[m], choices[m], recipe, entries, cost, request, frozen)
+        rows.append(replace(row, timed=True))
     return rows
 
 
@@ -221,18 +241,33 @@ def _open(
     part = Part("", reads, dataset, request.out / folder.name)
     (job,) = open_jobs([part], backbone, keys, out=part.out, store=store, quiet=request.quiet)
     job.say(f"task {folder.name}: {len(recipes)} methods")
-    on = "val" if is_vtab(folder.path) else "folds"
-    choosing = Choosing.build(job, on, 1 if on == "val" else FOLDS, metric=METRIC)  # type: ignore[arg-type]
-    tests = {"test": Images.of(job, keys, job.split["test"])}
-    return Ground(folder.name, folder.group, job, keys, choosing, tests)
+    return _ground(folder.name, folder.group, job, keys)
 
 
-def _pairs(ground: Ground, chosen: Mapping[Method, Recipe], remark: str) -> dict[str, dict[str, Any]]:
+def _ground(name: str, group: str, job: Job, keys: Sequence[str]) -> Ground:
+    on: On = "val" if is_vtab(job.dataset.root) else "folds"
+    choosing = Choosing.build(job, on, 1 if on == "val" else FOLDS, metric=METRIC)
+    return Ground(name, group, job, keys, choosing, {"test": Images.of(job, keys, job.split["test"])})
+
+
+def _live(ground: Ground, backbone: Backbone) -> Ground:
+    """The same task, its images decoded for every batch: what begins at pixels has nothing to store."""
+    job = ground.job
+    source = LiveSource(job.dataset, backbone, keys=ground.keys, quiet=job.quiet)
+    live = replace(job, backbone=backbone, source=source, summary=source.summary())
+    return _ground(ground.name, ground.group, live, ground.keys)
+
+
+def _pairs(
+    grounds: Mapping[Method, Ground], chosen: Mapping[Method, Recipe], remark: str
+) -> dict[str, dict[str, Any]]:
     """What is frozen of a task."""
-    shared = {"data": ground.data, "backbone": ground.job.backbone.identity.digest}
-    num = len(ground.rows)
     return {
-        f"{ground.name}/{method.name}{remark}": {"recipe": _resolved(recipe, num).hash, **shared}
+        f"{grounds[method].name}/{method.name}{remark}": {
+            "recipe": _resolved(recipe, len(grounds[method].rows)).hash,
+            "data": grounds[method].data,
+            "backbone": grounds[method].job.backbone.identity.digest,
+        }
         for method, recipe in chosen.items()
     }
 

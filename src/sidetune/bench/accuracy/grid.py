@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sidetune.baselines import BASELINES
 from sidetune.errors import RecipeError, RequestError, nearest
 from sidetune.recipe import Recipe
 from sidetune.sides import SIDES, SOLVED
@@ -30,7 +31,9 @@ MOST_POINTS = len(RATES) * len(DECAYS)
 VARIANTS: dict[str, dict[str, Any]] = {
     "ridge-last": {"name": "ridge", "taps": "last"},
     "lora-linear": {"name": "lora", "layers": "linear"},
+    **{f"lora-last{k}": {"name": "lora", "blocks": k} for k in (1, 2, 3, 6)},
 }
+WITH_NORM = ("full", "norms")  # these train the final norm, too
 PROBES = ("ridge-last", "ridge", "linear")
 
 
@@ -70,6 +73,16 @@ class Method:
         """Whether its networks train side by side; the baselines' train one after another."""
         return self.side["name"] in SIDES
 
+    def reads_image(self, recipe: Recipe, num_blocks: int) -> bool:
+        """Whether it begins at the pixels, before anything that a store holds.
+
+        Args:
+            recipe: its own.
+            num_blocks: of the backbone.
+        """
+        baseline = BASELINES.get(recipe.side.name)
+        return baseline is not None and baseline.first_tap(num_blocks, recipe.side) == "image"
+
     def recipe(self, base: Recipe, settings: Sequence[str] = ()) -> Recipe:
         """What it trains with before anything is chosen.
 
@@ -82,6 +95,10 @@ class Method:
         """
         fields = base.model_dump(mode="json")
         fields["side"] = dict(self.side)
+        if self.solved:
+            fields["train"] = {}  # nothing of it has a part in a solution
+        if self.side["name"] in WITH_NORM:
+            fields["head"]["norm"] = "trained"
         try:
             own = Recipe.build(fields)
         except RecipeError as error:

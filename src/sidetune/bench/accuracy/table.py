@@ -94,7 +94,7 @@ class Report:
         if any(one.short for one in (*self.outcomes, *self.timed)):
             yield "* fewer seeds than the others: nothing is claimed of it"
         if any(one.solved for one in self.outcomes):
-            yield "ridge: solved, its penalty by leaving one out; linear: solved, pool and penalty by val"
+            yield "ridge is solved, its penalty chosen by leaving one out; linear by validation"
         if self.revealed:
             looks = {one.task: one.looks for one in self.outcomes}
             times = sorted(set(looks.values()))

@@ -1,0 +1,290 @@
+import importlib
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sidetune.bench.accuracy import Request, bench_accuracy
+from sidetune.bench.accuracy import ledger as ledger_module
+from sidetune.bench.accuracy.grid import parse_methods
+from sidetune.bench.accuracy.tasks import find_tasks
+from sidetune.errors import ArtifactError, RecipeError, RequestError
+from sidetune.recipe import Recipe
+from vtab_tasks import make_suite, read_list, write_list
+
+train_module = importlib.import_module("sidetune.train")
+BASE = {"backbone": {"name": "toy"}, "train": {"epochs": 2, "batch_size": 8}}
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory):
+    return make_suite(tmp_path_factory.mktemp("suite"))
+
+
+def request(data, folder, methods="ridge,linear,losa", **changed):
+    base = Recipe.build(BASE, changed.pop("settings", ()))
+    fields = {"seeds": 2, "grid_size": 2, "against": ("ridge",), "looks": folder / "looks.jsonl"}
+    return Request(
+        tasks=find_tasks(data),
+        methods=parse_methods(methods),
+        out=folder / "out",
+        base=base,
+        stores=folder / "stores",
+        quiet=True,
+        **(fields | changed),
+    )
+
+
+def frozen(folder):
+    return json.loads((folder / "out" / "frozen.json").read_text())
+
+
+def of(report, task, method):
+    (found,) = (one for one in report.outcomes if (one.task, one.method) == (task, method))
+    return found
+
+
+def hashes(report):
+    return [(one.task, one.method, one.recipe, one.val, one.hashes) for one in report.outcomes]
+
+
+@pytest.fixture(scope="module")
+def hidden(suite, tmp_path_factory):
+    """A run without test scores, and its folder."""
+    folder = tmp_path_factory.mktemp("hidden")
+    return bench_accuracy(request(suite, folder)), folder
+
+
+@pytest.fixture(scope="module")
+def revealed(suite, hidden, tmp_path_factory):
+    """The same command with them."""
+    folder = tmp_path_factory.mktemp("revealed") / "run"
+    shutil.copytree(hidden[1], folder)
+    return bench_accuracy(request(suite, folder, reveal=True)), folder
+
+
+def test_before_test_is_revealed_there_is_no_score_of_it_and_no_look(hidden):
+    report, folder = hidden
+    assert not report.revealed and not report.comparisons[False]
+    assert all(one.to_json()["test"] is None for one in report.outcomes + report.timed)
+    assert not any(row.metric == "test_accuracy" for row in report.bench().rows)
+    assert not (folder / "looks.jsonl").exists()
+    assert any("--reveal" in line for line in report.lines())
+
+
+def test_every_recipe_is_frozen_with_what_it_was_chosen_on(hidden):
+    report, folder = hidden
+    pairs = frozen(folder)
+    for one in report.outcomes:
+        assert pairs[f"{one.task}/{one.method}"]["recipe"] == one.recipe
+    assert {"colours/losa at equal time", "shapes/ridge at equal time"} <= pairs.keys()
+    assert {"recipe", "data", "backbone"} == set(pairs["colours/losa"])
+
+
+def test_labels_of_test_decide_nothing(suite, hidden, tmp_path):
+    shutil.copytree(suite, tmp_path / "suite")
+    for task in ("colours", "shapes"):
+        lines = [line.split() for line in read_list(suite / task, "test")]
+        labels = np.random.default_rng(1).permutation([label for _, label in lines])
+        write_list(
+            tmp_path / "suite" / task, "test", [f"{p} {k}" for (p, _), k in zip(lines, labels, strict=True)]
+        )
+    again = bench_accuracy(request(tmp_path / "suite", tmp_path, equal_time=False))
+    report, folder = hidden
+    assert hashes(again) == hashes(report)
+    there, here = frozen(folder), frozen(tmp_path)
+    assert here == {name: pair for name, pair in there.items() if "equal time" not in name}
+
+
+def test_the_same_command_gives_the_same_predictions_and_scores(suite, revealed, tmp_path):
+    report, _ = revealed
+    again = bench_accuracy(request(suite, tmp_path, reveal=True, equal_time=False))
+    assert hashes(again) == hashes(report)
+    assert [one.scores for one in again.outcomes] == [one.scores for one in report.outcomes]
+
+
+def test_scores_are_of_the_labels_of_test(suite, revealed):
+    report, _ = revealed
+    for task in ("colours", "shapes"):
+        one = of(report, task, "losa")
+        assert one.right_SN.shape == (2, 24)
+        assert one.scores == tuple(one.right_SN.mean(1))
+        assert len(of(report, task, "ridge").scores) == 1
+    row = report.bench().row("colours/losa", "test_accuracy")
+    assert row.against == "colours/ridge"
+    assert row.ratio == pytest.approx(row.value / report.bench().row("colours/ridge", "test_accuracy").value)
+
+
+def test_every_look_is_counted(suite, revealed):
+    report, folder = revealed
+    assert {one.looks for one in report.outcomes} == {1}
+    again = bench_accuracy(request(suite, folder, reveal=True))
+    assert {one.looks for one in again.outcomes} == {2}
+    lines = [json.loads(line) for line in (folder / "looks.jsonl").read_text().splitlines()]
+    assert [line["task"] for line in lines] == ["colours", "shapes"] * 2
+    assert all(line["methods"] == ["linear", "losa", "ridge"] and len(line["frozen"]) == 64 for line in lines)
+    assert any("looks" in line and "2 a task" in line for line in again.lines())
+
+
+def test_a_second_command_trains_nothing(suite, revealed, monkeypatch):
+    report, folder = revealed
+    monkeypatch.setattr(ledger_module, "write_tensors", pytest.fail)
+    again = bench_accuracy(request(suite, folder))
+    assert hashes(again) == hashes(report)
+
+
+def test_another_recipe_is_not_chosen_in_a_frozen_folder(suite, revealed, tmp_path):
+    shutil.copytree(revealed[1], tmp_path / "run")
+    with pytest.raises(ArtifactError, match=r"froze another recipe of colours/losa.* Type: --out"):
+        bench_accuracy(request(suite, tmp_path / "run", settings=["train.epochs=3"]))
+
+
+def test_a_method_may_join_a_frozen_folder(suite, revealed, tmp_path):
+    shutil.copytree(revealed[1], tmp_path / "run")
+    report = bench_accuracy(request(suite, tmp_path / "run", "ridge,last", equal_time=False))
+    assert {one.method for one in report.outcomes} == {"ridge", "last"}
+    pairs = frozen(tmp_path / "run")
+    assert {"colours/last", "colours/losa"} <= pairs.keys()
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("fits", [1, 3, 6])
+def test_what_has_ended_survives_a_kill(suite, hidden, tmp_path, monkeypatch, fits):
+    written = []
+    original = ledger_module.write_tensors
+
+    def die(path, *rest):
+        if len(written) == fits:
+            raise Killed
+        written.append(path.name)
+        original(path, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ledger_module, "write_tensors", die)
+        bench_accuracy(request(suite, tmp_path, equal_time=False))
+    before, first = list(written), {}
+    for path in (tmp_path / "out").rglob("*.safetensors"):
+        first[path] = path.stat().st_mtime_ns
+    assert len(first) == fits
+    again = bench_accuracy(request(suite, tmp_path, equal_time=False))
+    assert hashes(again) == hashes(hidden[0])
+    assert all(path.stat().st_mtime_ns == time for path, time in first.items()), before
+
+
+def test_a_fit_that_was_killed_goes_on_from_its_checkpoint(suite, hidden, tmp_path, monkeypatch):
+    optimizer = importlib.import_module("sidetune.optimizer")
+    original, steps = optimizer.MemberAdamW.step, []
+
+    def step(self, updates):
+        if len(steps) == 4:
+            raise Killed
+        steps.append(1)
+        return original(self, updates)
+
+    monkeypatch.setattr(train_module, "CHECKPOINT_SECONDS", 0.0)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(optimizer.MemberAdamW, "step", step)
+        bench_accuracy(request(suite, tmp_path, "losa", against=("losa",), equal_time=False))
+    assert list((tmp_path / "out").rglob("checkpoint-*.safetensors"))
+    loaded = []
+    original_load = train_module.load_checkpoint
+    monkeypatch.setattr(
+        train_module, "load_checkpoint", lambda *args: loaded.append(1) or original_load(*args)
+    )
+    again = bench_accuracy(request(suite, tmp_path, "losa", against=("losa",), equal_time=False))
+    assert loaded == [1]
+    assert hashes(again) == [one for one in hashes(hidden[0]) if one[1] == "losa"]
+    assert not list((tmp_path / "out").rglob("checkpoint-*.safetensors"))
+
+
+def test_a_damaged_fit_is_named(suite, revealed, tmp_path):
+    shutil.copytree(revealed[1], tmp_path / "run")
+    path = next((tmp_path / "run" / "out" / "colours" / "losa").glob("seed-1-*"))
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ArtifactError, match=rf"{path.name} is damaged.* Type: rm"):
+        bench_accuracy(request(suite, tmp_path / "run"))
+
+
+def test_equal_time_cuts_epochs_to_what_the_quickest_takes(suite, tmp_path, monkeypatch):
+    protocol = importlib.import_module("sidetune.bench.accuracy.protocol")
+    seconds = iter([1.0, 2.0] * 2 + [1.0] * 2)
+    monkeypatch.setattr(protocol, "solo_epoch_seconds", lambda *_: next(seconds))
+    settings = ["train.epochs=4"]
+    report = bench_accuracy(request(suite, tmp_path, "losa,last", settings=settings, against=("losa",)))
+    epochs = {one.method: one.point["epochs"] for one in report.timed}
+    assert epochs == {"losa": 4, "last": 2}
+    same = {one.task: one for one in report.outcomes if one.method == "losa"}
+    for one in report.timed:
+        if one.method == "losa":
+            assert one.hashes == same[one.task].hashes
+    limited = bench_accuracy(
+        request(suite, tmp_path / "m", "losa", settings=settings, against=("losa",), minutes=1e9)
+    )
+    assert {one.point["epochs"] for one in limited.timed} == {4}
+
+
+def test_class_folders_are_chosen_by_folds(image_folder, tmp_path):
+    report = bench_accuracy(request(image_folder, tmp_path, "ridge,losa", reveal=True, grid_size=1))
+    (losa,) = (one for one in report.outcomes if one.method == "losa")
+    assert 0 <= losa.val <= 1 and len(losa.scores) == 2
+    names = {path.name[:13] for path in (tmp_path / "out").rglob("choice-*")}
+    assert {f"choice-fold-{k}-"[:13] for k in range(5)} <= names
+
+
+def test_a_method_with_fewer_seeds_is_marked_and_nothing_is_claimed_of_it(suite, tmp_path):
+    asked = request(suite, tmp_path, "ridge,losa,last:1", reveal=True, equal_time=False, against=("losa",))
+    report = bench_accuracy(asked)
+    assert of(report, "colours", "last").short and not of(report, "colours", "losa").short
+    claims = {one.claim for one in report.comparisons[False] if one.method == "last"}
+    assert claims == {"no claim: last has 1 of 2 seeds"}
+    text = "\n".join(report.lines())
+    assert "* fewer seeds" in text
+
+
+def test_the_text_fits_80_columns_and_the_json_is_json(revealed):
+    report, folder = revealed
+    assert max(map(len, report.lines())) <= 80
+    fields = json.loads((folder / "out" / "accuracy.json").read_text())
+    assert json.loads((folder / "out" / "chosen.json").read_text())["comparisons"] == []
+    assert {"rows", "environment", "outcomes", "comparisons", "timed_outcomes", "timed_comparisons"} <= set(
+        fields
+    )
+    one = fields["comparisons"][0]
+    assert set(one) == {"where", "method", "against", "value", "interval", "images", "claim"}
+
+
+def test_baselines_train_one_after_another_and_full_begins_at_the_pixels(suite, tmp_path):
+    asked = request(suite, tmp_path, "losa,norms,full", against=("losa",), reveal=True, seeds=1)
+    report = bench_accuracy(replace(asked, tasks=asked.tasks[:1]))
+    full, norms = (of(report, "colours", name) for name in ("full", "norms"))
+    assert full.cost["parameters"] > norms.cost["parameters"] > 0
+    assert full.cost["bytes"] > of(report, "colours", "losa").cost["bytes"]
+    assert full.point["lr"] in (1e-4, 3e-5)
+    assert len(full.scores) == len(norms.scores) == 1
+    assert {one.claim for one in report.comparisons[False]} <= {"better", "worse", "undecided"}
+
+
+def test_requests_that_cannot_be(suite, tmp_path):
+    for changed, match in (
+        ({"grid_size": 9}, "--grid-size is 9"),
+        ({"seeds": 0}, "--seeds is 0"),
+        ({"minutes": 0.0}, "--minutes is 0"),
+        ({"against": ("lora",)}, "none of the methods"),
+        ({"settings": ["train.select=best"]}, "last epoch"),
+    ):
+        with pytest.raises(RequestError, match=match):
+            bench_accuracy(request(suite, tmp_path, **changed))
+    with pytest.raises(RecipeError, match=r"method 'lossa'.*Did you mean 'losa'"):
+        bench_accuracy(request(suite, tmp_path, "lossa", against=()))
+    with pytest.raises(RequestError, match="twice"):
+        parse_methods("losa,losa")
+    with pytest.raises(RequestError, match="NAME:SEEDS"):
+        parse_methods("losa:0")
+    with pytest.raises(RequestError, match=r"no task 'colour'.*Did you mean 'colours'"):
+        find_tasks(suite, ["colour"])
+    assert not (tmp_path / "out" / "frozen.json").exists()
