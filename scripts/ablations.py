@@ -5,8 +5,8 @@
 
 Trained on train800 and scored on val200, the last epoch: test images are never looked at. Every variant
 changes one thing of the recipe as given; the other side networks stand beside them. All that read the same
-taps train in one fleet: variants as buckets, seeds as members, batches in one order. A group of variants is
-written as soon as it is done, and what stands in the file already is not trained again.
+taps train in one fleet, batches in one order. A group of variants is written as soon as it is done, and what
+stands in the file already is not trained again: seed 0 of everything comes first, then seed 1.
 
 `--stores` has a folder a task, as `sidetune extract --backbone demo --size 112 --out STORES/TASK` makes
 them; they are only read. Branches of attention and feed-forward layers are no part of such a store: those of
@@ -47,6 +47,7 @@ from sidetune.tasks import build_task
 from sidetune.train import train
 
 TASKS = ("shapes_count", "elpv", "sprites_ori")
+SEEDS = (0, 1)
 GROUP = 6  # variants that train together; what is lost to a kill
 OUT = Path("results/ablations-112.jsonl")
 LAYERS = range(1, 13)
@@ -87,7 +88,7 @@ class Variant:
     @property
     def seeds(self) -> tuple[int, ...]:
         """Of ridge nothing is drawn."""
-        return (0,) if self.side == "ridge" else (0, 1)
+        return SEEDS[:1] if self.side == "ridge" else SEEDS
 
     def recipe(self, size: int, epochs: int, seed: int) -> Recipe:
         """All of it; seeds differ in their start and drop-path, and share the order of the batches."""
@@ -173,9 +174,9 @@ def main() -> None:
         "hardware": HARDWARE,
     }
     tasks = options.tasks.split(",")
-    for group in _groups(tasks, [side for side in options.sides.split(",") if side]):
+    for group, seed in _groups(tasks, [side for side in options.sides.split(",") if side]):
         for name in tasks:
-            for line in _train(name, group, options):
+            for line in _train(name, group, seed, options):
                 _append(line | common)
 
 
@@ -188,29 +189,31 @@ def _append(line: dict[str, Any]) -> None:
         stream.write(json.dumps(line) + "\n")
 
 
-def _groups(tasks: Sequence[str], sides: Sequence[str] = ()) -> Iterator[list[Variant]]:
-    """Variants of one fleet that lack a line, a few at a time, those that stand first first."""
+def _groups(tasks: Sequence[str], sides: Sequence[str] = ()) -> Iterator[tuple[list[Variant], int]]:
+    """Variants of one fleet that lack a line of a seed, a few at a time: all of them once, then again."""
     done = {(line["method"], line["task"].partition(" ")[0], line["seed"]) for line in _lines()}
-    waiting = [
-        one
-        for one in VARIANTS
-        if (one.side in sides or not sides)
-        and any((one.method, task, seed) not in done for task in tasks for seed in one.seeds)
-    ]
-    while waiting:
-        group = [one for one in waiting if one.fleet == waiting[0].fleet][:GROUP]
-        waiting = [one for one in waiting if one not in group]
-        yield group
+    for seed in SEEDS:
+        waiting = [
+            one
+            for one in VARIANTS
+            if (one.side in sides or not sides) and seed in one.seeds
+            if any((one.method, task, seed) not in done for task in tasks)
+        ]
+        while waiting:
+            group = [one for one in waiting if one.fleet == waiting[0].fleet][:GROUP]
+            waiting = [one for one in waiting if one not in group]
+            yield group, seed
 
 
-def _train(name: str, group: Sequence[Variant], options: argparse.Namespace) -> list[dict[str, Any]]:
+def _train(
+    name: str, group: Sequence[Variant], seed: int, options: argparse.Namespace
+) -> list[dict[str, Any]]:
     """Lines of a group of variants on a task."""
     done = {(line["method"], line["task"], line["seed"]) for line in _lines()}
     task = f"{name} at {options.size} px"
     recipes = {
-        (one.method, seed): one.recipe(options.size, options.epochs, seed)
+        one.method: one.recipe(options.size, options.epochs, seed)
         for one in group
-        for seed in one.seeds
         if (one.method, task, seed) not in done
     }
     if not recipes:
@@ -219,19 +222,18 @@ def _train(name: str, group: Sequence[Variant], options: argparse.Namespace) -> 
     job = open_job(name, taps, scale, options)
     print(f"{task}: {', '.join(one.method for one in group)}", flush=True)
     if group[0].side == "ridge":
-        return [_solve(job, task, method, recipe) for (method, _), recipe in recipes.items()]
+        return [_solve(job, task, method, recipe) for method, recipe in recipes.items()]
     members = [
-        new_member(job, recipe, name=f"{method} {seed}", rows=job.split["train"])
-        for (method, seed), recipe in recipes.items()
+        new_member(job, recipe, name=method, rows=job.split["train"]) for method, recipe in recipes.items()
     ]
     fleet = open_fleet(job, list(recipes.values()), job.split["train"])
     if hybrid in HYBRIDS:
         fleet.build = _scaled(fleet, partial(build_hybrid, hybrid, job.source.spec, job.source.final_norm))
     trained = train(fleet, members, validate=partial(_at_the_end, job, options.epochs))
     lines = []
-    for ((method, seed), recipe), member in zip(recipes.items(), members, strict=True):
-        one = trained[member.name]
-        assert one.model is not None, f"{member.name} diverged"
+    for method, recipe in recipes.items():
+        one = trained[method]
+        assert one.model is not None, f"{method} diverged"
         line = {"method": method, "task": task, "seed": seed, "metric": "val_accuracy"}
         line |= {"value": one.history[-1].val["accuracy"], "loss": one.history[-1].loss}
         line |= {"parameters": one.model.num_parameters(), "recipe": recipe.hash}
@@ -301,24 +303,30 @@ def only(dataset: Dataset, rows: NDArray[np.int64]) -> Dataset:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """A row a variant: mean over seeds a task in percent, and what it is apart from the side as given."""
-    tasks = list(dict.fromkeys(line["task"] for line in lines))
-    found: dict[tuple[str, str], list[float]] = {}
-    for line in lines:
-        found.setdefault((line["method"], line["task"]), []).append(100 * line["value"])
-    mean = {key: sum(values) / len(values) for key, values in found.items()}
-    heads = ["side", "what is changed", *(task.partition(" ")[0] for task in tasks), "mean difference"]
-    rows = [heads, ["---"] * len(heads)]
-    for one in sorted(VARIANTS, key=lambda one: [*dict.fromkeys(v.side for v in VARIANTS)].index(one.side)):
-        if any((one.method, task) not in mean for task in tasks):
+    """A row a variant: accuracy in percent, mean over its seeds, and what it is apart from the side as given.
+
+    Differences are over the seeds that both have; their mean stands where no task is missing.
+    """
+    value = {(line["method"], line["task"], line["seed"]): 100 * line["value"] for line in lines}
+    tasks = sorted({line["task"] for line in lines})
+    rows = [["side", "what is changed", *(task.partition(" ")[0] for task in tasks), "mean", "seeds"]]
+    rows.append(["---"] * len(rows[0]))
+    sides = list(dict.fromkeys(one.side for one in VARIANTS))
+    for one in sorted(VARIANTS, key=lambda one: sides.index(one.side)):
+        own = [{seed for seed in SEEDS if (one.method, task, seed) in value} for task in tasks]
+        if not any(own):
             continue
-        values = [mean[one.method, task] for task in tasks]
-        apart = [value - mean[one.side, task] for value, task in zip(values, tasks, strict=True)]
-        cells = [
-            f"{v:.1f} ({d:+.1f})" if one.name else f"{v:.1f}" for v, d in zip(values, apart, strict=True)
-        ]
-        rows.append([one.side, one.name or "nothing", *cells])
-        rows[-1].append(f"{sum(apart) / len(apart):+.1f}" if one.name else "")
+        cells, apart = [], []
+        for task, seeds in zip(tasks, own, strict=True):
+            both = [seed for seed in seeds if (one.side, task, seed) in value]
+            mean = f"{np.mean([value[one.method, task, seed] for seed in seeds]):.1f}" if seeds else "–"
+            if both:
+                found = [value[one.method, task, seed] - value[one.side, task, seed] for seed in both]
+                apart.append(float(np.mean(found)))
+            cells.append(f"{mean} ({apart[-1]:+.1f})" if both and one.name else mean)
+        total = f"{np.mean(apart):+.1f}" if one.name and len(apart) == len(tasks) else ""
+        count = "/".join(str(len(seeds)) for seeds in own)
+        rows.append([one.side, one.name or "nothing", *cells, total, count])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

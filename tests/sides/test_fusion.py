@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from sidetune.features import Features, Spec, Tap
@@ -52,10 +53,13 @@ def test_equals_the_oracle(heads: int, has_cls: bool) -> None:
             )
 
 
-def test_it_starts_as_the_mean_over_layers() -> None:
+def test_it_starts_as_a_mixture_of_the_layers() -> None:
     spec = Spec(tuple(Tap(f"block.{i}", "block", 8, (1, 1, 3)) for i in (1, 2)))
-    side = Fusion(spec, heads=2)
+    side = Fusion(spec, heads=1)
     side.start([0])
     layers = tuple(torch.randn(5, 3, 8, generator=generator(i, "taps")) for i in range(2))
-    pooled = torch.nn.functional.layer_norm(torch.stack([layer.mean(1) for layer in layers]), (8,), eps=1e-6)
-    torch.testing.assert_close(side(Features(layers, spec))[0], pooled.mean(0))
+    first, second = (F.layer_norm(layer.mean(1), (8,), eps=LAYER_NORM_EPS) for layer in layers)
+    found = side(Features(layers, spec))[0]
+    share = ((found - second) / (first - second)).mean(1, keepdim=True)
+    assert ((share > 0) & (share < 1)).all()
+    torch.testing.assert_close(found, share * first + (1 - share) * second)

@@ -7,8 +7,8 @@
 Multi-head cross-attention of one query, as read in the authors' code. What differs from it: a projection of
 the query would fold into the query, and the affine of the layer norms into W_k and W_v, so neither stands
 here; heads are D / heads wide, where theirs are twice that; their batch norm before the classifier is the
-norm that all sides share. The query starts at zero and W_v, W_o at the identity, so that the probe starts
-as a linear probe on the mean over all layers; this start is ours.
+norm that all sides share. W_v and W_o start at the identity, so that the probe starts as a linear probe on a
+mixture of the layers; the query is drawn, which trains faster than zero (docs/log.md). This start is ours.
 
 The query is one for all samples, so W_k,h q_h is a vector a head: keys are never built.
 """
@@ -99,8 +99,9 @@ class LayerQuery(MemberModule):
         self.out_MDD = nn.Parameter(eye_MDD.clone())
 
     def start_member(self, member: int, keyed: torch.Generator) -> None:
-        """Keys normal with std 1/sqrt(D); the query stays at zero, values and output at the identity."""
+        """Keys normal with std 1/sqrt(D), the query with 1; values and output stay the identity."""
         normal_start(self.key_MDD, member, self.key_MDD.shape[1], keyed)
+        normal_start(self.query_MD, member, 1, keyed)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) -> (M, B, D)."""
