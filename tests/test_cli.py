@@ -13,6 +13,8 @@ from fitted_runs import read_csv
 from images import make_csv
 from sidetune import cli
 from sidetune.backbones import demo as demo_backbone
+from sidetune.bench.cost_cases import DEFAULT, CostSetting
+from sidetune.bench.rows import Bench, Row
 from sidetune.store import Store
 from sidetune.usage import EXAMPLES, QUICK_START
 
@@ -31,6 +33,7 @@ COMMANDS = [
     "store gc",
     "bench side",
     "bench read",
+    "bench cost",
 ]
 EPOCHS = ("--set", "train.epochs=2")
 
@@ -652,6 +655,24 @@ def test_bench_read_prints_a_table_and_json(run_cli, monkeypatch):
     assert cases == ["read-shuffled", "read-in-order", "copy", "copy-in-cache"]
 
 
+def test_bench_cost_hands_its_options_on(run_cli, monkeypatch):
+    asked = []
+    about = {"cpu": "", "threads": 1, "cores": 1, "gpu": None, "torch": "", "commit": None}
+
+    def fake(setting, cases, *, growth, quiet):
+        asked.append((setting, cases, growth))
+        return Bench((Row("losa", "step_s", 0.2, "s", "lora", 0.5, 0.51),), about)
+
+    monkeypatch.setattr("sidetune.bench.cost.bench_cost", fake)
+    code, out, _ = run_cli("bench", "cost", "--batch", 4, "--cases", "losa, lora", "--growth", "batch")
+    assert code == 0
+    assert out.splitlines()[1].split() == ["losa", "0.2", "0.500", "of", "lora", "<=", "0.51", "met"]
+    assert asked.pop() == (CostSetting(batch=4), ["losa", "lora"], ["batch"])
+    code, out, _ = run_cli("bench", "cost", "--json")
+    assert only_object(out)["rows"][0]["against"] == "lora"
+    assert asked.pop() == (CostSetting(), DEFAULT, [])
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -659,6 +680,9 @@ def test_bench_read_prints_a_table_and_json(run_cli, monkeypatch):
         (("read", "--dtype", "f16"), "error: dtype is 'f16'. Did you mean 'fp16'?"),
         (("side", "--picture", "g.pdf"), "expected a name that ends in .svg or .png. Type: --picture g.svg"),
         (("side", "--layers", "many"), "Example: sidetune bench side"),
+        (("cost", "--batch", 0), "error: batch is 0, expected 1 or more. Type: --batch 16"),
+        (("cost", "--cases", "losa,lorra"), "error: no case named 'lorra'. Did you mean 'lora'?"),
+        (("cost", "--growth", "depth"), "error: --growth names 'depth'."),
         (("raed",), "Did you mean 'read'?"),
     ],
 )

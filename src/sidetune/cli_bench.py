@@ -135,6 +135,62 @@ def bench_read(
 bench_app.command("accuracy")(bench_accuracy)
 
 
+@bench_app.command("cost")
+def bench_cost(
+    backbone: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="demo, toy, or timm:MODEL, whose weights are random here."),
+    ] = "timm:vit_small_patch14_dinov2",
+    size: Annotated[
+        int, typer.Option(metavar="PX", rich_help_panel=SIZES, help="Image side in pixels.")
+    ] = 224,
+    batch: Batch = 16,
+    images: Annotated[
+        int, typer.Option(metavar="COUNT", rich_help_panel=SIZES, help="Training images of the whole job.")
+    ] = 1000,
+    epochs: Annotated[
+        int, typer.Option(metavar="COUNT", rich_help_panel=SIZES, help="Epochs of the whole job.")
+    ] = 100,
+    cases: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B", help="Instead of the usual ones: a method, and suffixes, as losa-stored."
+        ),
+    ] = None,
+    growth: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B", help="Also how cost grows with batch, size, model, epochs, members, or all."
+        ),
+    ] = None,
+    threads: Threads = None,
+    rounds: Rounds = 5,
+    device: Annotated[str, typer.Option(metavar="NAME", help="cpu or cuda.")] = "cpu",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time, memory and size of training by method, each in a process of its own, against LoRA's."""
+    from sidetune.bench.cost import bench_cost as run
+    from sidetune.bench.cost_cases import DEFAULT, CostSetting
+
+    setting = CostSetting(
+        backbone=backbone,
+        size=size,
+        batch=batch,
+        images=images,
+        epochs=epochs,
+        threads=threads,
+        rounds=rounds,
+        device=device,
+    )
+    chosen = DEFAULT if cases is None else _words(cases)
+    _print(run(setting, chosen, growth=_words(growth or ""), quiet=quiet), as_json)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
 def _print(bench: Bench, as_json: bool) -> None:
     if as_json:
         print_json(bench.to_json())

@@ -17,9 +17,15 @@ class PeakMemory:
 
     On Linux: anonymous resident memory. Pages of memory-mapped shards are left out: the kernel gives
     them back when anyone needs them. Elsewhere: the operating system's peak resident size.
+
+    Args:
+        interval: seconds between samples.
     """
 
     peak: int = 0
+
+    def __init__(self, interval: float = INTERVAL) -> None:
+        self.interval = interval
 
     def __enter__(self) -> Self:
         self._stop = threading.Event()
@@ -36,7 +42,7 @@ class PeakMemory:
     def _sample(self) -> None:
         while True:
             self.peak = max(self.peak, anonymous_bytes())
-            if self._stop.wait(INTERVAL):
+            if self._stop.wait(self.interval):
                 return
 
 

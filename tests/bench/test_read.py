@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sidetune.bench import read as module
+from sidetune.bench import stores
 from sidetune.bench.read import bench_read, num_records
 from sidetune.bench.setting import Setting
 from sidetune.errors import RequestError
@@ -43,7 +44,7 @@ def test_reading_is_against_a_plain_copy_of_the_same_run():
 
 
 def test_the_store_is_a_real_one_of_whole_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "SHARD_RECORDS", 7)
+    monkeypatch.setattr(stores, "SHARD_RECORDS", 7)
     keys = [f"{i}.png@bench" for i in range(num_records(TINY))]
     store = module._write(tmp_path, TINY, keys, quiet=True)
     assert (store.num_records, len(store.plan.numbers)) == (20, 3)
@@ -131,7 +132,7 @@ def test_the_default_sizes_make_half_a_gib_of_whole_batches(monkeypatch):
 
 def test_a_full_disk_is_said_before_anything_is_written(monkeypatch):
     usage = shutil.disk_usage("/")
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: usage._replace(free=100))
+    monkeypatch.setattr(stores.shutil, "disk_usage", lambda folder: usage._replace(free=100))
     monkeypatch.setattr(module, "_write", None)
     with pytest.raises(RequestError, match=r"has 100 B free, expected 9.4 KiB\. Type: TMPDIR=/another/disk"):
         bench_read(TINY, quiet=True)

@@ -13,12 +13,7 @@ to back, on the same threads:
 from __future__ import annotations
 
 import itertools
-import shutil
-import signal
-import tempfile
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,16 +23,13 @@ from torch import Tensor
 from sidetune.backbones.base import Identity, Variant
 from sidetune.bench.rows import Bench, describe_machine
 from sidetune.bench.setting import Setting, batches, noise
+from sidetune.bench.stores import in_shards, require_room, temporary_folder, write_store
 from sidetune.bench.timing import in_turn
-from sidetune.errors import RequestError
-from sidetune.extract import SHARD_BYTES, SHARD_RECORDS
-from sidetune.figures import size
+from sidetune.features import Features
 from sidetune.keyed import generator
-from sidetune.progress import Progress
-from sidetune.shards import ShardNotes, map_shard, shard_path, write_shard
+from sidetune.shards import map_shard, shard_path
 from sidetune.sources import StoredSource
-from sidetune.store import Plan, Store, write_manifest, write_store_head
-from sidetune.summary import summarise
+from sidetune.store import Plan, Store
 from sidetune.threads import torch_threads
 
 GOAL = 0.70  # of the plain copy's rate
@@ -63,13 +55,9 @@ def bench_read(setting: Setting, *, quiet: bool = False) -> Bench:
     """
     keys = [f"{number:05d}.png@bench" for number in range(num_records(setting))]
     num_bytes = len(keys) * setting.record_bytes()
-    with (
-        _ends_by_raising(),
-        torch_threads(setting.threads),
-        tempfile.TemporaryDirectory(prefix="sidetune-bench-") as folder,
-    ):
-        _require_room(Path(folder), num_bytes)
-        store = _write(Path(folder), setting, keys, quiet=quiet)
+    with torch_threads(setting.threads), temporary_folder() as folder:
+        require_room(folder, num_bytes, "sidetune bench read")
+        store = _write(folder, setting, keys, quiet=quiet)
         damaged = store.damaged(keys)  # hashes all, and warms it
         assert not damaged, damaged
         timings = in_turn(_cases(store, keys, setting.batch), setting.rounds, label="bench read", quiet=quiet)
@@ -86,56 +74,18 @@ def num_records(setting: Setting) -> int:
     return most // setting.batch * setting.batch
 
 
-@contextmanager
-def _ends_by_raising() -> Iterator[None]:
-    """SIGTERM raises inside, as Ctrl-C does: a store in the temporary folder is removed on the way out."""
-    if threading.current_thread() is not threading.main_thread():  # only there are signals met
-        yield
-        return
-
-    def end(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)  # what a shell says of it
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _require_room(folder: Path, num_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < 2 * num_bytes:  # a shard is written beside its old self
-        raise RequestError(
-            f"{folder.parent} has {size(free)} free, expected {size(2 * num_bytes)}. "
-            "Type: TMPDIR=/another/disk sidetune bench read"
-        )
-
-
 def _write(folder: Path, setting: Setting, keys: list[str], *, quiet: bool) -> Store:
     """A complete store of random features, in shards as extraction cuts them."""
-    records = max(1, min(SHARD_RECORDS, SHARD_BYTES // setting.record_bytes()))
-    shards = tuple(tuple(keys[first : first + records]) for first in range(0, len(keys), records))
     identity = Identity("0" * 64, "bench", {}, {})
     variant = Variant(setting.spec.names, "fp32", "eager", {})
+    shards = in_shards(keys, setting.record_bytes())
     plan = Plan(identity, variant, setting.spec, setting.dtype, None, None, shards)
-    folder.joinpath("shards").mkdir()
-    write_store_head(folder, plan, None)
-    drawn = noise([replace(setting, batch=records)])  # shards of equal numbers: nobody looks at them
-    with Progress("write", len(keys), "records", quiet=quiet) as progress:
-        for number, shard in enumerate(shards):
-            taps = batches(replace(setting, batch=len(shard)), drawn)[0]
-            summary = summarise(taps)
-            tensors: dict[str, Tensor] = dict(zip(taps.spec.names, taps.layers, strict=True))
-            tensors["valid"] = torch.ones(len(shard), dtype=torch.uint8)
-            tensors["summary.mean_square"] = summary.mean_square
-            for name, mean, cls in zip(taps.spec.names, summary.mean, summary.cls, strict=True):
-                tensors |= {f"summary.mean.{name}": mean, f"summary.cls.{name}": cls}
-            notes = ShardNotes(skipped={}, labels={})
-            write_shard(folder, number, tensors, claim=plan.claim(number), notes=notes)
-            progress.advance(len(shard))
-    write_manifest(folder, plan)
-    return Store.open(folder)
+    drawn = noise([replace(setting, batch=max(map(len, shards)))])  # shards of equal numbers: nobody looks
+
+    def taps(number: int) -> Features:
+        return batches(replace(setting, batch=len(shards[number])), drawn)[0]
+
+    return write_store(folder, plan, taps, quiet=quiet)
 
 
 def _cases(store: Store, keys: list[str], batch: int) -> dict[str, Callable[[], object]]:

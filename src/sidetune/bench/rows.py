@@ -14,15 +14,31 @@ import torch
 
 from sidetune.runs import environment
 
-MORE_IS_BETTER = ("gb_per_s",)  # metrics whose goal is a least ratio; of all others it is a largest
+MORE_IS_BETTER = (
+    "gb_per_s",
+    "images_per_s",
+)  # metrics whose goal is a least ratio; of all others it is a largest
+SHOWN_UNITS = ("MB", "GB/s", "GFLOP/s", "x")  # others stand in the heading
 LINE = 78  # columns beside the margin
+GROWTHS = {
+    "ms_per_image": "How the time grows, ms an image",
+    "step_s": "How the time of a step grows, s",
+    "peak_bytes": "How the peak memory of a step grows, MB",
+    "job_s": "How the whole job grows, s, computed",
+}
 MEANINGS = {
     "ms_per_image": "Time, ms an image",
     "kept_bytes": "Kept for backward, beside the stored taps",
     "losa_bytes": "The stored taps that LoSA reads, a batch",
     "last_bytes": "The stored taps that LAST reads, a batch",
     "times_floor": "Time, in multiples of the floor",
-    "peak_bytes": "Peak memory of one step above model and taps",
+    "peak_bytes": "Peak memory of a step, above what was loaded before it",
+    "step_s": "Time of a training step, s",
+    "images_per_s": "Images a second",
+    "tap_bytes": "Of that, a batch's taps in float32",
+    "parameters": "Trained parameters, without the head",
+    "artifact_bytes": "What a run keeps",
+    "job_s": "The whole job, s, computed from steps and extraction",
     "gb_per_s": "Reading, GB/s of stored bytes",
     "gflop_per_s": "The machine: one large product, GFLOP/s",
 }
@@ -83,10 +99,11 @@ class Bench:
     rows: tuple[Row, ...]
     environment: Mapping[str, Any]
 
-    def row(self, case: str, metric: str) -> Row:
-        """The row of a case and a metric; there must be one."""
-        (found,) = (row for row in self.rows if (row.case, row.metric) == (case, metric))
-        return found
+    def row(self, case: str, metric: str, against: str | None = None) -> Row:
+        """The row of a case and a metric, with a ratio to `against` where that is asked for; there is one."""
+        found = [row for row in self.rows if (row.case, row.metric) == (case, metric)]
+        (one,) = (row for row in found if against is None or row.against == against)
+        return one
 
     def to_json(self) -> dict[str, Any]:
         """``{"rows": [..], "environment": {..}}``."""
@@ -109,9 +126,10 @@ class Bench:
             yield from (f"  {_line(row)}".rstrip() for row in rows if row.metric == metric)
             yield ""
         if growth := [row for row in self.rows if row.case.startswith("growth/")]:
-            yield "How the time grows, ms an image"
-            yield from _growth_lines(growth)
-            yield ""
+            for metric in dict.fromkeys(row.metric for row in growth):
+                yield GROWTHS.get(metric, metric)
+                yield from _growth_lines([row for row in growth if row.metric == metric])
+                yield ""
         yield from machine_lines(self.environment)
 
 
@@ -154,7 +172,7 @@ def _line(row: Row) -> str:
         sign = ">=" if row.metric in MORE_IS_BETTER else "<="
         aim = row.goal if row.ratio is not None else row.goal / scale
         goal = f"{sign} {aim:.4g} {'met' if row.met else 'MISSED'}"
-    value = f"{_short(row.value / scale)} {unit if unit != 'ms' else ''}".strip()
+    value = f"{_short(row.value / scale)} {unit if unit in SHOWN_UNITS else ''}".strip()
     line = f"{row.case:<13} {value:>12} {spread:>11} {ratio:<22} {goal}".rstrip()
     return line if len(line) <= LINE else " ".join(line.split())
 
@@ -170,11 +188,14 @@ def _short(value: float) -> str:
 
 def _growth_lines(rows: Sequence[Row]) -> Iterator[str]:
     """A line a point, a column a case."""
-    value = {tuple(row.case.split("/")[1:]): _short(row.value) for row in rows}
+    scale = {"B": 1e6}
+    value = {tuple(row.case.split("/")[1:]): _short(row.value / scale.get(row.unit, 1)) for row in rows}
     points, cases = (list(dict.fromkeys(key[i] for key in value)) for i in (0, 1))
-    yield f"  {'':<8}" + "".join(f"{case:>15}" for case in cases)
+    label = max(8, *(len(point) + 1 for point in points))
+    yield f"  {'':<{label}}" + "".join(f"{case:>15}" for case in cases)
     for point in points:
-        yield f"  {point:<8}" + "".join(f"{value[point, case]:>15}" for case in cases)
+        cells = (value.get((point, case), "") for case in cases)
+        yield f"  {point:<{label}}" + "".join(f"{cell:>15}" for cell in cells)
 
 
 def _cpu_name() -> str:

@@ -17,6 +17,7 @@ from sidetune.keyed import generator
 from sidetune.store import DTYPES, DTypeName
 
 LOSA_RANK, LAST_RANK = 8, 16  # the sides' own defaults
+LEFT_OPEN = {"rank": LOSA_RANK, "threads": 2}  # what an error tells to type where the default is None
 UNKNOWN_CACHE = 64 * 2**20  # bytes, where the system does not say
 TIMES_CACHE = 4  # the batches of a case are so many times the last-level cache
 MOST_BATCHES = 64  # tiny sizes are for trying out: they stay in the cache
@@ -54,20 +55,12 @@ class Setting:
     def __post_init__(self) -> None:
         least = {"layers": 1, "tokens": 2, "width": 1, "rank": 1, "batch": 1, "threads": 1, "rounds": 1}
         for name, smallest in least.items():
-            value = getattr(self, name)
-            if value is not None and value < smallest:
-                usual = Setting.__dataclass_fields__[name].default or {"rank": LOSA_RANK, "threads": 2}[name]
-                raise RequestError(f"{name} is {value}, expected {smallest} or more. Type: --{name} {usual}")
+            require_least(name, getattr(self, name), smallest, LEFT_OPEN.get(name) or getattr(Setting, name))
         if self.dtype not in get_args(DTypeName):
             raise RequestError(
                 f"dtype is {self.dtype!r}.{nearest(self.dtype, get_args(DTypeName))} Type: --dtype fp16"
             )
-        if self.device not in ("cpu", "cuda"):
-            raise RequestError(
-                f"device is {self.device!r}.{nearest(self.device, ('cpu', 'cuda'))} Type: --device cpu"
-            )
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise RequestError("device is 'cuda' and torch finds no GPU here. Type: --device cpu")
+        require_device(self.device)
 
     @property
     def spec(self) -> Spec:
@@ -98,6 +91,28 @@ class Setting:
     def to_json(self) -> dict[str, Any]:
         """Plain values by name."""
         return asdict(self)
+
+
+def require_least(name: str, value: int | None, least: int, usual: int) -> None:
+    """A size must not be too small.
+
+    Raises:
+        RequestError: it is.
+    """
+    if value is not None and value < least:
+        raise RequestError(f"{name} is {value}, expected {least} or more. Type: --{name} {usual}")
+
+
+def require_device(device: str) -> None:
+    """A bench's device must be there.
+
+    Raises:
+        RequestError: it is not.
+    """
+    if device not in ("cpu", "cuda"):
+        raise RequestError(f"device is {device!r}.{nearest(device, ('cpu', 'cuda'))} Type: --device cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RequestError("device is 'cuda' and torch finds no GPU here. Type: --device cpu")
 
 
 def noise(settings: Sequence[Setting]) -> Tensor:

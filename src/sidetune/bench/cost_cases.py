@@ -1,0 +1,276 @@
+"""What `sidetune bench cost` compares: a name says which method trains, and how.
+
+    NAME = METHOD-SUFFIX-SUFFIX..      losa   losa-stored   lora-linear   lora-last3   last-m4
+
+A method is a side network, or a baseline whose gradients cross the backbone. A suffix changes a field of its
+recipe, or how it is run; what is not named is the method's own default.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from sidetune.artifact import build_model
+from sidetune.backbones import build_backbone
+from sidetune.backbones.base import Backbone
+from sidetune.baselines import BASELINES
+from sidetune.baselines.base import BaselineRecipe
+from sidetune.bench.setting import LEFT_OPEN, require_device, require_least
+from sidetune.errors import RequestError, nearest
+from sidetune.features import Features, Spec
+from sidetune.fleet import Fleet, Member, TrainingSet
+from sidetune.keyed import Draws, generator
+from sidetune.model import SideModel
+from sidetune.recipe import Recipe
+from sidetune.sides import SIDES, SOLVED
+from sidetune.sources import StoredSource
+from sidetune.store import Store
+from sidetune.tasks import Classify
+
+FORWARD = "forward"  # the backbone alone, to its last block: the floor of what stores nothing
+METHODS = (*(name for name in SIDES if name not in SOLVED), *BASELINES)
+DEFAULT = (
+    *(FORWARD, "losa", "last", "losa-stored", "last-stored"),
+    *("lora", "norms", "bitfit", "adaptformer", "vpt", "full"),
+)
+NUM_CLASSES = 10
+STORE_BATCHES = 4  # of the small store: more than a cache holds at the default sizes
+STORE_PASSES = 4  # over it in one round, so that reading ahead is under way for most of the steps
+SEED = 0
+
+# what a suffix says of a recipe: its part, field and value
+FIELDS: dict[str, tuple[str, str, Any]] = {
+    "textbook": ("side", "form", "textbook"),
+    "linear": ("side", "layers", "linear"),
+    "checkpointing": ("side", "checkpointing", True),
+    "compile": ("side", "compiled", True),
+    "bf16": ("train", "precision", "bf16"),
+}
+
+
+@dataclass(frozen=True)
+class CostSetting:
+    """What a run of the bench is about. The defaults are those that the goals are about.
+
+    Args:
+        backbone: as on the command line; its weights are random where it is one of timm.
+        size: side of the image in pixels.
+        batch: B, images a step.
+        images: of the whole job, whose time is computed.
+        epochs: of the whole job.
+        threads: of torch; None: as they are.
+        rounds: in which every case runs once.
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        RequestError: a size that cannot be.
+    """
+
+    backbone: str = "timm:vit_small_patch14_dinov2"
+    size: int = 224
+    batch: int = 16
+    images: int = 1000
+    epochs: int = 100
+    threads: int | None = None
+    rounds: int = 5
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("size", "batch", "images", "epochs", "threads", "rounds"):
+            require_least(name, getattr(self, name), 1, LEFT_OPEN.get(name) or getattr(CostSetting, name))
+        require_device(self.device)
+
+    @property
+    def is_the_goals(self) -> bool:
+        """Whether the goals are about it: they were set on a CPU, for the defaults."""
+        mine, theirs = self.to_json(), CostSetting().to_json()
+        return all(mine[name] == theirs[name] for name in mine.keys() - {"rounds", "threads"})
+
+    @property
+    def epoch_steps(self) -> int:
+        """Steps of an epoch of the whole job."""
+        return -(-self.images // self.batch)
+
+    def build_backbone(self, taps: tuple[str, ...] | None = None) -> Backbone:
+        """The backbone, on its device.
+
+        Args:
+            taps: to read; None: the embedding and every block.
+        """
+        weights = "random" if self.backbone.startswith("timm") else None
+        return build_backbone(self.backbone, size=self.size, weights=weights, taps=taps).to(self.device)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values by name."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class CostCase:
+    """What a case's name says.
+
+    Args:
+        name: itself.
+        recipe: of the method; None: the backbone runs, and nothing trains.
+        stored: whether features come from a store.
+        members: that train in one model.
+    """
+
+    name: str
+    recipe: Recipe | None = field(default=None, repr=False)
+    stored: bool = False
+    members: int = 1
+
+    @classmethod
+    def parse(cls, name: str) -> CostCase:
+        """Read a name.
+
+        Raises:
+            RequestError: no such method or suffix.
+            RecipeError: the method has no such field.
+        """
+        if name == FORWARD:
+            return cls(name)
+        method, *suffixes = name.split("-")
+        if method not in METHODS:
+            raise RequestError(f"no case named {name!r}.{nearest(method, (FORWARD, *METHODS))}")
+        parts: dict[str, dict[str, Any]] = {"side": {"name": method}, "train": {"epochs": 1}}
+        how: dict[str, Any] = {}
+        for suffix in suffixes:
+            if suffix in FIELDS:
+                part, key, value = FIELDS[suffix]
+                parts[part][key] = value
+            elif suffix == "stored":
+                how["stored"] = True
+            elif found := re.fullmatch(r"m([1-9]\d*)", suffix):
+                how["members"] = int(found[1])
+            elif found := re.fullmatch(r"last([1-9]\d*)", suffix):
+                parts["side"]["blocks"], how["stored"] = int(found[1]), True
+            else:
+                known = (*FIELDS, "stored", "m4", "last3")
+                raise RequestError(f"case {name!r} ends in {suffix!r}.{nearest(suffix, known)}")
+        return cls(name, Recipe.build(parts), **how)
+
+
+class Trial:
+    """A case that is ready to run: the loop's own fleet, on features that a backbone or a store gives.
+
+    Args:
+        case: which.
+        setting: sizes.
+        store: of `write_small_store`; None where the case reads none.
+    """
+
+    def __init__(self, case: CostCase, setting: CostSetting, store: Store | None = None) -> None:
+        self.case, self.setting = case, setting
+        keyed = generator(SEED, "bench/images")
+        self.images = torch.randn(setting.batch, 3, setting.size, setting.size, generator=keyed)
+        self.images = self.images.to(setting.device)
+        self.backbone: Backbone | None = None
+        if store is None or isinstance(case.recipe and case.recipe.side, BaselineRecipe):
+            self.backbone = setting.build_backbone(self._taps())
+        self.fleet = None if case.recipe is None else self._fleet(case.recipe, store)
+
+    def warm_up(self) -> None:
+        """What libraries take once: the backbone runs on one image."""
+        if self.backbone is not None:
+            self.backbone(self.images[:1])
+
+    def run(self) -> int:
+        """One round: how many steps it made."""
+        if self.fleet is None:
+            assert self.backbone is not None
+            self.backbone(self.images)
+            return 1
+        self.fleet.train_epoch()
+        return self.fleet.steps(self.setting.batch)
+
+    def model(self) -> SideModel:
+        """What trained, as it is saved."""
+        assert self.fleet is not None
+        return self.fleet.model(self.fleet.names[0])
+
+    def seat(self) -> int:
+        """Build the model and its optimiser: bytes of the model, which are no part of what training takes."""
+        if self.fleet is None:
+            return 0
+        (bucket,) = self.fleet.buckets()
+        return sum(one.nbytes for one in (*bucket.model.parameters(), *bucket.model.buffers()))
+
+    def tap_bytes(self) -> int:
+        """Bytes of the taps that the method reads of a batch, in float32."""
+        if self.fleet is None:
+            return 0
+        (bucket,) = self.fleet.buckets()
+        return 4 * self.setting.batch * bucket.model.side.spec.record_numel()
+
+    def _taps(self) -> tuple[str, ...] | None:
+        """What the backbone reads: no more than the method does."""
+        every = self.setting.build_backbone().spec
+        if self.case.recipe is None:
+            return (every.blocks[-1].name,)
+        side = self.case.recipe.side
+        if isinstance(side, BaselineRecipe):
+            return (BASELINES[side.name].first_tap(len(every.blocks), side),)
+        return SIDES[side.name].reads(every).names
+
+    def _fleet(self, recipe: Recipe, store: Store | None) -> Fleet:
+        """Members that differ in their seeds, seated when they first run."""
+        if store is None:
+            assert self.backbone is not None
+            data, norm = live(self.backbone, self.images), self.backbone.norm
+        else:
+            data, norm = stored(store, self.setting.batch), store.final_norm
+
+        def build(recipes: Sequence[Recipe], num_outputs: int) -> SideModel:
+            model = build_model(
+                recipes[0],
+                data.spec,
+                num_outputs,
+                norm,
+                drop_paths=[0.0] * len(recipes),
+                backbone=self.backbone,
+            )
+            return model.to(self.setting.device)
+
+        fleet = Fleet(data, build, NUM_CLASSES)
+        task = Classify(tuple(map(str, range(NUM_CLASSES))), (1 / NUM_CLASSES,) * NUM_CLASSES)
+        targets = torch.arange(int(data.rows.max()) + 1) % NUM_CLASSES
+        train = recipe.train.model_copy(update={"batch_size": self.setting.batch, "order_seed": SEED})
+        members = []
+        for seed in range(self.case.members):
+            own = recipe.model_copy(update={"train": train.model_copy(update={"seed": seed})})
+            members.append(Member(str(seed), own, task, targets, np.unique(data.rows)))
+        fleet.add(members)
+        return fleet
+
+
+def live(backbone: Backbone, images: torch.Tensor) -> TrainingSet:
+    """A batch that the backbone computes anew at every step; an epoch has one step."""
+
+    def inputs(rows: object, spec: Spec, draws: Draws) -> Features:
+        with torch.no_grad():
+            return backbone(images).to(backbone.device, torch.float32).select(spec.names)
+
+    return TrainingSet(inputs, _not_scored, np.arange(len(images)), backbone.spec, ahead=0)
+
+
+def stored(store: Store, batch: int) -> TrainingSet:
+    """Batches of a store, read ahead; an epoch goes through it some times."""
+    source = StoredSource(store, [key for shard in store.plan.shards for key in shard])
+
+    def inputs(rows: Any, spec: Spec, draws: Draws) -> Features:  # noqa: ANN401 - row numbers
+        return source.features(rows, spec)
+
+    rows = np.tile(np.arange(STORE_BATCHES * batch), STORE_PASSES)
+    return TrainingSet(inputs, _not_scored, rows, source.spec, ahead=source.ahead)
+
+
+def _not_scored(rows: object, spec: Spec, view: int) -> Any:  # noqa: ANN401 - never called
+    raise AssertionError("a bench scores nothing")

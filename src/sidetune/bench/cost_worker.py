@@ -1,0 +1,128 @@
+"""One case of `sidetune bench cost` in a process of its own: ``python -m sidetune.bench.cost_worker``.
+
+    .. time CASE SETTING STORE      says what it is, then runs a round for each line that it reads
+    .. memory CASE SETTING STORE    says the peak of two rounds, and ends
+    .. store SETTING FOLDER         writes the small store that stored cases read, and ends
+
+A process that has not been told to run waits in a read, and leaves the cores to the others.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sidetune.bench.cost_cases import SEED, STORE_BATCHES, CostCase, CostSetting, Trial
+from sidetune.bench.stores import in_shards, write_store
+from sidetune.features import Features
+from sidetune.files import write_tensors
+from sidetune.keyed import generator
+from sidetune.memory import PeakMemory, anonymous_bytes
+from sidetune.store import DTYPES, DTypeName, Plan, Store, norm_digest
+from sidetune.threads import torch_threads
+
+MARK = "sidetune-bench "  # begins the lines that the parent reads
+INTERVAL = 0.002  # seconds between samples of memory: a block's largest tensor lives for some milliseconds
+DTYPE: DTypeName = "fp16"  # of stored features
+
+
+def peak_bytes(trial: Trial) -> int:
+    """Peak of two rounds, above the backbone and the model: gradients and the optimiser's state count."""
+    trial.warm_up()
+    if trial.setting.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model = _two_rounds(trial)
+        return int(torch.cuda.max_memory_allocated()) - before - model
+    before = anonymous_bytes()
+    with PeakMemory(INTERVAL) as memory:
+        model = _two_rounds(trial)
+    return max(0, memory.peak - before - model)
+
+
+def _two_rounds(trial: Trial) -> int:
+    """Bytes of the model. The optimiser's state is there from the second step on."""
+    model = trial.seat()
+    trial.run()
+    trial.run()
+    return model
+
+
+def facts(trial: Trial) -> dict[str, Any]:
+    """What is known of a case without running it."""
+    if trial.fleet is None:
+        return {}
+    model = trial.model()
+    with tempfile.TemporaryDirectory(prefix="sidetune-bench-") as folder:
+        file = Path(folder) / "side.safetensors"
+        write_tensors(file, model.state_dict())
+        artifact = file.stat().st_size
+    return {
+        "parameters": model.num_parameters(),
+        "artifact_bytes": artifact,
+        "tap_bytes": trial.tap_bytes(),
+    }
+
+
+def write_small_store(setting: CostSetting, folder: Path) -> Store:
+    """Features of noise by the real backbone: a few batches, in a store like any other."""
+    backbone = setting.build_backbone()
+    keys = [f"{number:05d}.png@bench" for number in range(STORE_BATCHES * setting.batch)]
+    record_bytes = backbone.spec.record_numel() * DTYPES[DTYPE].itemsize
+    norm = backbone.norm
+    plan = Plan(
+        backbone.identity,
+        backbone.variant,
+        backbone.spec,
+        DTYPE,
+        None if norm is None else norm.eps,
+        None if norm is None else norm_digest(norm),
+        in_shards(keys, record_bytes),
+    )
+
+    def taps(number: int) -> Features:
+        size, parts = setting.size, []
+        for key in plan.shards[number]:
+            keyed = generator(SEED, f"bench/images/{key}")
+            image = torch.randn(1, 3, size, size, generator=keyed).to(backbone.device)
+            parts.append(backbone(image).to("cpu", DTYPES[DTYPE]).layers)
+        return Features(tuple(map(torch.cat, zip(*parts, strict=True))), backbone.spec)
+
+    return write_store(folder, plan, taps, norm=norm)
+
+
+def main() -> None:
+    """Do what the command line says."""
+    task, *given = sys.argv[1:]
+    if task == "store":
+        setting = CostSetting(**json.loads(given[0]))
+        with torch_threads(setting.threads):
+            write_small_store(setting, Path(given[1]))
+        return
+    name, fields, folder = given
+    setting = CostSetting(**json.loads(fields))
+    with torch_threads(setting.threads):
+        trial = Trial(CostCase.parse(name), setting, Store.open(Path(folder)) if folder else None)
+        if task == "memory":
+            _say(peak_bytes(trial))
+            return
+        trial.seat()
+        _say(facts(trial))
+        for _ in sys.stdin:
+            steps = trial.run()
+            if setting.device == "cuda":
+                torch.cuda.synchronize()
+            _say(steps)
+
+
+def _say(value: object) -> None:
+    print(f"{MARK}{json.dumps(value)}", flush=True)  # noqa: T201 - read by `sidetune.bench.cost`
+
+
+if __name__ == "__main__":
+    main()
