@@ -33,6 +33,7 @@ COMMANDS = [
     "store gc",
     "bench side",
     "bench read",
+    "bench accuracy",
     "bench cost",
 ]
 EPOCHS = ("--set", "train.epochs=2")
