@@ -259,3 +259,12 @@ def test_a_batch_is_let_go_before_the_next_is_asked_for(ahead) -> None:
     found.clear()
     assert fleet.outputs(np.arange(4))["one"].shape == (4, 2)
     assert found == [0] * 4
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_scratch_is_kept_between_steps_but_not_beside_a_live_backbone(ahead) -> None:
+    fleet = Fleet(replace(DATA, ahead=ahead), build, 2)
+    fleet.add([member(recipe_of(epochs=1, batch_size=15))])
+    fleet.train_epoch()
+    (bucket,) = fleet.buckets()
+    assert bool(bucket.model.side.scratches._free) == bool(ahead)

@@ -245,6 +245,8 @@ class Fleet:
         for bucket in stream.buckets:
             own = features.select(bucket.model.side.spec.names)
             bucket.step(batch.rows, own, epoch=self.epoch, step=self.step, total=total)
+            if not self.data.ahead:  # a live backbone runs next: it takes seconds, and needs the memory
+                bucket.model.side.rest()
 
     def _end_epoch(self) -> dict[str, float]:
         losses = {}

@@ -146,6 +146,9 @@ class Side(nn.Module, ABC):
                 if isinstance(module, MemberModule):
                     module.start_member(member, keyed)
 
+    def rest(self) -> None:
+        """Let go of memory that is kept from one step to the next."""
+
     def num_parameters(self) -> int:
         """Trained numbers a member, without norm and head."""
         return sum(parameter.numel() for parameter in self.parameters()) // self.members

@@ -124,6 +124,10 @@ class Losa(Side):
             return super().forward(features, draws)
         return pooled_losa(self, features, self._keep(features, draws))
 
+    def rest(self) -> None:
+        """See `Side.rest`."""
+        self.scratches = Scratches()
+
     def tokens(self, features: Features, draws: Draws | None = None) -> Tensor:
         """y_L: (M, B, N, D), in the textbook form."""
         y_MBND, keep_LMB = self._first_state(features), self._keep(features, draws)
