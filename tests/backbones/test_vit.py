@@ -3,6 +3,7 @@ import timm
 import torch
 from torch import nn
 
+from sidetune.backbones.base import weights_digest
 from sidetune.backbones.timm import TimmBackbone
 from sidetune.backbones.vit import vit_parts
 from sidetune.errors import BackboneError
@@ -35,7 +36,7 @@ def test_models_that_pool_first_bring_their_fc_norm():
 
 def test_blocks_with_parallel_branches_offer_no_branch_taps():
     backbone = TimmBackbone("vit_pwee_patch16_reg1_gap_256", weights=None, size=32)
-    assert {tap.kind for tap in backbone.available.taps} == {"embedding", "block"}
+    assert {tap.kind for tap in backbone.available.taps} == {"image", "embedding", "block"}
 
 
 def test_branches_are_read_behind_layer_scale():
@@ -61,3 +62,27 @@ def test_a_model_that_reads_no_square_needs_a_size():
     with pytest.raises(BackboneError, match=r"reads 64 x 96 pixels, expected a square\. Type: --size 64"):
         vit_parts(model, {}, size=None, resize="squash")
     assert vit_parts(model, {}, size=64, resize="squash").spec.last.grid == (1, 4, 4)
+
+
+def test_activations_write_over_their_input_and_compute_the_same_bits():
+    own = timm.create_model("test_vit", num_classes=0).eval()
+    ours = timm.create_model("test_vit", num_classes=0).eval()
+    ours.load_state_dict(own.state_dict())
+    before = weights_digest(ours)
+    vit_parts(ours, {}, size=None, resize="squash")
+    assert weights_digest(ours) == before
+    act = ours.blocks[0].mlp.act
+    assert type(act) is not nn.GELU
+    images = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(ours.forward_features(images), own.forward_features(images))
+    hidden = torch.linspace(-3, 3, 64)
+    kept = hidden.clone()
+    assert act(hidden) is hidden
+    assert torch.equal(hidden, nn.functional.gelu(kept))
+    trained = kept.clone().requires_grad_()
+    act(trained).sum().backward()
+    assert torch.equal(trained.detach(), kept), "what a gradient needs stays"
+    expected = kept.clone().requires_grad_()
+    nn.functional.gelu(expected).sum().backward()
+    assert torch.equal(trained.grad, expected.grad)

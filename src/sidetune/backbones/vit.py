@@ -8,7 +8,10 @@ from functools import partial
 from typing import Any, cast, get_args
 
 import timm
+import torch
+import torch.nn.functional as F
 from timm.data.config import resolve_model_data_config
+from timm.layers.mlp import Mlp
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -44,6 +47,7 @@ def vit_parts(model: ViT, arguments: Mapping[str, Any], *, size: int | None, res
     """
     digest = weights_digest(model)  # before the position table is resampled
     patch = _set_size(model, size)
+    _write_over(model)
     preprocess = _preprocess(model, resize)
     identity = Identity(
         weights=digest,
@@ -86,6 +90,27 @@ class _Embed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return run_vit(self.model, images)
+
+
+def _write_over(model: ViT) -> None:
+    """Give each feed-forward branch an activation that writes over its input: the same numbers."""
+    for block in model.blocks:
+        mlp = getattr(block, "mlp", None)
+        if type(mlp) is Mlp and type(mlp.act) is nn.GELU and mlp.act.approximate == "none":
+            mlp.act = _OverGelu()
+
+
+class _OverGelu(nn.Module):
+    """GELU in place of its input, where no gradient needs that.
+
+    The hidden layer of a feed-forward branch is the widest tensor of a block, four times a tap, and nobody
+    else reads it: written over, it stands once. It was a third of the peak of a ViT-S's forward pass.
+    """
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if hidden.requires_grad:
+            return F.gelu(hidden)
+        return torch.ops.aten.gelu_(hidden)  # type: ignore[no-any-return]
 
 
 def _set_size(model: ViT, size: int | None) -> int:
