@@ -21,6 +21,7 @@ from PIL import Image
 
 from sidetune import cli
 from tiny_vits import hub_folder
+from vtab_tasks import make_suite
 
 NETWORK = ("pip", "git", "make")  # their lines need a network, or are a whole day's work
 COMMANDS = ("sidetune", "export", *NETWORK)  # what an indented block of commands begins with
@@ -203,12 +204,18 @@ def weights(folder: Path, images: Path) -> None:
     hub_folder(folder / "weights", "vit_small_patch16_224")
 
 
+def tasks(folder: Path, images: Path) -> None:
+    """tasks/: two small tasks in VTAB's layout."""
+    make_suite(folder / "tasks")
+
+
 FIXTURES: dict[str, Callable[[Path, Path], None]] = {
     "photos": photos,
     "leaves": leaves,
     "eight": eight,
     "scans": scans,
     "weights": weights,
+    "tasks": tasks,
 }
 
 

@@ -1,12 +1,16 @@
-"""``sidetune bench accuracy``: parse, call one function, print."""
+"""``sidetune bench accuracy`` and ``bench vtab``: parse, call one function, print."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sidetune.progress import say
 from sidetune.usage import (
     RECIPE,
     BackboneName,
@@ -21,6 +25,10 @@ from sidetune.usage import (
     columns,
     print_json,
 )
+
+if TYPE_CHECKING:
+    from sidetune.bench.accuracy import Request
+    from sidetune.bench.accuracy.tasks import TaskFolder
 
 PROTOCOL = "Protocol"
 Tasks = Annotated[
@@ -90,10 +98,36 @@ Looks = Annotated[
 ]
 
 
+Shots = Annotated[
+    str | None,
+    typer.Option(
+        metavar="K,K",
+        rich_help_panel=PROTOCOL,
+        help="Also train on so many images a class, as 1,2,4,8,16.",
+    ),
+]
+AlsoTest = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR,DIR",
+        rich_help_panel=PROTOCOL,
+        help="Also answer for data sets of the same classes: how it does elsewhere.",
+    ),
+]
+Picture = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", dir_okay=False, help="Draw scores against cost, or against shots, as .svg or .png."
+    ),
+]
+METHODS = "ridge-last,ridge,linear,losa,last"
+LOOKS = Path("results/looks.jsonl")
+
+
 def bench_accuracy(
     data: Tasks,
     out: Out,
-    methods: Methods = "ridge-last,ridge,linear,losa,last",
+    methods: Methods = METHODS,
     tasks: Named = None,
     seeds: Seeds = 3,
     grid_size: GridSize = 4,
@@ -101,41 +135,81 @@ def bench_accuracy(
     minutes: Minutes = None,
     no_equal_time: NoEqualTime = False,
     against: Against = None,
+    shots: Shots = None,
+    also_test: AlsoTest = None,
     backbone: BackboneName = "demo",
     size: Size = None,
     weights: Weights = None,
     stores: Stores = None,
     reveal: Reveal = False,
-    looks: Looks = Path("results/looks.jsonl"),
+    looks: Looks = LOOKS,
+    picture: Picture = None,
     settings: Settings = None,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Compare methods on tasks: chosen alike on training images, frozen, then scored on test."""
-    from sidetune.bench.accuracy import Request
     from sidetune.bench.accuracy import bench_accuracy as run
-    from sidetune.bench.accuracy.grid import parse_methods
     from sidetune.bench.accuracy.tasks import find_tasks
+    from sidetune.bench.picture import check_picture
 
-    chosen = tuple(settings or ())
-    shared = [one for one in chosen if not one.startswith("side.")]
-    if epochs is not None:
-        shared.append(f"train.epochs={epochs}")
-    rows = parse_methods(methods)
-    named = [row.name for row in rows]
-    usual = [name for name in named if name in ("lora", "ridge")] or named[:1]
-    request = Request(
-        tasks=find_tasks(data, columns(tasks)),
-        methods=rows,
-        out=out,
-        base=build_recipe(backbone, size, weights, shared, task="classify", labels=None),
-        settings=tuple(one for one in chosen if one.startswith("side.")),
-        seeds=seeds,
-        grid_size=grid_size,
-        minutes=minutes,
+    if picture is not None:
+        check_picture(picture)
+    options = _Options(out, methods, against, seeds, grid_size, epochs, settings, minutes)
+    request = replace(
+        options.request(find_tasks(data, columns(tasks)), _build(backbone, size, weights)),
         equal_time=not no_equal_time,
-        against=tuple(usual if against is None else columns(against) or ()),
+        shots=_counts(shots),
+        also=tuple(Path(one) for one in columns(also_test) or ()),
+        stores=stores,
+        reveal=reveal,
+        looks=looks,
+        device=device,
+        quiet=quiet,
+    )
+    report = run(request)
+    if picture is not None:
+        from sidetune.bench.accuracy.picture import draw
+
+        draw(report, picture)
+    if as_json:
+        print_json(report.to_json())
+        return
+    print("\n".join(report.lines()))
+
+
+def bench_vtab(
+    data: Tasks,
+    out: Out,
+    methods: Methods = METHODS,
+    tasks: Named = None,
+    seeds: Seeds = 3,
+    grid_size: GridSize = 4,
+    epochs: Epochs = None,
+    against: Against = None,
+    backbone: BackboneName = "demo",
+    size: Size = None,
+    weights: Weights = None,
+    stores: Stores = None,
+    reveal: Reveal = False,
+    looks: Looks = LOOKS,
+    settings: Settings = None,
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """VTAB-1K as published: what is missing, both means, and the rows in print beside ours."""
+    from sidetune.bench.accuracy import bench_accuracy as run
+    from sidetune.bench.vtab import published_lines, survey, to_json
+
+    found = survey(data, columns(tasks))
+    if not quiet:
+        say("\n".join(found.lines()))
+    options = _Options(out, methods, against, seeds, grid_size, epochs, settings)
+    request = replace(
+        options.request(found.tasks, _build(backbone, size, weights)),
+        equal_time=False,
         stores=stores,
         reveal=reveal,
         looks=looks,
@@ -144,6 +218,64 @@ def bench_accuracy(
     )
     report = run(request)
     if as_json:
-        print_json(report.to_json())
+        print_json({**report.to_json(), **to_json(found)})
         return
-    print("\n".join(report.lines()))
+    print("\n".join([*report.lines(), "", *published_lines(report)]))
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Options that both commands share."""
+
+    out: Path
+    methods: str
+    against: str | None
+    seeds: int
+    grid_size: int
+    epochs: int | None
+    settings: list[str] | None
+    minutes: float | None = None
+
+    def request(self, tasks: tuple[TaskFolder, ...], build: Callable[[list[str]], Any]) -> Request:
+        """What is asked for; settings of sides are left to the methods that have them."""
+        from sidetune.bench.accuracy import Request
+        from sidetune.bench.accuracy.grid import parse_methods
+
+        chosen = self.settings or []
+        shared = [one for one in chosen if not one.startswith("side.")]
+        if self.epochs is not None:
+            shared.append(f"train.epochs={self.epochs}")
+        rows = parse_methods(self.methods)
+        named = [row.name for row in rows]
+        usual = [name for name in named if name in ("lora", "ridge")] or named[:1]
+        return Request(
+            tasks,
+            rows,
+            self.out,
+            build(shared),
+            settings=tuple(one for one in chosen if one.startswith("side.")),
+            seeds=self.seeds,
+            grid_size=self.grid_size,
+            minutes=self.minutes,
+            against=tuple(usual if self.against is None else columns(self.against) or ()),
+        )
+
+
+def _build(backbone: str, size: int | None, weights: str | None) -> Callable[[list[str]], Any]:
+    """Settings -> the recipe that all methods share."""
+    return partial(build_recipe, backbone, size, weights, task="classify", labels=None)
+
+
+def _counts(text: str | None) -> tuple[int, ...]:
+    """``1,2,4`` as numbers.
+
+    Raises:
+        RequestError: one is no number.
+    """
+    from sidetune.errors import RequestError
+
+    words = columns(text) or []
+    for word in words:
+        if not word.isdecimal():
+            raise RequestError(f"--shots has {word!r}, expected numbers. Type: --shots 1,2,4,8,16")
+    return tuple(sorted({int(word) for word in words}))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from sidetune.cli_accuracy import bench_accuracy
+from sidetune.cli_accuracy import bench_accuracy, bench_vtab
 from sidetune.progress import say
 from sidetune.usage import Json, Quiet, print_json
 
@@ -133,6 +133,7 @@ def bench_read(
 
 
 bench_app.command("accuracy")(bench_accuracy)
+bench_app.command("vtab")(bench_vtab)
 
 
 @bench_app.command("cost")

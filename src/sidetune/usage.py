@@ -161,6 +161,7 @@ EXAMPLES = {
     "predict": "sidetune predict runs/first new.jpg",
     "bench": "sidetune bench side",
     "bench accuracy": "sidetune bench accuracy tasks/ --out runs/accuracy",
+    "bench vtab": "sidetune bench vtab vtab-1k/ --out runs/vtab",
     "store": "sidetune store ls",
     "store gc": "sidetune store gc features/photos",
     "store verify": "sidetune store verify features/photos",

@@ -6,13 +6,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from sidetune import build_backbone, cli
 from sidetune.bench.accuracy import Request, bench_accuracy
 from sidetune.bench.accuracy import ledger as ledger_module
 from sidetune.bench.accuracy.grid import parse_methods
+from sidetune.bench.accuracy.ground import Opening, open_ground
+from sidetune.bench.accuracy.picture import apart, draw, pareto, points
 from sidetune.bench.accuracy.tasks import find_tasks
-from sidetune.errors import ArtifactError, RecipeError, RequestError
+from sidetune.errors import ArtifactError, DataError, RecipeError, RequestError
 from sidetune.recipe import Recipe
-from vtab_tasks import make_suite, read_list, write_list
+from vtab_tasks import make_suite, make_task, read_list, write_list
 
 train_module = importlib.import_module("sidetune.train")
 BASE = {"backbone": {"name": "toy"}, "train": {"epochs": 2, "batch_size": 8}}
@@ -72,6 +75,7 @@ def test_before_test_is_revealed_there_is_no_score_of_it_and_no_look(hidden):
     assert not any(row.metric == "test_accuracy" for row in report.bench().rows)
     assert not (folder / "looks.jsonl").exists()
     assert any("--reveal" in line for line in report.lines())
+    assert all(0 <= one.val <= 1 for one in report.outcomes)
 
 
 def test_every_recipe_is_frozen_with_what_it_was_chosen_on(hidden):
@@ -267,6 +271,112 @@ def test_baselines_train_one_after_another_and_full_begins_at_the_pixels(suite, 
     assert full.point["lr"] in (1e-4, 3e-5)
     assert len(full.scores) == len(norms.scores) == 1
     assert {one.claim for one in report.comparisons[False]} <= {"better", "worse", "undecided"}
+
+
+@pytest.fixture(scope="module")
+def curves(suite, tmp_path_factory):
+    """One task with few shots, and another task to answer for as well."""
+    folder = tmp_path_factory.mktemp("curves")
+    asked = request(suite, folder, "ridge,linear,losa", reveal=True, equal_time=False, shots=(1, 2))
+    return bench_accuracy(replace(asked, tasks=asked.tasks[:1], also=(suite / "shapes",))), folder
+
+
+def test_few_shots_are_drawn_by_the_seed_and_are_among_more(suite, tmp_path):
+    how = Opening(Recipe.build(BASE), tmp_path, tmp_path / "stores", quiet=True)
+    ground = open_ground(find_tasks(suite)[0], build_backbone("toy"), how)
+    targets = ground.job.dataset.targets
+    for shots in (1, 2, 4):
+        rows = ground.shots(shots, 0)
+        assert np.bincount(targets[rows]).tolist() == [shots] * 3
+        assert set(rows) <= set(ground.shots(shots + 1, 0)) <= set(ground.rows)
+    assert ground.shots(2, 0).tolist() != ground.shots(2, 1).tolist()
+    assert len(ground.shots(100, 0)) == len(ground.rows) == 27
+
+
+def test_every_method_has_a_score_for_every_number_of_shots(curves):
+    report, folder = curves
+    here = [one for one in report.shots if one.task == "colours"]
+    assert {(one.method, one.shots) for one in here} == {
+        (method, k) for method in ("ridge", "linear", "losa") for k in (1, 2)
+    }
+    assert all(one.seeds == (0, 1) and len(one.scores) == 2 for one in here)
+    assert "colours/losa, 2 shots" in frozen(folder)
+    text = "\n".join(report.lines())
+    assert "k = 1" in text and max(map(len, report.lines())) <= 80
+    assert report.bench().row("colours/losa, 2 shots", "test_accuracy").value == pytest.approx(
+        next(one.score for one in here if (one.method, one.shots) == ("losa", 2))
+    )
+
+
+def test_another_data_set_is_answered_for_with_its_own_labels(suite, curves):
+    report, _ = curves
+    one = of(report, "colours -> shapes", "losa")
+    assert one.right_SN.shape == (2, 24) and not one.group
+    assert one.recipe == of(report, "colours", "losa").recipe
+    assert one.hashes != of(report, "colours", "losa").hashes
+    assert {one.where for one in report.comparisons[False]} >= {"colours", "colours -> shapes"}
+
+
+def test_classes_in_another_order_are_the_same_classes(suite, tmp_path):
+    names = ["class2", "class0", "class1"]
+    make_task(tmp_path / "turned", seed=1, names=names)  # what was class 0 is called class2 now
+    asked = request(suite, tmp_path, "ridge", also=(tmp_path / "turned",), reveal=True, equal_time=False)
+    report = bench_accuracy(replace(asked, tasks=asked.tasks[:1]))
+    straight = replace(asked, tasks=asked.tasks[:1], also=(suite / "shapes",), out=tmp_path / "straight")
+    other = bench_accuracy(straight)
+    turned, plain = of(report, "colours -> turned", "ridge"), of(other, "colours -> shapes", "ridge")
+    assert turned.hashes == plain.hashes, "the same images"
+    assert (turned.right_SN & plain.right_SN).sum() == 0, "and all labels are others"
+
+
+def test_other_classes_are_refused_with_the_difference(suite, tmp_path):
+    make_task(tmp_path / "other", classes=2, names=["class0", "dog"])
+    asked = request(suite, tmp_path, "ridge", also=(tmp_path / "other",))
+    with pytest.raises(DataError, match=r"it lacks 'class1', 'class2'; only it has 'dog'"):
+        bench_accuracy(replace(asked, tasks=asked.tasks[:1]))
+    with pytest.raises(RequestError, match="--also-test is for one task, got 2"):
+        bench_accuracy(asked)
+    with pytest.raises(RequestError, match="--shots has 0"):
+        bench_accuracy(replace(asked, also=(), shots=(0, 1)))
+
+
+def test_a_picture_is_drawn_of_costs_and_curves(curves, hidden, tmp_path):
+    for name, report in (("curves.png", curves[0]), ("hidden.svg", hidden[0])):
+        draw(report, tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 5_000
+    found = points(curves[0].outcomes, "parameters")
+    assert [name for name, _, _ in found] == ["ridge", "linear", "losa"]
+    assert pareto([("a", 1.0, 50.0), ("b", 2.0, 40.0), ("c", 3.0, 60.0)]) == [
+        ("a", 1.0, 50.0),
+        ("c", 3.0, 60.0),
+    ]
+
+
+def test_names_in_a_picture_do_not_touch():
+    dots = np.array([[0.5, 0.5], [0.5, 0.51], [0.52, 0.99], [0.5, 1.0], [0.9, 0.5]])
+    heights = apart(dots)
+    near = np.sort(heights[:4])
+    assert (np.diff(near) > 0.055).all() and near[-1] <= 1
+    assert heights[4] == 0.5, "it stands alone"
+
+
+def test_the_command_prints_the_tables_or_the_json(suite, hidden, tmp_path, capsys, monkeypatch):
+    shutil.copytree(hidden[1], tmp_path / "run")
+    words = ["bench", "accuracy", suite, "--methods", "ridge,losa", "--backbone", "toy", "--epochs", "2"]
+    words += ["--seeds", "2", "--grid-size", "2", "--set", "train.batch_size=8", "--quiet"]
+    words += ["--stores", tmp_path / "run" / "stores", "--out", tmp_path / "run" / "out"]
+    words += ["--looks", tmp_path / "looks.jsonl", "--no-equal-time"]
+    for more in ([], ["--reveal", "--json"]):
+        monkeypatch.setattr("sys.argv", ["sidetune", *map(str, words + more)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert not end.value.code
+        out = capsys.readouterr().out
+        assert ("Type: the same command with --reveal" in out) == (not more)
+    fields = json.loads(out.splitlines()[-1])
+    known = {(one.task, one.method): list(one.hashes) for one in hidden[0].outcomes}
+    for one in fields["outcomes"]:
+        assert one["prediction_hashes"] == known[one["task"], one["method"]]
 
 
 def test_requests_that_cannot_be(suite, tmp_path):

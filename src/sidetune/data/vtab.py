@@ -24,7 +24,7 @@ LISTS: dict[Split, str] = {"train": "train800.txt", "val": "val200.txt", "test":
 
 
 @dataclass(frozen=True)
-class _Line:
+class VtabLine:
     """One line of a list: the image's path as written, its label, and where it stands."""
 
     path: Path
@@ -53,8 +53,8 @@ def read_vtab(root: Path) -> Dataset:
         DataError: a list or an image is missing, a line is malformed or leaves the folder, an image is
             listed twice, the lists disagree, or ``info.json`` names too few classes.
     """
-    lists: dict[Split, list[_Line]] = {split: _read_list(root, name) for split, name in LISTS.items()}
-    _check_union(_read_list(root, UNION), lists["train"] + lists["val"])
+    lists: dict[Split, list[VtabLine]] = {split: read_list(root, name) for split, name in LISTS.items()}
+    _check_union(read_list(root, UNION), lists["train"] + lists["val"])
     lines = [line for each in lists.values() for line in each]
     _check_files(root, lines)
     return Dataset(
@@ -67,7 +67,16 @@ def read_vtab(root: Path) -> Dataset:
     )
 
 
-def _read_list(root: Path, name: str) -> list[_Line]:
+def read_list(root: Path, name: str) -> list[VtabLine]:
+    """The lines of a list, in its order; images are not looked for.
+
+    Args:
+        root: of the task.
+        name: of the list, as ``test.txt``.
+
+    Raises:
+        DataError: it is missing or empty, or a line is malformed.
+    """
     file = root / name
     if not file.is_file():
         raise DataError(f"{root} has no {name}; expected {', '.join((UNION, *LISTS.values()))}")
@@ -94,7 +103,7 @@ def _text(file: Path) -> str:
         raise DataError(f"{file} cannot be read: {error.strerror}. Mend that, or its rights") from error
 
 
-def _parse(line: str, where: str) -> _Line:
+def _parse(line: str, where: str) -> VtabLine:
     parts = line.rsplit(maxsplit=1)
     if len(parts) != 2 or not (parts[1].isascii() and parts[1].isdecimal() and len(parts[1]) <= DIGITS):
         raise DataError(
@@ -104,10 +113,10 @@ def _parse(line: str, where: str) -> _Line:
     path = Path(parts[0].strip())
     if path.is_absolute() or Path(os.path.normpath(path)).parts[:1] == (os.pardir,):
         raise DataError(f"{where}: {quoted(parts[0])} leaves the task's folder; expected a path inside it")
-    return _Line(path, int(parts[1]), where)
+    return VtabLine(path, int(parts[1]), where)
 
 
-def _check_union(union: list[_Line], parts: list[_Line]) -> None:
+def _check_union(union: list[VtabLine], parts: list[VtabLine]) -> None:
     """The 1000 images are the 800 and the 200: by path, or by label where each list has its own folder."""
     whole = {(line.path, line.label) for line in union}
     both = {(line.path, line.label) for line in parts}
@@ -123,7 +132,7 @@ def _check_union(union: list[_Line], parts: list[_Line]) -> None:
         )
 
 
-def _check_files(root: Path, lines: list[_Line]) -> None:
+def _check_files(root: Path, lines: list[VtabLine]) -> None:
     first: dict[Path, str] = {}
     for line in lines:
         if line.path in first:

@@ -12,46 +12,29 @@ computed and shown only when they are asked for, and each time is counted (`ledg
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from typing import Any, get_args
 
 from sidetune.artifact import build_model, find_device
 from sidetune.backbones import build_backbone
 from sidetune.backbones.base import Backbone
-from sidetune.bench.accuracy.claims import Outcome
 from sidetune.bench.accuracy.grid import Method, check_grid, check_settings
-from sidetune.bench.accuracy.ledger import Entry, count_looks, freeze, look
-from sidetune.bench.accuracy.protocol import METRIC, Choice, Ground, Images, choose, clock, cut, finals
+from sidetune.bench.accuracy.ground import Ground, Opening, add_test, live_ground, open_ground
+from sidetune.bench.accuracy.ledger import freeze
+from sidetune.bench.accuracy.protocol import Choice, choose, clock, cut, few_shots, finals, run_fits
+from sidetune.bench.accuracy.scoring import Answered, Answers, Table, answered, revealed
 from sidetune.bench.accuracy.table import Report
 from sidetune.bench.accuracy.tasks import TaskFolder
 from sidetune.bench.rows import describe_machine
-from sidetune.data import load_dataset
-from sidetune.data.dataset import Dataset
-from sidetune.data.vtab import is_vtab
-from sidetune.errors import DataError, RequestError
-from sidetune.extract import sample_keys
+from sidetune.errors import RequestError
 from sidetune.files import locked, write_json
-from sidetune.job import Job
-from sidetune.opening import Part, open_jobs
 from sidetune.recipe import Recipe
-from sidetune.runs import default_store
 from sidetune.sides.losa import LosaRecipe
-from sidetune.sides.ridge import RidgeRecipe
-from sidetune.sources import LiveSource
-from sidetune.sweep.score import Choosing, On
-from sidetune.tasks import Task
+from sidetune.sides.ridge import RidgeRecipe, beyond_summary
 
-FOLDS = 5  # of train and validation, where the protocol is not VTAB's
 LOOKS = Path("results/looks.jsonl")
 
 
@@ -71,6 +54,8 @@ class Request:
         equal_time: whether there is a second table.
         against: names of the methods that all others are compared with.
         stores: a folder with a store a task; None: one store of all, where `fit` keeps it.
+        shots: numbers of images a class that methods are trained with, beside all of them.
+        also: data sets of the same classes that are answered for as well; with one task alone.
         reveal: show test scores, which is a look.
         looks: file that looks are counted in.
         device: ``auto`` is the GPU where there is one.
@@ -88,6 +73,8 @@ class Request:
     equal_time: bool = True
     against: tuple[str, ...] = ()
     stores: Path | None = None
+    shots: tuple[int, ...] = ()
+    also: tuple[Path, ...] = ()
     reveal: bool = False
     looks: Path = LOOKS
     device: str = "auto"
@@ -116,15 +103,20 @@ def bench_accuracy(request: Request, backbone: Backbone | None = None) -> Report
     for method, recipe in recipes.items():
         own = pixels.get(method, backbone)
         build_model(recipe, own.spec, 2, own.norm, backbone=own)  # a wrong side is refused here
+    pooled = all(m.solved and not beyond_summary(recipe.side) for m, recipe in recipes.items())
+    reads = request.base.model_copy(update={"side": RidgeRecipe() if pooled else LosaRecipe()})
+    how = Opening(reads, request.out, request.stores, request.quiet)
     with locked(request.out):
-        tables: list[_Row] = []
+        rows: list[Answered] = []
         for folder in request.tasks:
-            ground = _open(request, folder, recipes, backbone)
-            live = {one: _live(ground, one) for one in set(pixels.values())}
+            ground = open_ground(folder, backbone, how)
+            for path in request.also:
+                ground = add_test(ground, path, how)
+            live = {one: live_ground(ground, one) for one in set(pixels.values())}
             grounds = {method: live[pixels[method]] if method in pixels else ground for method in recipes}
-            tables += _run_task(request, grounds, recipes)
+            rows += _run_task(request, grounds, recipes)
         if request.reveal:
-            tables = _revealed(request, tables)
+            rows = revealed(rows, request.looks)
         about = {
             "device": str(backbone.device),
             "backbone": backbone.identity.to_json(),
@@ -133,35 +125,13 @@ def bench_accuracy(request: Request, backbone: Backbone | None = None) -> Report
             "minutes": request.minutes,
         }
         report = Report(
-            tuple(row.outcome for row in tables if not row.timed),
-            tuple(row.outcome for row in tables if row.timed),
+            {table: tuple(row.outcome for row in rows if row.table == table) for table in get_args(Table)},
             request.against,
             describe_machine(backbone.device, about),
         )
         # what was chosen must not stand where scores were
         write_json(request.out / ("accuracy.json" if request.reveal else "chosen.json"), report.to_json())
     return report
-
-
-@dataclass(frozen=True, eq=False)
-class _Row:
-    """An outcome, with what its scores will be computed from.
-
-    Args:
-        outcome: without test scores.
-        timed: of the table at equal time.
-        dataset: of the task.
-        test: its test images.
-        entries: of the networks that answered.
-        frozen: digest of all that is frozen.
-    """
-
-    outcome: Outcome
-    timed: bool
-    dataset: Dataset
-    test: Images
-    entries: tuple[Entry, ...]
-    frozen: str
 
 
 def _check(request: Request) -> None:
@@ -177,6 +147,12 @@ def _check(request: Request) -> None:
                 f"--against has {name!r}, which is none of the methods: {', '.join(named)}. "
                 f"Type: --against {named[0]}"
             )
+    if any(shots < 1 for shots in request.shots):
+        raise RequestError(f"--shots has {min(request.shots)}, expected 1 or more. Type: --shots 1,2,4,8,16")
+    if request.also and len(request.tasks) > 1:
+        raise RequestError(
+            f"--also-test is for one task, got {len(request.tasks)}. Type: --tasks {request.tasks[0].name}"
+        )
     if request.base.train.select == "best":
         raise RequestError(
             "train.select is 'best', and the protocol takes the last epoch. Leave it at 'last'"
@@ -196,66 +172,58 @@ def _pixels(request: Request, recipes: Mapping[Method, Recipe], backbone: Backbo
 
 def _run_task(
     request: Request, grounds: Mapping[Method, Ground], recipes: Mapping[Method, Recipe]
-) -> list[_Row]:
-    """Both tables of a task, without scores."""
+) -> list[Answered]:
+    """All tables of a task, without scores."""
     seeds = range(request.seeds)
     choices = {m: choose(grounds[m], m, recipe, request.grid_size) for m, recipe in recipes.items()}
-    chosen = {m: choice.recipe for m, choice in choices.items() if choice.recipe is not None}
+    chosen = {
+        m: _resolved(choice.recipe, grounds[m]) for m, choice in choices.items() if choice.recipe is not None
+    }
     frozen = freeze(request.out, _pairs(grounds, chosen, ""))
-    answers = {m: finals(grounds[m], m, recipe, seeds) for m, recipe in chosen.items()}
+    entries = {m: finals(grounds[m], m, recipe, seeds) for m, recipe in chosen.items()}
     costs = {m: clock(grounds[m], m, recipe, seeds) for m, recipe in chosen.items()}
-    rows = [
-        _row(grounds[m], choices[m], chosen.get(m), answers.get(m, []), costs.get(m, {}), request, frozen)
-        for m in recipes
-    ]
-    if not request.equal_time:
-        return rows
-    limited = _cut_all(chosen, costs, request.minutes)
-    frozen = freeze(request.out, _pairs(grounds, limited, " at equal time"))
-    for m in recipes:
-        recipe = limited.get(m)
-        entries = [] if recipe is None else finals(grounds[m], m, recipe, seeds)
-        cost = dict(costs.get(m, {}))
-        if recipe is not None and recipe.train.epochs is not None and not m.solved:
-            cost["epochs"] = recipe.train.epochs
-        row = _row(grounds[m], choices[m], recipe, entries, cost, request, frozen)
-        rows.append(replace(row, timed=True))
+    rows: list[Answered] = []
+    for m, choice in choices.items():
+        found = Answers(m, chosen.get(m), entries.get(m, ()), choice.score, costs.get(m))
+        rows += answered(grounds[m], found, "grid", wanted=request.seeds, frozen=frozen)
+    if request.equal_time:
+        rows += _at_equal_time(request, grounds, choices, chosen, costs)
+    for shots in request.shots:
+        rows += _with_shots(request, grounds, recipes, shots)
     return rows
 
 
-def _open(
-    request: Request, folder: TaskFolder, recipes: Mapping[Method, Recipe], backbone: Backbone
-) -> Ground:
-    """Features, splits, and what is chosen on."""
-    dataset = load_dataset(folder.path, **request.base.data.arguments())
-    if dataset.task != "classify":
-        raise DataError(f"{folder.path} has numbers or labels to learn, expected classes. Type: sidetune fit")
-    if not len(dataset.rows("test")):
-        raise DataError(f"{folder.path} has no test images, expected some: scores are of test alone")
-    keys = sample_keys(dataset)
-    store = default_store(backbone, request.base.features.dtype)
-    if request.stores is not None:
-        store = request.stores / folder.name
-    trained = any(not method.solved for method in recipes)
-    reads = request.base.model_copy(update={"side": LosaRecipe() if trained else RidgeRecipe()})
-    part = Part("", reads, dataset, request.out / folder.name)
-    (job,) = open_jobs([part], backbone, keys, out=part.out, store=store, quiet=request.quiet)
-    job.say(f"task {folder.name}: {len(recipes)} methods")
-    return _ground(folder.name, folder.group, job, keys)
+def _at_equal_time(
+    request: Request,
+    grounds: Mapping[Method, Ground],
+    choices: Mapping[Method, Choice],
+    chosen: Mapping[Method, Recipe],
+    costs: Mapping[Method, Mapping[str, float]],
+) -> Iterator[Answered]:
+    """The second table: each chosen recipe with fewer epochs."""
+    limited = _cut_all(chosen, costs, request.minutes)
+    frozen = freeze(request.out, _pairs(grounds, limited, " at equal time"))
+    for m, choice in choices.items():
+        recipe, entries, cost = limited.get(m), [], dict(costs.get(m, {}))
+        if recipe is not None:
+            entries = finals(grounds[m], m, recipe, range(request.seeds))
+            if not m.solved:
+                cost["epochs"] = recipe.train.epochs or 0
+        found = Answers(m, recipe, entries, choice.score, cost)
+        yield from answered(grounds[m], found, "time", wanted=request.seeds, frozen=frozen)
 
 
-def _ground(name: str, group: str, job: Job, keys: Sequence[str]) -> Ground:
-    on: On = "val" if is_vtab(job.dataset.root) else "folds"
-    choosing = Choosing.build(job, on, 1 if on == "val" else FOLDS, metric=METRIC)
-    return Ground(name, group, job, keys, choosing, {"test": Images.of(job, keys, job.split["test"])})
-
-
-def _live(ground: Ground, backbone: Backbone) -> Ground:
-    """The same task, its images decoded for every batch: what begins at pixels has nothing to store."""
-    job = ground.job
-    source = LiveSource(job.dataset, backbone, keys=ground.keys, quiet=job.quiet)
-    live = replace(job, backbone=backbone, source=source, summary=source.summary())
-    return _ground(ground.name, ground.group, live, ground.keys)
+def _with_shots(
+    request: Request, grounds: Mapping[Method, Ground], recipes: Mapping[Method, Recipe], shots: int
+) -> Iterator[Answered]:
+    """The table of k images a class."""
+    plans = {m: few_shots(grounds[m], m, recipe, shots) for m, recipe in recipes.items()}
+    usual = {m: plan.recipe for m, plan in plans.items()}
+    frozen = freeze(request.out, _pairs(grounds, usual, f", {shots} shots"))
+    for m, plan in plans.items():
+        entries = run_fits(grounds[m], m, plan.fits(range(request.seeds)))
+        found = Answers(m, plan.recipe, entries, shots=shots)
+        yield from answered(grounds[m], found, "shots", wanted=request.seeds, frozen=frozen)
 
 
 def _pairs(
@@ -264,7 +232,7 @@ def _pairs(
     """What is frozen of a task."""
     return {
         f"{grounds[method].name}/{method.name}{remark}": {
-            "recipe": _resolved(recipe, len(grounds[method].rows)).hash,
+            "recipe": recipe.hash,
             "data": grounds[method].data,
             "backbone": grounds[method].job.backbone.identity.digest,
         }
@@ -272,8 +240,8 @@ def _pairs(
     }
 
 
-def _resolved(recipe: Recipe, num_images: int) -> Recipe:
-    return recipe.model_copy(update={"train": recipe.train.resolved(num_images)})
+def _resolved(recipe: Recipe, ground: Ground) -> Recipe:
+    return recipe.model_copy(update={"train": recipe.train.resolved(len(ground.rows))})
 
 
 def _cut_all(
@@ -289,73 +257,3 @@ def _cut_all(
         epochs = int(max(1, min(costs[method]["epochs"], fitting)))
         limited[method] = cut(chosen[method], epochs)
     return limited
-
-
-def _row(
-    ground: Ground,
-    choice: Choice,
-    recipe: Recipe | None,
-    entries: Sequence[Entry],
-    cost: Mapping[str, float],
-    request: Request,
-    frozen: str,
-) -> _Row:
-    method, task = choice.method, ground.job.task
-    answered = [(seed, one) for seed, one in enumerate(entries) if not one.diverged]
-    outcome = Outcome(
-        ground.name,
-        ground.group,
-        method.name,
-        "" if recipe is None else _resolved(recipe, len(ground.rows)).hash,
-        {} if recipe is None else _point(method, recipe),
-        choice.score,
-        (None,) if method.solved else tuple(seed for seed, _ in answered),
-        request.seeds,
-        tuple(_hash(task, one.outputs["test"]) for _, one in answered),
-        cost,
-    )
-    kept = tuple(one for _, one in answered)
-    return _Row(outcome, False, ground.job.dataset, ground.tests["test"], kept, frozen)
-
-
-def _point(method: Method, recipe: Recipe) -> dict[str, Any]:
-    """What was chosen, for the table."""
-    part = recipe.side.model_dump(mode="json") if method.solved else recipe.train.model_dump(mode="json")
-    names = ("l2", "pool", "taps") if method.solved else ("lr", "weight_decay", "epochs")
-    return {name: part[name] for name in names if name in part}
-
-
-def _hash(task: Task, outputs: Tensor) -> str:
-    """sha256 of test probabilities, float32."""
-    predictions = np.ascontiguousarray(task.predictions(outputs).float().numpy())
-    return hashlib.sha256(predictions.tobytes()).hexdigest()
-
-
-def _revealed(request: Request, rows: Sequence[_Row]) -> list[_Row]:
-    """With test scores. The look is written down first."""
-    looks = {}
-    for row in rows:
-        if row.outcome.task in looks:
-            continue
-        mine = [one.outcome for one in rows if one.outcome.task == row.outcome.task]
-        line = {
-            "task": row.outcome.task,
-            "test": row.test.digest,
-            "methods": sorted({one.method for one in mine}),
-            "frozen": row.frozen,
-            "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        look(request.looks, line)
-        looks[row.outcome.task] = count_looks(request.looks, row.test.digest)
-    return [
-        replace(row, outcome=replace(row.outcome, right_SN=_right(row), looks=looks[row.outcome.task]))
-        for row in rows
-    ]
-
-
-def _right(row: _Row) -> NDArray[np.bool_] | None:
-    """(S, n): here, and nowhere else, are labels of test read."""
-    if not row.entries:
-        return None
-    targets = torch.from_numpy(row.dataset.targets[row.test.rows])
-    return torch.stack([one.outputs["test"].argmax(1) == targets for one in row.entries]).numpy()

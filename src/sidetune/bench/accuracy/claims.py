@@ -43,6 +43,8 @@ class Outcome:
         cost: seconds of an epoch, epochs, bytes, parameters; nothing where it diverged.
         right_SN: whether the network of a seed is right about a test image; None before test is revealed.
         looks: how often the task's test scores were looked at, this time included.
+        suite: whose groups are averaged together.
+        shots: images a class that it was trained with; None: all.
     """
 
     task: str
@@ -57,6 +59,8 @@ class Outcome:
     cost: Mapping[str, float] = field(default_factory=dict)
     right_SN: NDArray[np.bool_] | None = None
     looks: int = 0
+    suite: str = ""
+    shots: int | None = None
 
     @property
     def solved(self) -> bool:
@@ -80,7 +84,7 @@ class Outcome:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        fields = ("task", "group", "method", "recipe", "val", "wanted", "looks")
+        fields = ("task", "group", "suite", "shots", "method", "recipe", "val", "wanted", "looks")
         return {
             **{name: getattr(self, name) for name in fields},
             "point": dict(self.point),
@@ -149,22 +153,10 @@ def compare(outcomes: Sequence[Outcome], method: str, against: str) -> Iterator[
         if task in theirs:
             parts[task] = _paired(ours[task], theirs[task])
             yield parts[task].comparison(task, method, against)
-    groups: dict[str, list[str]] = {}
-    for one in outcomes:
-        if one.group and one.task not in groups.setdefault(one.group, []):
-            groups[one.group].append(one.task)
-    means = {
-        group: _mean([parts[task] for task in tasks])
-        for group, tasks in groups.items()
-        if all(task in parts for task in tasks)
-    }
-    for group, part in means.items():
-        if len(groups[group]) > 1:
-            yield part.comparison(group, method, against)
-    if len(groups) > 1 and len(means) == len(groups):
-        yield _mean(list(means.values())).comparison(OVER_GROUPS, method, against)
-        every = [parts[task] for tasks in groups.values() for task in tasks]
-        yield _mean(every).comparison(OVER_TASKS, method, against)
+    for suite in dict.fromkeys(one.suite for one in outcomes):
+        inside = {one.task: one.group for one in outcomes if one.suite == suite and one.group}
+        for where, part in _means(inside, parts):
+            yield part.comparison(f"{where}, {suite}" if suite else where, method, against)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,6 +172,19 @@ class _Part:
         interval = middle(self.resampled_R)
         said = f"no claim: {self.short[0]}" if self.short else claim(interval, self.images)
         return Comparison(where, method, against, self.value, interval, self.images, said)
+
+
+def _means(group_of: Mapping[str, str], parts: Mapping[str, _Part]) -> Iterator[tuple[str, _Part]]:
+    """Means of a suite's tasks: over each group, over groups, over tasks."""
+    groups: dict[str, list[str]] = {}
+    for task, group in group_of.items():
+        groups.setdefault(group, []).append(task)
+    whole = {group: tasks for group, tasks in groups.items() if all(task in parts for task in tasks)}
+    means = {group: _mean([parts[task] for task in tasks]) for group, tasks in whole.items()}
+    yield from ((group, mean) for group, mean in means.items() if len(groups[group]) > 1)
+    if len(groups) > 1 and len(means) == len(groups):
+        yield OVER_GROUPS, _mean(list(means.values()))
+        yield OVER_TASKS, _mean([parts[task] for task in group_of])
 
 
 def _paired(ours: Outcome, theirs: Outcome) -> _Part:

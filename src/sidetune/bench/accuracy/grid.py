@@ -30,11 +30,13 @@ MOST_POINTS = len(RATES) * len(DECAYS)
 # Names of methods that are a side or a baseline with other fields than its own defaults.
 VARIANTS: dict[str, dict[str, Any]] = {
     "ridge-last": {"name": "ridge", "taps": "last"},
+    "ridge-std": {"name": "ridge", "statistics": "cls+mean+std"},
+    "ridge-quadrants": {"name": "ridge", "statistics": "cls+mean+quadrants"},
+    "ridge-all": {"name": "ridge", "statistics": "cls+mean+std+quadrants"},
     "lora-linear": {"name": "lora", "layers": "linear"},
     **{f"lora-last{k}": {"name": "lora", "blocks": k} for k in (1, 2, 3, 6)},
 }
 WITH_NORM = ("full", "norms")  # these train the final norm, too
-PROBES = ("ridge-last", "ridge", "linear")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,10 @@ class Method:
     def in_fleet(self) -> bool:
         """Whether its networks train side by side; the baselines' train one after another."""
         return self.side["name"] in SIDES
+
+    def of(self, seeds: Sequence[int]) -> Sequence[int]:
+        """Those of the seeds that it is trained with."""
+        return seeds if self.seeds is None else seeds[: self.seeds]
 
     def reads_image(self, recipe: Recipe, num_blocks: int) -> bool:
         """Whether it begins at the pixels, before anything that a store holds.

@@ -2,6 +2,7 @@
 
     choose(ground, method, ..)     train800 -> val200, or folds; the point of the grid with the best accuracy
     finals(ground, method, ..)     train800val200, a network a seed, last epoch; answers for test
+    few_shots(ground, method, ..)  k images a class, drawn by each seed; nothing is chosen
     clock(ground, method, ..)      seconds of an epoch, memory and parameters of the chosen recipe
 
 Nothing here reads a label of test.
@@ -19,84 +20,27 @@ import torch
 from torch import Tensor
 
 from sidetune.bench.accuracy.grid import Method
+from sidetune.bench.accuracy.ground import METRIC, Ground, Images
 from sidetune.bench.accuracy.ledger import Entry, Ledger, digest
 from sidetune.bucket import Member
 from sidetune.checkpoint import Scores
 from sidetune.errors import DivergedError
+from sidetune.evaluate import headline_score
 from sidetune.fleet import Fleet
 from sidetune.job import Job
 from sidetune.probes import Pooled, fit_linear, fit_ridge
 from sidetune.recipe import Recipe
 from sidetune.side_fit import described, new_member, open_fleet, row_outputs, solo_epoch_seconds
 from sidetune.sides.linear import LinearRecipe
-from sidetune.sides.ridge import RidgeRecipe
+from sidetune.sides.ridge import RidgeRecipe, beyond_summary
+from sidetune.summary import Statistic, Summary
 from sidetune.sweep.score import Choosing, Rows, Score, best, measured_task
+from sidetune.tasks import Task
 from sidetune.train import Trained, train
 from sidetune.waves import member_bytes, members_at_once
 
-METRIC = "accuracy"  # top-1, what the benchmark is reported in, is what choices follow
+SHOTS_L2 = 1e-2  # of the linear probe where nothing can be chosen: the middle of what it tries elsewhere
 TIMED = 2  # epochs of one network alone, after one that warms up; the quickest counts
-
-
-@dataclass(frozen=True, eq=False)
-class Images:
-    """Images that methods answer for.
-
-    Args:
-        job: whose features they have.
-        rows: (n,) of its data.
-        digest: of their keys, without labels.
-    """
-
-    job: Job
-    rows: Rows
-    digest: str
-
-    @classmethod
-    def of(cls, job: Job, keys: Sequence[str], rows: Rows) -> Images:
-        """Some rows of a job whose sample keys are known."""
-        return cls(job, rows, digest([keys[row] for row in rows]))
-
-
-@dataclass(frozen=True, eq=False)
-class Ground:
-    """A task, ready for all methods.
-
-    Args:
-        name: of its folder.
-        group: that it is averaged in.
-        job: features, splits, task; its folder is OUT/TASK.
-        keys: of all samples.
-        choosing: what methods are chosen on.
-        tests: name -> images that are answered for at the end: ``test``, and other data sets.
-    """
-
-    name: str
-    group: str
-    job: Job
-    keys: Sequence[str]
-    choosing: Choosing
-    tests: Mapping[str, Images]
-
-    @property
-    def rows(self) -> Rows:
-        """Of train and validation."""
-        return np.sort(np.concatenate([self.job.split["train"], self.job.split["val"]]))
-
-    def ledger(self, method: Method) -> Ledger:
-        """Where a method's fits are kept."""
-        return Ledger(self.job.out / method.name)
-
-    def labelled(self, rows: Rows) -> str:
-        """Digest of samples and their labels; never asked for rows of test."""
-        targets = self.job.dataset.targets
-        return digest([[self.keys[row], int(targets[row])] for row in rows])
-
-    @property
-    def data(self) -> str:
-        """Digest of all that a method may learn from, and of the test images without their labels."""
-        parts = {split: self.labelled(self.job.split[split]) for split in ("train", "val")}
-        return digest({**parts, "test": self.tests["test"].digest})
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +74,7 @@ class Choice:
     Args:
         method: whose choice it is.
         recipe: chosen; None: it diverged at every point.
-        score: accuracy on what it was chosen by; a solved method's own; None where it is not known.
+        score: accuracy on what it was chosen by; of ridge on each image left out.
         tried: the points in their order, each with its score, None where it diverged.
     """
 
@@ -183,6 +127,57 @@ def finals(ground: Ground, method: Method, recipe: Recipe, seeds: Sequence[int])
         seeds: of the networks; a solved method has no use for them and is solved once.
     """
     return run_fits(ground, method, _final_fits(ground, method, recipe, seeds))
+
+
+@dataclass(frozen=True, eq=False)
+class FewShots:
+    """A method with k images a class.
+
+    Args:
+        ground: the task.
+        recipe: that it has for any such k; epochs are those of all k images.
+        method: that is trained.
+        shots: k.
+    """
+
+    ground: Ground
+    recipe: Recipe
+    method: Method
+    shots: int
+
+    def fits(self, seeds: Sequence[int]) -> list[Fit]:
+        """One a seed, which draws the images, too."""
+        ground, shots = self.ground, self.shots
+        return [
+            Fit(
+                f"shots-{shots}-seed-{seed}",
+                _seeded(self.recipe, seed),
+                ground.shots(shots, seed),
+                ground.tests,
+            )
+            for seed in self.method.of(seeds)
+        ]
+
+
+def few_shots(ground: Ground, method: Method, recipe: Recipe, shots: int) -> FewShots:
+    """What a method is with k images a class, which leave none to choose on.
+
+    So nothing is chosen: it has the first point of its grid, ridge its penalty by leaving one of the images
+    out, the linear probe a fixed one.
+
+    Args:
+        ground: the task.
+        method: that is trained.
+        recipe: what the grid changes.
+        shots: k.
+    """
+    if isinstance(recipe.side, LinearRecipe):
+        side = recipe.side.model_copy(update={"pool": "mean", "l2": SHOTS_L2})
+        return FewShots(ground, recipe.model_copy(update={"side": side}), method, shots)
+    point = {} if method.solved else next(method.points(1))
+    num = len(ground.shots(shots, 0))
+    train = recipe.train.model_copy(update=point).resolved(num)
+    return FewShots(ground, recipe.model_copy(update={"train": train}), method, shots)
 
 
 def clock(ground: Ground, method: Method, recipe: Recipe, seeds: Sequence[int]) -> dict[str, float]:
@@ -283,7 +278,8 @@ def _solve(ground: Ground, fits: Mapping[str, Fit]) -> dict[str, Entry]:
         started, (job, recipe) = time.monotonic(), (ground.job, fit.recipe.side)
         open_choice = isinstance(recipe, LinearRecipe) and (recipe.l2 is None or recipe.pool == "best")
         train_rows, val_rows = (job.split["train"], job.split["val"]) if open_choice else (fit.rows, fit.rows)
-        pooled = Pooled(job.summary, job.targets, train_rows, val_rows, job.dataset.group)
+        more = beyond_summary(recipe)
+        pooled = Pooled(_summary(job, more), job.targets, train_rows, val_rows, job.dataset.group)
         task = measured_task(job, fit.recipe, train_rows)
         if isinstance(recipe, RidgeRecipe):
             probe = fit_ridge(recipe, pooled, task)
@@ -291,15 +287,24 @@ def _solve(ground: Ground, fits: Mapping[str, Fit]) -> dict[str, Entry]:
             assert isinstance(recipe, LinearRecipe)
             norm, final_norm = fit.recipe.head.norm, job.source.final_norm
             probe = fit_linear(recipe, pooled, task, norm=norm, final_norm=final_norm)
-        outputs = {name: probe.outputs(one.job.summary, one.rows) for name, one in fit.asked.items()}
-        side = probe.recipe.model_dump(mode="json")
-        facts = {
-            "seconds": time.monotonic() - started,
-            "side": side,
-            "left_out": probe.detail.get("left_out"),
-        }
+        outputs = {name: probe.outputs(_summary(one.job, more), one.rows) for name, one in fit.asked.items()}
+        facts = {"side": probe.recipe.model_dump(mode="json"), "seconds": time.monotonic() - started}
+        if probe.left_out is not None:
+            facts["val"] = _accuracy(task, probe.left_out, job, train_rows)
+        elif open_choice:
+            facts["val"] = _accuracy(task, probe.outputs(_summary(job, more), val_rows), job, val_rows)
         entries[key] = Entry(facts, outputs)
     return entries
+
+
+def _accuracy(task: Task, outputs: Tensor, job: Job, rows: Rows) -> float | None:
+    """Of outputs (n, K) of these rows."""
+    predictions = task.predictions(outputs).double().numpy()
+    return headline_score(task, predictions, job.dataset.targets[rows], METRIC)
+
+
+def _summary(job: Job, more: tuple[Statistic, ...]) -> Summary:
+    return job.source.richer(more) if more else job.summary
 
 
 def _choose_solved(ground: Ground, method: Method, recipe: Recipe) -> Choice:
@@ -307,23 +312,20 @@ def _choose_solved(ground: Ground, method: Method, recipe: Recipe) -> Choice:
     (entry,) = run_fits(ground, method, [Fit("choice", recipe, ground.rows, {})])
     fields = recipe.model_dump(mode="json") | {"side": entry.facts["side"]}
     point = {name: value for name, value in entry.facts["side"].items() if name in ("l2", "pool", "taps")}
-    score = entry.facts["left_out"]
+    score = entry.facts.get("val")
     return Choice(method, Recipe.model_validate(fields), score, ((point, score),))
 
 
 def _final_fits(ground: Ground, method: Method, recipe: Recipe, seeds: Sequence[int]) -> list[Fit]:
     if method.solved:
         return [Fit("solved", recipe, ground.rows, ground.tests)]
-    seeds = seeds if method.seeds is None else seeds[: method.seeds]
     return [
-        Fit(
-            f"seed-{seed}",
-            recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": seed})}),
-            ground.rows,
-            ground.tests,
-        )
-        for seed in seeds
+        Fit(f"seed-{seed}", _seeded(recipe, seed), ground.rows, ground.tests) for seed in method.of(seeds)
     ]
+
+
+def _seeded(recipe: Recipe, seed: int) -> Recipe:
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": seed})})
 
 
 def _measured(ground: Ground, method: Method, fits: Sequence[Fit]) -> dict[str, Any]:

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from sidetune.bench.accuracy.claims import Comparison, Outcome, compare
+from sidetune.bench.accuracy.scoring import Table
 from sidetune.bench.rows import Bench, Row, machine_lines
 from sidetune.figures import duration, size
 
 LINE = 80
 NAME = 14  # columns of a method's name
 CELL = 9  # of a score
+MOST = (LINE - NAME) // CELL  # scores in a line
 HEADS = {
     False: "Chosen from a grid of one size, trained to the end",
     True: "The same points at equal time of training",
@@ -27,16 +29,30 @@ class Report:
     """What was measured.
 
     Args:
-        outcomes: of the first table, a method and a task each.
-        timed: of the second, at equal time; empty where it was not asked for.
+        tables: outcomes, a method and a task each: of the ``grid``; at equal ``time`` and with few ``shots``,
+            empty where they were not asked for.
         against: methods that all others are compared with.
         environment: plain JSON values.
     """
 
-    outcomes: tuple[Outcome, ...]
-    timed: tuple[Outcome, ...]
+    tables: Mapping[Table, tuple[Outcome, ...]]
     against: tuple[str, ...]
     environment: Mapping[str, Any]
+
+    @property
+    def outcomes(self) -> tuple[Outcome, ...]:
+        """Of the first table."""
+        return self.tables["grid"]
+
+    @property
+    def timed(self) -> tuple[Outcome, ...]:
+        """Of the second, at equal time."""
+        return self.tables["time"]
+
+    @property
+    def shots(self) -> tuple[Outcome, ...]:
+        """With few images a class."""
+        return self.tables["shots"]
 
     @cached_property
     def comparisons(self) -> dict[bool, tuple[Comparison, ...]]:
@@ -45,7 +61,7 @@ class Report:
             timed: tuple(
                 comparison
                 for against in self.against
-                for method in _names(outcomes)
+                for method in names_of(outcomes)
                 if method != against
                 for comparison in compare(outcomes, method, against)
             )
@@ -62,6 +78,8 @@ class Report:
         rows: list[Row] = []
         for outcomes, suffix in ((self.outcomes, ""), (self.timed, " at equal time")):
             rows += [row for one in outcomes for row in _rows(one, outcomes, self.against[:1], suffix)]
+        for one in self.shots:
+            rows += _rows(one, (), (), f", {one.shots} shots")
         return Bench(tuple(rows), self.environment)
 
     def to_json(self) -> dict[str, Any]:
@@ -70,6 +88,7 @@ class Report:
             **self.bench().to_json(),
             "outcomes": [one.to_json() for one in self.outcomes],
             "timed_outcomes": [one.to_json() for one in self.timed],
+            "shots_outcomes": [one.to_json() for one in self.shots],
             "comparisons": [one.to_json() for one in self.comparisons[False]],
             "timed_comparisons": [one.to_json() for one in self.comparisons[True]],
         }
@@ -82,11 +101,15 @@ class Report:
             yield HEADS[timed]
             yield ""
             if self.revealed or not timed:  # before that the second table has no scores of its own
-                for group in dict.fromkeys(one.group for one in outcomes):
-                    yield from _scores([one for one in outcomes if one.group == group])
-                yield from _means(outcomes)
+                for suite in dict.fromkeys(one.suite for one in outcomes):
+                    inside = [one for one in outcomes if one.suite == suite]
+                    for group in dict.fromkeys(one.group for one in inside):
+                        yield from _scores([one for one in inside if one.group == group])
+                    yield from _means(inside, suite)
             yield from _costs(outcomes)
             yield from _compared(self.comparisons[timed])
+        if self.revealed and self.shots:
+            yield from _curves(self.shots)
         yield from self._notes()
         yield from machine_lines(self.environment)
 
@@ -110,7 +133,7 @@ def means(outcomes: Sequence[Outcome], method: str) -> tuple[float | None, float
     """A method's mean over groups and over tasks; None where it lacks a task.
 
     Args:
-        outcomes: of one table.
+        outcomes: of one table and one suite.
         method: its name.
     """
     mine = [one for one in outcomes if one.method == method and one.group]
@@ -129,7 +152,8 @@ def value(one: Outcome) -> float | None:
     return one.val if one.score is None else one.score
 
 
-def _names(outcomes: Sequence[Outcome]) -> list[str]:
+def names_of(outcomes: Sequence[Outcome]) -> list[str]:
+    """Of the methods, in their order."""
     return list(dict.fromkeys(one.method for one in outcomes))
 
 
@@ -160,7 +184,7 @@ def _scores(outcomes: Sequence[Outcome]) -> Iterator[str]:
         part = tasks[first : first + per]
         title = outcomes[0].group or "accuracy, %"
         yield f"{title:<{NAME}}" + "".join(f"{task[:13]:>{wide}}" for task in part)
-        for name in _names(outcomes):
+        for name in names_of(outcomes):
             cells = [_cell(at[task, name]) if (task, name) in at else "" for task in part]
             yield f"{name[: NAME - 1]:<{NAME}}" + "".join(f"{cell:>{wide}}" for cell in cells)
         yield ""
@@ -173,11 +197,13 @@ def _cell(one: Outcome) -> str:
     return ("–" if shown is None else f"{100 * shown:.1f}") + "*" * one.short
 
 
-def _means(outcomes: Sequence[Outcome]) -> Iterator[str]:
+def _means(outcomes: Sequence[Outcome], suite: str) -> Iterator[str]:
     if len({one.task for one in outcomes if one.group}) < 2:
         return
+    if suite:
+        yield f"{suite}: {len({one.task for one in outcomes})} tasks"
     yield f"{'mean over':<{NAME}}{'groups':>{CELL}}{'tasks':>{CELL}}"
-    for name in _names(outcomes):
+    for name in names_of(outcomes):
         shown = ["–" if mean is None else f"{100 * mean:.1f}" for mean in means(outcomes, name)]
         mark = "*" * any(one.short for one in outcomes if one.method == name)
         yield f"{name[: NAME - 1]:<{NAME}}" + "".join(f"{cell + mark:>{CELL}}" for cell in shown)
@@ -187,7 +213,7 @@ def _means(outcomes: Sequence[Outcome]) -> Iterator[str]:
 def _costs(outcomes: Sequence[Outcome]) -> Iterator[str]:
     """Of one network, the mean over tasks."""
     yield f"{'one network':<{NAME}}{'parameters':>12}{'epoch':>10}{'epochs':>8}{'training':>14}{'memory':>12}"
-    for name in _names(outcomes):
+    for name in names_of(outcomes):
         costs = [one.cost for one in outcomes if one.method == name and one.cost]
         if not costs:
             continue
@@ -200,6 +226,20 @@ def _costs(outcomes: Sequence[Outcome]) -> Iterator[str]:
     yield ""
 
 
+def _curves(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """A table a task: methods down, images a class across."""
+    yield "Trained on k images a class, drawn by each seed; nothing is chosen"
+    yield ""
+    counts = sorted({one.shots for one in outcomes if one.shots is not None})
+    for task in dict.fromkeys(one.task for one in outcomes):
+        at = {(one.method, one.shots): one for one in outcomes if one.task == task}
+        yield f"{task[: NAME - 1]:<{NAME}}" + "".join(f"{f'k = {count}':>{CELL}}" for count in counts[:MOST])
+        for name in names_of(outcomes):
+            cells = [_cell(at[name, count]) if (name, count) in at else "" for count in counts[:MOST]]
+            yield f"{name[: NAME - 1]:<{NAME}}" + "".join(f"{cell:>{CELL}}" for cell in cells)
+        yield ""
+
+
 def _compared(comparisons: Sequence[Comparison]) -> Iterator[str]:
     for pair in dict.fromkeys((one.method, one.against) for one in comparisons):
         yield f"{pair[0]} - {pair[1]}, points, 95 % over images and seeds"
@@ -208,5 +248,5 @@ def _compared(comparisons: Sequence[Comparison]) -> Iterator[str]:
                 assert one.interval is not None
                 low, high = (f"{100 * bound:+.1f}" for bound in one.interval)
                 apart = f"{100 * one.value:+.1f} ({low} .. {high})"
-                yield f"  {one.where[:20]:<21}{apart:<25}{one.images:>7,} images  {one.claim}"
+                yield f"  {one.where[:26]:<27}{apart:<22}{one.images:>7,} images  {one.claim}"
         yield ""

@@ -18,10 +18,12 @@ class TaskFolder:
     Args:
         path: of its folder or table.
         group: that it is averaged in; nothing: in none.
+        suite: whose groups are averaged together; means of two suites stand apart.
     """
 
     path: Path
     group: str = ""
+    suite: str = ""
 
     @property
     def name(self) -> str:
