@@ -144,7 +144,10 @@ def test_the_table_of_speed_is_what_the_result_lines_say() -> None:
     assert table in (ROOT / "docs/explanation/speed.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.jsonl")), ids=lambda path: path.stem)
+RESULTS = sorted(path for path in (ROOT / "results").glob("*.jsonl") if path.stem != "looks")
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_a_result_line_says_where_it_comes_from(path: Path) -> None:
     fields = {"method", "task", "seed", "metric", "value", "command", "commit", "hardware", "recipe"}
     for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
@@ -153,3 +156,9 @@ def test_a_result_line_says_where_it_comes_from(path: Path) -> None:
         assert line["command"].startswith(
             ("sidetune fit ", "sidetune sweep ", "sidetune bench ", "python scripts/")
         )
+
+
+def test_a_look_says_at_what_it_was() -> None:
+    for line in map(json.loads, text_of("results/looks.jsonl").splitlines()):
+        assert {"task", "test", "methods", "frozen", "at"} <= line.keys()
+        assert len(line["test"]) == 64 and line["methods"]
