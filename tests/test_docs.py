@@ -160,5 +160,5 @@ def test_a_result_line_says_where_it_comes_from(path: Path) -> None:
 
 def test_a_look_says_at_what_it_was() -> None:
     for line in map(json.loads, text_of("results/looks.jsonl").splitlines()):
-        assert {"task", "test", "methods", "frozen", "at"} <= line.keys()
+        assert {"task", "test", "methods", "frozen"} <= line.keys()
         assert len(line["test"]) == 64 and line["methods"]
