@@ -71,7 +71,7 @@ def test_the_default_side_is_losa():
         ("side.heads=2", "no setting 'side.heads'."),  # LAST has it, LoSA has not
         (
             "side.name=losaa",
-            "no side named 'losaa'. Did you mean 'losa'? Known: attentive, bypass, fusion, ladder, last,",
+            "no side named 'losaa'. Did you mean 'losa'? Known: attentive, bypass, confluence, fusion,",
         ),
         ("side.name=[losa]", "no side named ['losa']."),
         (
@@ -158,7 +158,7 @@ OTHERS = {
         "drop_path": 0.1,
         "form": "textbook",
     },
-    "head": {"norm": "none"},
+    "head": {"norm": "none", "ridge": 0.5},
     "train": {
         "epochs": 7,
         "batch_size": 16,

@@ -216,7 +216,7 @@ def build_model(
     norm = "none" if recipe.side.name == "ridge" else recipe.head.norm
     if recipe.side.name == "linear" and norm == "trained":
         norm = "backbone"
-    return SideModel(side, num_outputs, norm=norm, final_norm=final_norm)
+    return SideModel(side, num_outputs, norm=norm, final_norm=final_norm, ridge=recipe.head.ridge)
 
 
 def find_device(name: str) -> torch.device:

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sidetune.blend import Solved
 from sidetune.features import Features
 from sidetune.keyed import Draws
 from sidetune.model import SideModel
@@ -39,6 +40,7 @@ class Member:
         task: its loss and what its outputs mean.
         targets: of every row of the data, as the task takes them.
         rows: (n,) that it trains on, among those that the fleet reads.
+        ridge: on these rows, with which it answers; None where its recipe has no share of it.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Member:
     task: Task
     targets: Tensor
     rows: NDArray[np.int64]
+    ridge: Solved | None = None
 
     @property
     def epochs(self) -> int:
@@ -63,7 +66,9 @@ class Member:
     def architecture(self) -> str:
         """Members of one architecture are one model."""
         side = self.recipe.side.model_dump(mode="json", exclude={"drop_path"})
-        return repr((sorted(side.items()), self.recipe.head.norm, self.recipe.train.precision))
+        return repr(
+            (sorted(side.items()), self.recipe.head.norm, self.recipe.head.ridge, self.recipe.train.precision)
+        )
 
 
 @dataclass
@@ -121,6 +126,9 @@ class Bucket:
             [seed if new else None for seed, new in zip(self.seeds, fresh, strict=True)],
             [member.task.num_outputs for member in members],
         )
+        for m, member in enumerate(members):
+            if self.model.blend is not None and member.ridge is not None:
+                self.model.blend.put(m, member.ridge)
         self.optimizer = MemberAdamW(self.model.parameters())
         for m, place in enumerate(places):
             if place.state is not None:
@@ -209,7 +217,7 @@ class Bucket:
         tensors = {}
         for name, tensor in own.state_dict().items():
             found = theirs[name][m : m + 1] if name in stacked else theirs[name]
-            if name.startswith("head."):
+            if name.startswith("head.") or name in ("blend.weight_MFK", "blend.bias_MK"):
                 found = found[..., : member.task.num_outputs]
             assert found.shape == tensor.shape, name
             tensors[name] = found

@@ -30,7 +30,7 @@ def patch_evidence(model: SideModel, features: Features, answer: Tensor, against
     Returns:
         (B, T * H * W); None where patches do not reach the head by a sum: pool ``cls``, ridge.
     """
-    if model.side.pool not in ("mean", "cls+mean", "all"):
+    if model.blend is not None or model.side.pool not in ("mean", "cls+mean", "all"):
         return None
     with torch.no_grad():
         shares = model.side.shares(features)

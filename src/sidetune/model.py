@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sidetune.blend import Blend
 from sidetune.errors import RecipeError, nearest
 from sidetune.features import Features, FinalNorm
 from sidetune.keyed import Draws, generator
@@ -31,6 +32,7 @@ class SideModel(nn.Module):
         norm: ``backbone`` copies the backbone's own final norm, frozen; ``trained`` starts there;
             ``none``. A backbone without one: layer norm without affine.
         final_norm: the backbone's, None where it has none.
+        ridge: its share in what is answered outside training; see `sidetune.blend`.
     """
 
     def __init__(
@@ -40,15 +42,18 @@ class SideModel(nn.Module):
         *,
         norm: NormKind = "backbone",
         final_norm: FinalNorm | None = None,
+        ridge: float = 0.0,
     ) -> None:
         super().__init__()
         self.side = side
         self.norm = Norm(side, norm, final_norm)
         self.head = Head(side.members, side.width, num_outputs)
+        self.blend = Blend(side.spec, side.members, num_outputs, ridge) if ridge else None
 
     def forward(self, features: Features, draws: Draws | None = None) -> Tensor:
-        """Features -> outputs (M, B, K)."""
-        return self.outputs(self.side(features, draws))
+        """Features -> outputs (M, B, K): in training the network's alone."""
+        own = self.outputs(self.side(features, draws))
+        return own if self.blend is None or self.training else self.blend(own, features)
 
     def outputs(self, pooled: Tensor) -> Tensor:
         """Pooled tokens (M, B, width) -> outputs (M, B, K)."""

@@ -33,6 +33,7 @@ METHODS = {*SIDES, *BASELINES}
 # settings that came after runs did: where they are left alone, a recipe's hash does not know them
 LATER = {
     "data": ("focal_gamma", "split_by"),
+    "head": ("ridge",),
     "train": ("shuffle_window", "order_seed"),
     "fleet": ("members", "folds", "ensemble", "own_order"),
     "side": ("statistics",),
@@ -142,9 +143,12 @@ class HeadRecipe(Part):
     Args:
         norm: layer norm with the affine of the backbone's final norm (``backbone``), with one that is
             trained and starts there (``trained``), or no norm at all (``none``).
+        ridge: share of ridge in the answer, the rest is the network's; 0: the network alone. See
+            `sidetune.blend`.
     """
 
     norm: NormKind = "backbone"
+    ridge: float = Field(0.0, ge=0, lt=1)
 
 
 class TrainRecipe(Part):

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sidetune.artifact import build_model
+from sidetune.blend import Solved
 from sidetune.bucket import Member
 from sidetune.checkpoint import Scores
 from sidetune.errors import DivergedError
@@ -29,8 +30,10 @@ from sidetune.keyed import Draws
 from sidetune.machine import total_memory
 from sidetune.memory import PeakMemory
 from sidetune.model import SideModel
+from sidetune.probes import Pooled, fit_ridge
 from sidetune.reader import Layout
 from sidetune.recipe import Recipe
+from sidetune.sides.ridge import Ridge, RidgeRecipe
 from sidetune.summary import Summary
 from sidetune.tasks import Task
 from sidetune.train import Trained, train
@@ -86,7 +89,24 @@ def new_member(
         task: measured on these rows; None: the job's.
     """
     resolved = recipe.model_copy(update={"train": recipe.train.resolved(len(rows))})
-    return Member(name, resolved, job.task if task is None else task, job.targets, rows)
+    task = job.task if task is None else task
+    solved = _solved(job, resolved, rows, task) if recipe.head.ridge else None
+    return Member(name, resolved, task, job.targets, rows, solved)
+
+
+def _solved(job: Job, recipe: Recipe, rows: NDArray[np.int64], task: Task) -> Solved:
+    """Ridge on these rows, solved once for all members that share them."""
+    spec = described(job, recipe, task.num_outputs).side.spec
+    key = (spec.names, rows.tobytes(), task)
+    if key not in job.solved:
+        nobody = np.zeros(0, np.int64)
+        data = Pooled(job.summary.select(spec), job.targets, rows, nobody, job.dataset.group)
+        probe = fit_ridge(RidgeRecipe(), data, task)
+        side, head = probe.model.side, probe.model.head
+        assert isinstance(side, Ridge)
+        weight, bias = head.weight_MDK[0].detach(), head.bias_MK[0].detach()
+        job.solved[key] = Solved(side.centre, side.spread, weight, bias)
+    return job.solved[key]
 
 
 def fit_sides(work: Work) -> list[Fitted]:

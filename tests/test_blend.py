@@ -1,0 +1,92 @@
+"""Two voices: what a network and ridge answer together."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from fleets import DATA, LAYERS, SPEC, TARGETS, TASK, build, member, recipe_of, run_all
+from sidetune.artifact import build_model
+from sidetune.blend import Solved
+from sidetune.bucket import Bucket, Member, Place
+from sidetune.features import Features
+from sidetune.probes import Pooled, Probe, fit_ridge
+from sidetune.recipe import Recipe
+from sidetune.sides.ridge import Ridge, RidgeRecipe
+from sidetune.summary import summarise
+from sidetune.tasks import Classify
+
+FEATURES, SHARE = Features(tuple(LAYERS), SPEC), 0.25
+
+
+def probe(rows: np.ndarray, task: Classify = TASK, targets: torch.Tensor = TARGETS) -> Probe:
+    nobody = np.zeros(0, np.int64)
+    return fit_ridge(RidgeRecipe(), Pooled(summarise(FEATURES), targets, rows, nobody), task)
+
+
+def solved(found: Probe) -> Solved:
+    side, head = found.model.side, found.model.head
+    assert isinstance(side, Ridge)
+    return Solved(side.centre, side.spread, head.weight_MDK[0].detach(), head.bias_MK[0].detach())
+
+
+def blended(name: str, rows: np.ndarray, share: float = SHARE) -> Member:
+    recipe = recipe_of(epochs=3, batch_size=6, lr=1e-2)
+    recipe = recipe.model_copy(update={"head": recipe.head.model_copy(update={"ridge": share})})
+    return replace(member(recipe, name), rows=rows, ridge=solved(probe(rows)))
+
+
+def test_outputs_are_the_weighted_mean_and_the_network_s_alone_in_training() -> None:
+    model = Bucket([Place(blended("one", DATA.rows))], build, 2, DATA.rows).model.eval()
+    with torch.no_grad():
+        ridge, own = probe(DATA.rows).model(FEATURES), model.outputs(model.side(FEATURES))
+        torch.testing.assert_close(model(FEATURES), (1 - SHARE) * own + SHARE * ridge)
+        torch.testing.assert_close(model.train()(FEATURES), own)
+
+
+def test_the_network_trains_as_it_would_without_ridge() -> None:
+    one = blended("one", DATA.rows)
+    plain = member(recipe_of(epochs=3, batch_size=6, lr=1e-2), "one")
+    trained, other = run_all([one])["one"].model, run_all([plain])["one"].model
+    assert trained is not None and other is not None
+    for name, parameter in other.named_parameters():
+        assert torch.equal(parameter, trained.get_parameter(name)), name
+
+
+def test_members_of_folds_have_their_own_ridge_as_alone() -> None:
+    folds = np.arange(30) % 3
+    members = [blended(f"fold {k}", DATA.rows[folds != k]) for k in range(3)]
+    together = run_all(members)
+    for one in members:
+        own, alone = together[one.name].model, run_all([one])[one.name].model
+        assert own is not None and alone is not None and own.blend is not None and one.ridge is not None
+        assert torch.equal(own.blend.weight_MFK[0], one.ridge.weight)
+        torch.testing.assert_close(own(FEATURES), alone(FEATURES), rtol=1e-4, atol=1e-5)
+
+
+def test_ridge_is_not_trained_and_a_narrow_member_keeps_its_outputs() -> None:
+    three, of_three = torch.arange(40) % 3, Classify(("a", "b", "c"), (0.3, 0.3, 0.4))
+    wide = blended("wide", DATA.rows)
+    found = solved(probe(DATA.rows, of_three, three))
+    wide = replace(wide, task=of_three, targets=three, ridge=found)
+    narrow = blended("narrow", DATA.rows)
+    bucket = Bucket([Place(wide), Place(narrow)], build, 3, DATA.rows)
+    bucket.step(DATA.rows[:6], FEATURES.rows(slice(0, 6)), epoch=0, step=0, total=5)
+    own = bucket.alone(1, build)
+    assert own.blend is not None and narrow.ridge is not None
+    assert torch.equal(own.blend.weight_MFK[0], narrow.ridge.weight)
+    assert torch.equal(bucket.alone(0, build).get_parameter("blend.weight_MFK")[0], found.weight)
+
+
+def test_a_saved_model_answers_with_both_voices() -> None:
+    one = blended("one", DATA.rows)
+    trained = run_all([one])["one"].model
+    assert trained is not None
+    loaded = build_model(one.recipe, SPEC, 2, None)
+    loaded.load_state_dict(trained.state_dict())
+    assert torch.equal(loaded.eval()(FEATURES), trained(FEATURES))
+
+
+def test_a_recipe_without_ridge_keeps_its_hash() -> None:
+    hashes = [Recipe.build({"head": head}).hash for head in ({}, {"ridge": 0.0}, {"ridge": 0.5})]
+    assert hashes[0] == hashes[1] != hashes[2]
