@@ -1,17 +1,22 @@
 """Two voices: what a network and ridge answer together."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
+from fitted_runs import read_csv, toy_recipe
 from fleets import DATA, LAYERS, SPEC, TARGETS, TASK, build, member, recipe_of, run_all
-from sidetune.artifact import build_model
+from sidetune import fit, load
+from sidetune.artifact import Artifact, build_model
 from sidetune.blend import Solved
 from sidetune.bucket import Bucket, Member, Place
 from sidetune.features import Features
 from sidetune.probes import Pooled, Probe, fit_ridge
-from sidetune.recipe import Recipe
+from sidetune.recipe import FleetRecipe, Recipe
 from sidetune.sides.ridge import Ridge, RidgeRecipe
 from sidetune.summary import summarise
 from sidetune.tasks import Classify
@@ -90,3 +95,21 @@ def test_a_saved_model_answers_with_both_voices() -> None:
 def test_a_recipe_without_ridge_keeps_its_hash() -> None:
     hashes = [Recipe.build({"head": head}).hash for head in ({}, {"ridge": 0.0}, {"ridge": 0.5})]
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize("fleet", [{}, {"folds": 2, "members": "seed=0,1"}], ids=["one", "folds"])
+def test_a_run_with_ridge_answers_from_its_artifact_as_it_was_scored(
+    pictures: Path, tmp_path: Path, fleet: dict[str, Any]
+) -> None:
+    recipe = toy_recipe("losa", "head.ridge=0.5", "features.dtype=fp32")
+    recipe = recipe.model_copy(update={"fleet": FleetRecipe(**fleet)})
+    run = fit(pictures, out=tmp_path / "run", recipe=recipe, store=tmp_path / "store", quiet=True)
+    folder = run.folder if not fleet else next((run.folder / "members").iterdir())
+    model = Artifact.read(folder).model
+    assert model.blend is not None and model.blend.weight_MFK.abs().max() > 0
+    predictor = load(run.folder)
+    rows = read_csv(run.folder / "predictions.csv")
+    assert rows
+    for row in rows:
+        (found,) = predictor.predict([pictures / row["path"]])
+        assert found.label == row["predicted"]

@@ -71,7 +71,7 @@ def test_the_default_side_is_losa():
         ("side.heads=2", "no setting 'side.heads'."),  # LAST has it, LoSA has not
         (
             "side.name=losaa",
-            "no side named 'losaa'. Did you mean 'losa'? Known: attentive, bypass, confluence, fusion,",
+            "no side named 'losaa'. Did you mean 'losa'? Known: attentive, bypass, fusion, ladder, last,",
         ),
         ("side.name=[losa]", "no side named ['losa']."),
         (

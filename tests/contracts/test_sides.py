@@ -53,15 +53,6 @@ ROWS = {
     "losa cls+mean": Row("losa", losa, {"rank": 3, "pool": "cls+mean"}, probe_pool="cls+mean"),
     "losa from zero": Row("losa", losa, {"rank": 3, "first_state": "zero"}, is_probe_at_start=False),
     "losa from z_0": Row("losa", losa, {"rank": 3, "first_state": "z_0"}, is_probe_at_start=False),
-    "confluence": Row(  # of the 2x3 grid the lowest 2x2, and the class token
-        "confluence", lambda D, N, L: 2 * 3 * L * (D + 5), {"rank": 3, "frequencies": 2}
-    ),
-    "confluence cls+mean": Row(
-        "confluence",
-        lambda D, N, L: 2 * 3 * L * (D + 7),
-        {"rank": 3, "pool": "cls+mean"},
-        probe_pool="cls+mean",
-    ),
     "last": Row("last", last, {"rank": 4}),
     "last 2 heads": Row("last", last, {"rank": 4, "heads": 2}),
     "last cls": Row("last", last, {"rank": 4, "pool": "cls"}, probe_pool="cls"),

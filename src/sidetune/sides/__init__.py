@@ -5,7 +5,6 @@ from __future__ import annotations
 from sidetune.sides.attentive import Attentive, AttentiveRecipe
 from sidetune.sides.base import Side
 from sidetune.sides.bypass import Bypass, BypassRecipe
-from sidetune.sides.confluence import Confluence, ConfluenceRecipe
 from sidetune.sides.fusion import Fusion, FusionRecipe
 from sidetune.sides.ladder import Ladder, LadderRecipe
 from sidetune.sides.last import Last, LastRecipe
@@ -16,7 +15,6 @@ from sidetune.sides.ridge import Ridge, RidgeRecipe
 AnySideRecipe = (
     AttentiveRecipe
     | BypassRecipe
-    | ConfluenceRecipe
     | FusionRecipe
     | LadderRecipe
     | LastRecipe
@@ -28,7 +26,6 @@ AnySideRecipe = (
 SIDES: dict[str, type[Side]] = {
     "attentive": Attentive,
     "bypass": Bypass,
-    "confluence": Confluence,
     "fusion": Fusion,
     "ladder": Ladder,
     "last": Last,

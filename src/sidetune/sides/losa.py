@@ -18,7 +18,7 @@ Here stands the textbook form, one line an equation. `forward` computes the same
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -79,7 +79,6 @@ class Losa(Side):
         every: read every k-th block, counted back from L.
         drop_path: probability that a sample skips a layer's g_l in training.
         form: ``fast`` or ``textbook``: the same outputs and gradients.
-        token_mixer: (M, N, R, a) -> what stands in place of `TokenMixer`, with the same two matrices.
 
     `drop_path` may be one rate a member.
 
@@ -102,7 +101,6 @@ class Losa(Side):
         every: int = 1,
         drop_path: float | Sequence[float] = 0.0,
         form: Form = "fast",
-        token_mixer: Callable[[int, int, int, float], MemberModule] | None = None,
     ) -> None:
         super().__init__(spec, members=members, pool=pool)
         self.blocks = kept_blocks(spec, every, "losa")
@@ -117,7 +115,7 @@ class Losa(Side):
         width, num_tokens = self.blocks[0].width, self.blocks[0].num_tokens
         self.channel = nn.ModuleList(ChannelMixer(members, width, rank, a) for _ in self.blocks)
         self.token = nn.ModuleList(
-            (token_mixer or TokenMixer)(members, num_tokens, rank, a) for _ in self.blocks if mix_tokens
+            TokenMixer(members, num_tokens, rank, a) for _ in self.blocks if mix_tokens
         )
 
     def forward(self, features: Features, draws: Draws | None = None) -> Tensor:
