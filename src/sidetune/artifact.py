@@ -197,6 +197,11 @@ def build_model(
     """
     if isinstance(recipe.side, BaselineRecipe):
         assert backbone is not None, "a baseline is built around a backbone"
+        if recipe.head.ridge:
+            raise SideError(
+                f"head.ridge is {recipe.head.ridge:g} and {recipe.side.name} is a baseline: ridge shares "
+                "in what side networks answer. Type: --set head.ridge=0"
+            )
         baseline = BASELINES[recipe.side.name](spec, backbone.stages(), recipe.side)
         return SideModel(baseline, num_outputs, norm=recipe.head.norm, final_norm=final_norm)
     arguments = recipe.side.arguments()

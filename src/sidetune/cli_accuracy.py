@@ -39,7 +39,8 @@ Methods = Annotated[
     typer.Option(
         metavar="A,B",
         rich_help_panel=PROTOCOL,
-        help="Rows: ridge-last, ridge, linear, side networks, baselines; lora:1 has one seed.",
+        help="Rows: ridge-last, ridge, linear, side networks, baselines; lora:1 has one seed, losa+ridge "
+        "shares of ridge in its grid.",
     ),
 ]
 Named = Annotated[

@@ -398,3 +398,26 @@ def test_requests_that_cannot_be(suite, tmp_path):
     with pytest.raises(RequestError, match=r"no task 'colour'.*Did you mean 'colours'"):
         find_tasks(suite, ["colour"])
     assert not (tmp_path / "out" / "frozen.json").exists()
+
+
+def test_a_share_of_ridge_stands_in_the_grid_and_changes_the_answer(suite, tmp_path):
+    (plain, shared) = parse_methods("losa,losa+ridge")
+    assert [len(list(method.points(size))) for method in (plain, shared) for size in (1, 3, 4)] == [
+        1,
+        3,
+        4,
+    ] * 2
+    assert [point["ridge"] for point in shared.points(4)] == [0.6, 0.6, 0.0, 0.0]
+    assert {point["lr"] for point in shared.points(4)} == {1e-3, 3e-3}
+    report = bench_accuracy(
+        request(suite, tmp_path, "losa,losa+ridge", grid_size=1, equal_time=False, against=())
+    )
+    alone, both = (of(report, report.outcomes[0].task, name) for name in ("losa", "losa+ridge"))
+    assert both.point["ridge"] == 0.6 and "ridge" not in alone.point
+    assert both.hashes != alone.hashes and both.recipe != alone.recipe
+
+
+def test_ridge_has_no_share_in_what_does_not_train_beside_it():
+    for name in ("lora+ridge", "ridge+ridge"):
+        with pytest.raises(RequestError, match="Type: --methods losa"):
+            parse_methods(name)

@@ -223,6 +223,12 @@ def test_refuses(case: str, backbone: TimmBackbone) -> None:
         build_model(Recipe.build({"side": side}), backbone.spec, CLASSES, backbone.norm, backbone=backbone)
 
 
+def test_refuses_a_share_of_ridge(backbone: TimmBackbone) -> None:
+    recipe = Recipe.build({"side": {"name": "norms"}, "head": {"ridge": 0.5}})
+    with pytest.raises(SideError, match=r"head\.ridge is 0\.5 and norms is a baseline"):
+        build_model(recipe, backbone.spec, CLASSES, backbone.norm, backbone=backbone)
+
+
 def test_refuses_features_without_its_tap(backbone: TimmBackbone) -> None:
     spec = backbone.spec.select(["block.3"])
     with pytest.raises(SideError, match=r"reads the tap 'embedding' and got block\.3"):

@@ -26,6 +26,8 @@ RATES_OF: dict[str, tuple[float, ...]] = {
 }
 DECAYS = (0.05, 1e-3)  # the other dial, for grids of more points than rates
 MOST_POINTS = len(RATES) * len(DECAYS)
+WITH_RIDGE = "+ridge"
+SHARES = (0.6, 0.0)  # of ridge in the answer, where a name ends so: they take the place of rates
 
 # Names of methods that are a side or a baseline with other fields than its own defaults.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -47,11 +49,13 @@ class Method:
         name: as it was typed.
         side: fields of `Recipe.side`.
         seeds: that it is trained with; None: as many as all others.
+        with_ridge: whether its grid has shares of ridge in the answer.
     """
 
     name: str
     side: Mapping[str, Any] = field(hash=False)
     seeds: int | None = None
+    with_ridge: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Method:
@@ -63,7 +67,14 @@ class Method:
         name, colon, seeds = text.strip().partition(":")
         if colon and not (seeds.isdecimal() and int(seeds) > 0):
             raise RequestError(f"--methods has {text!r}, expected NAME or NAME:SEEDS. Type: --methods {name}")
-        return cls(name, VARIANTS.get(name, {"name": name}), int(seeds) if colon else None)
+        plain = name.removesuffix(WITH_RIDGE)
+        side = VARIANTS.get(plain, {"name": plain})
+        if plain != name and (side["name"] not in SIDES or side["name"] in SOLVED):
+            raise RequestError(
+                f"--methods has {text!r}: ridge has a share in what a trained side network answers. "
+                "Type: --methods losa+ridge"
+            )
+        return cls(name, side, int(seeds) if colon else None, plain != name)
 
     @property
     def solved(self) -> bool:
@@ -114,14 +125,29 @@ class Method:
         return Recipe.build(fields, mine)
 
     def points(self, size: int) -> Iterator[dict[str, float]]:
-        """The grid: fields of `Recipe.train`, the usual point first.
+        """The grid: fields of `Recipe.train`, and ``ridge`` of its head; the usual point first.
 
         Args:
             size: how many points.
         """
         rates = RATES_OF.get(str(self.side["name"]), RATES)
         every = [{"lr": rate, "weight_decay": decay} for decay in DECAYS for rate in rates]
+        if self.with_ridge:  # two shares at half of the rates: as many points
+            half = every[: -(-size // len(SHARES))]
+            every = [{**point, "ridge": share} for share in SHARES for point in half]
         yield from every[:size]
+
+
+def at(recipe: Recipe, point: Mapping[str, float]) -> Recipe:
+    """A recipe at a point of its grid."""
+    train = {name: value for name, value in point.items() if name != "ridge"}
+    head = {name: value for name, value in point.items() if name == "ridge"}
+    return recipe.model_copy(
+        update={
+            "train": recipe.train.model_copy(update=train),
+            "head": recipe.head.model_copy(update=head),
+        }
+    )
 
 
 def parse_methods(text: str) -> tuple[Method, ...]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sidetune.bench.accuracy.grid import Method
+from sidetune.bench.accuracy.grid import Method, at
 from sidetune.bench.accuracy.ground import METRIC, Ground, Images
 from sidetune.bench.accuracy.ledger import Entry, Ledger, digest
 from sidetune.bucket import Member
@@ -97,7 +97,7 @@ def choose(ground: Ground, method: Method, recipe: Recipe, grid_size: int) -> Ch
         return _choose_solved(ground, method, recipe)
     choosing = ground.choosing
     points = list(method.points(grid_size))
-    recipes = [recipe.model_copy(update={"train": recipe.train.model_copy(update=p)}) for p in points]
+    recipes = [at(recipe, point) for point in points]
     fits = [
         Fit(_named("choice", fold, choosing), one, part.train, {"held": _held(ground, part.held)})
         for one in recipes
@@ -174,10 +174,9 @@ def few_shots(ground: Ground, method: Method, recipe: Recipe, shots: int) -> Few
     if isinstance(recipe.side, LinearRecipe):
         side = recipe.side.model_copy(update={"pool": "mean", "l2": SHOTS_L2})
         return FewShots(ground, recipe.model_copy(update={"side": side}), method, shots)
-    point = {} if method.solved else next(method.points(1))
-    num = len(ground.shots(shots, 0))
-    train = recipe.train.model_copy(update=point).resolved(num)
-    return FewShots(ground, recipe.model_copy(update={"train": train}), method, shots)
+    first = recipe if method.solved else at(recipe, next(method.points(1)))
+    train = first.train.resolved(len(ground.shots(shots, 0)))
+    return FewShots(ground, first.model_copy(update={"train": train}), method, shots)
 
 
 def clock(ground: Ground, method: Method, recipe: Recipe, seeds: Sequence[int]) -> dict[str, float]:
