@@ -238,9 +238,8 @@ def test_the_peak_is_above_the_model_and_holds_the_optimisers_state():
     trial = Trial(CostCase.parse("full"), replace(TOY, size=32))
     model = trial.seat()
     assert model > 4 * 4 * 12 * 32 * 32
-    one = Trial(CostCase.parse("full"), replace(TOY, size=32))
-    assert 0 <= peak_bytes(one) < 2**30
-    assert peak_bytes(Trial(CostCase.parse("forward"), TOY)) < 2**28
+    assert 0 <= peak_bytes(CostCase.parse("full"), replace(TOY, size=32)) < 2**30
+    assert peak_bytes(CostCase.parse("forward"), TOY) < 2**28
 
 
 def test_sizes_that_cannot_be_are_refused():

@@ -177,11 +177,6 @@ class Trial:
             self.backbone = setting.build_backbone(self._taps())
         self.fleet = None if case.recipe is None else self._fleet(case.recipe, store)
 
-    def warm_up(self) -> None:
-        """What libraries take once: the backbone runs on one image."""
-        if self.backbone is not None:
-            self.backbone(self.images[:1])
-
     def run(self) -> int:
         """One round: how many steps it made."""
         if self.fleet is None:

@@ -9,6 +9,7 @@ A process that has not been told to run waits in a read, and leaves the cores to
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import tempfile
@@ -31,9 +32,20 @@ INTERVAL = 0.002  # seconds between samples of memory: a block's largest tensor 
 DTYPE: DTypeName = "fp16"  # of stored features
 
 
-def peak_bytes(trial: Trial) -> int:
-    """Peak of two rounds, above the backbone and the model: gradients and the optimiser's state count."""
-    trial.warm_up()
+def peak_bytes(case: CostCase, setting: CostSetting, store: Store | None = None) -> int:
+    """Peak of two rounds, above the backbone and the model: gradients and the optimiser's state count.
+
+    What libraries take once, packages that are imported and kernels that oneDNN compiles for each shape, is
+    taken by a round before that: some 20 MB that do not grow.
+
+    Args:
+        case: which.
+        setting: sizes.
+        store: as for `Trial`.
+    """
+    Trial(case, setting, store).run()
+    gc.collect()
+    trial = Trial(case, setting, store)
     if trial.setting.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -107,10 +119,11 @@ def main() -> None:
     name, fields, folder = given
     setting = CostSetting(**json.loads(fields))
     with torch_threads(setting.threads):
-        trial = Trial(CostCase.parse(name), setting, Store.open(Path(folder)) if folder else None)
+        case, store = CostCase.parse(name), Store.open(Path(folder)) if folder else None
         if task == "memory":
-            _say(peak_bytes(trial))
+            _say(peak_bytes(case, setting, store))
             return
+        trial = Trial(case, setting, store)
         trial.seat()
         _say(facts(trial))
         for _ in sys.stdin:
