@@ -20,8 +20,9 @@ from sidetune.extract import sample_keys
 from sidetune.job import Work
 from sidetune.opening import Part, open_jobs
 from sidetune.recipe import Recipe
-from sidetune.side_fit import fit_sides
+from sidetune.side_fit import fit_sides, new_member, open_fleet
 from sidetune.sweep import sweep
+from sidetune.waves import member_bytes
 
 METHODS = ["lora", "norms", "bitfit", "vpt", "full"]  # adaptformer needs timm's blocks
 
@@ -94,3 +95,19 @@ def test_the_toy_gives_its_image_back() -> None:
     read = backbone(image)["image"]
     assert read.shape == (2, 32 * 32, 3)
     assert torch.equal(read.transpose(1, 2).reshape(2, 3, 32, 32), image)
+
+
+@pytest.mark.parametrize("side", METHODS)
+def test_what_a_step_keeps_grows_with_the_batch_and_holds_no_frozen_weights(
+    side: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the weights that linear layers save would be counted once a few samples."""
+    trained = work(pictures, tmp_path, toy_recipe(side, "features.dtype=fp32"))
+    job = trained.common
+    member = new_member(job, trained.recipe, name=side, rows=job.split["train"])
+    fleet = open_fleet(job, [member.recipe], member.rows)
+    found = []
+    for samples in (1, 4):
+        monkeypatch.setattr("sidetune.waves.SAMPLES", samples)
+        found.append(member_bytes(fleet, member))
+    assert found[0] == pytest.approx(found[1], rel=0.02)

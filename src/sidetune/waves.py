@@ -72,7 +72,7 @@ def member_bytes(fleet: Fleet, member: Member) -> int:
     device = next(model.parameters()).device
     features = fleet.data.inputs(rows.tolist(), model.side.spec, draws).to(device)
     targets = member.targets[torch.from_numpy(np.asarray(rows))].to(device)
-    apart = [*features.layers, *model.parameters(), *model.buffers()]
+    apart = [*features.layers, *model.parameters(), *model.buffers(), *model.side.frozen()]
     kept = kept_bytes(
         lambda: member.task.loss(model(features, draws)[..., : member.task.num_outputs], targets).sum(), apart
     )

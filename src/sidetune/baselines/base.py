@@ -15,7 +15,7 @@ to forget the copies.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
@@ -136,6 +136,12 @@ class Baseline(Side, Generic[AnyRecipe]):
             for key, parameter in self.trained.items():
                 own = self._frozen.get(key)
                 parameter[0] = self.drawn(key, parameter.shape[1:], keyed) if own is None else own
+
+    def frozen(self) -> Iterator[Tensor]:
+        """See `Side.frozen`."""
+        for stage in self.stages:
+            yield from stage.module.parameters()
+            yield from stage.module.buffers()
 
     def tokens(self, features: Features, draws: Draws | None = None) -> Tensor:
         """The last block's output: (1, B, N, D)."""

@@ -8,7 +8,7 @@ M = 1, so solo and fleet are one code.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -148,6 +148,10 @@ class Side(nn.Module, ABC):
 
     def rest(self) -> None:
         """Let go of memory that is kept from one step to the next."""
+
+    def frozen(self) -> Iterator[Tensor]:
+        """Tensors of the backbone that it runs itself: none, but for baselines."""
+        yield from ()
 
     def num_parameters(self) -> int:
         """Trained numbers a member, without norm and head."""
