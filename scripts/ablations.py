@@ -169,12 +169,12 @@ def main() -> None:
     if git("status", "--porcelain", "--untracked-files=no", "--", "src", "scripts"):
         sys.exit("the tree has changes, and a result line names a commit. Type: git commit")
     common = {
-        "command": f"python scripts/ablations.py vtab-mini --epochs {options.epochs}",
+        "command": f"python scripts/ablations.py vtab-mini --epochs {options.epochs} --size {options.size}",
         "commit": git("rev-parse", "HEAD"),
         "hardware": HARDWARE,
     }
     tasks = options.tasks.split(",")
-    for group, seed in _groups(tasks, [side for side in options.sides.split(",") if side]):
+    for group, seed in _groups(tasks, [side for side in options.sides.split(",") if side], options):
         for name in tasks:
             for line in _train(name, group, seed, options):
                 _append(line | common)
@@ -189,15 +189,26 @@ def _append(line: dict[str, Any]) -> None:
         stream.write(json.dumps(line) + "\n")
 
 
-def _groups(tasks: Sequence[str], sides: Sequence[str] = ()) -> Iterator[tuple[list[Variant], int]]:
+def _done() -> set[tuple[str, str, str]]:
+    """Method, task and recipe of what is there. A hybrid has the recipe of the side that it is made from."""
+    return {(line["method"], line["task"], line["recipe"]) for line in _lines()}
+
+
+def _groups(
+    tasks: Sequence[str], sides: Sequence[str], options: argparse.Namespace
+) -> Iterator[tuple[list[Variant], int]]:
     """Variants of one fleet that lack a line of a seed, a few at a time: all of them once, then again."""
-    done = {(line["method"], line["task"].partition(" ")[0], line["seed"]) for line in _lines()}
+    done = _done()
+    size, epochs = options.size, options.epochs
     for seed in SEEDS:
         waiting = [
             one
             for one in VARIANTS
             if (one.side in sides or not sides) and seed in one.seeds
-            if any((one.method, task, seed) not in done for task in tasks)
+            if any(
+                (one.method, f"{task} at {size} px", one.recipe(size, epochs, seed).hash) not in done
+                for task in tasks
+            )
         ]
         while waiting:
             group = [one for one in waiting if one.fleet == waiting[0].fleet][:GROUP]
@@ -209,12 +220,12 @@ def _train(
     name: str, group: Sequence[Variant], seed: int, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Lines of a group of variants on a task."""
-    done = {(line["method"], line["task"], line["seed"]) for line in _lines()}
+    done = _done()
     task = f"{name} at {options.size} px"
     recipes = {
         one.method: one.recipe(options.size, options.epochs, seed)
         for one in group
-        if (one.method, task, seed) not in done
+        if (one.method, task, one.recipe(options.size, options.epochs, seed).hash) not in done
     }
     if not recipes:
         return []
