@@ -60,6 +60,7 @@ def test_another_side_starts_from_its_own_settings():
 def test_every_setting_that_members_may_differ_in_is_found_by_its_whole_name_and_its_last_part():
     values = {
         "class_weights": "balanced", "label_smoothing": 0.1, "focal_gamma": 2.0, "norm": "trained",
+        "ridge": 0.5,
         "epochs": 3, "batch_size": 4, "lr": 0.5, "weight_decay": 0.1, "warmup": 0.0, "clip_norm": None,
         "select": "best", "precision": "fp32", "seed": 4, "order_seed": 6,
     }  # fmt: skip
@@ -103,6 +104,7 @@ def test_spaces_empty_parts_lists_and_words_are_read_as_yaml():
         ("lr=[1e-3]", "train.lr is"),
         ("side=losa,lossa", "no side named 'lossa'. Did you mean 'losa'?"),
         ("side=losa,attentive;rank=4", "side=attentive rank=4: no setting 'side.rank'"),
+        ("side=losa,lora", "side=lora is a baseline, which is measured and not kept. Type: sidetune bench"),
         ("side=ridge", "ridge is solved, not trained, and every run scores it. Type: --members 'side="),
         ("lr=1e-3,0.001", "lr=1e-3 and lr=0.001 are one recipe. Leave one of the two out"),
         ("seed=0,0", "seed=0 and seed=0 are one recipe"),

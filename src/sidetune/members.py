@@ -13,13 +13,14 @@ from typing import Any
 
 import yaml
 
+from sidetune.baselines import BASELINES
 from sidetune.errors import RecipeError, nearest
 from sidetune.recipe import BEST_OF_FOLDS, NoAliases, Recipe, check_fleet
 from sidetune.sides import SIDES, SOLVED
 
 OWN: dict[str, tuple[str, ...]] = {  # what a member may have of its own; None of data, backbone and features
     "data": ("class_weights", "label_smoothing", "focal_gamma"),
-    "head": ("norm",),
+    "head": ("norm", "ridge"),
     "train": (
         *("epochs", "batch_size", "lr", "weight_decay", "warmup", "clip_norm", "select", "precision"),
         *("seed", "order_seed"),
@@ -142,6 +143,11 @@ def _varied(recipe: Recipe, choices: dict[str, Any], asked: Recipe) -> Recipe:
         raise RecipeError(
             f"side={varied.side.name} is solved, not trained, and every run scores it. "
             "Type: --members 'side=losa,last'"
+        )
+    if varied.side.name in BASELINES:
+        raise RecipeError(
+            f"side={varied.side.name} is a baseline, which is measured and not kept. "
+            f"Type: sidetune bench accuracy --methods losa,{varied.side.name}"
         )
     if asked.fleet.folds is not None and varied.train.select == "best":
         raise RecipeError(f"{BEST_OF_FOLDS}. Type: select=last, or leave --folds out")
