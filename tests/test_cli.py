@@ -34,6 +34,7 @@ COMMANDS = [
     "bench side",
     "bench read",
     "bench accuracy",
+    "bench vtab",
     "bench cost",
 ]
 EPOCHS = ("--set", "train.epochs=2")

@@ -63,7 +63,7 @@ def test_a_tap_without_class_token_says_what_to_type():
     [
         (
             {"kind": "blocks"},
-            "tap 't' has kind 'blocks'. Did you mean 'block'? Known: attention, block, embedding, ffn.",
+            "tap 't' has kind 'blocks'. Did you mean 'block'? Known: attention, block, embedding, ffn, image.",
         ),
         (
             {"prefix_per": "frames"},

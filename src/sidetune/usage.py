@@ -160,6 +160,7 @@ EXAMPLES = {
     "eval": "sidetune eval runs/first photos/",
     "predict": "sidetune predict runs/first new.jpg",
     "bench": "sidetune bench side",
+    "bench cost": "sidetune bench cost --cases losa,lora",
     "bench accuracy": "sidetune bench accuracy tasks/ --out runs/accuracy",
     "bench vtab": "sidetune bench vtab vtab-1k/ --out runs/vtab",
     "store": "sidetune store ls",
