@@ -5,9 +5,10 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 
-from sidetune import build_backbone, load_dataset
+from sidetune import build_backbone, load_dataset, probes
 from sidetune.calibration import fit_temperature
 from sidetune.data import load_image
+from sidetune.evaluate import headline_score
 from sidetune.features import FinalNorm
 from sidetune.keyed import generator
 from sidetune.probes import Pooled, fit_linear, fit_ridge, headline
@@ -197,3 +198,20 @@ def test_a_focal_loss_is_not_what_probes_are_solved_for(problem):
         plain, other = fitted(task), fitted(focused)
         assert torch.equal(plain.model.head.weight_MDK, other.model.head.weight_MDK)
         assert other.detail == {**plain.detail, "focal_gamma": "not used"}
+
+
+@pytest.mark.parametrize("metric", [None, "accuracy"])
+def test_probes_are_chosen_by_the_metric_asked_for(problem, metric, monkeypatch):
+    _, _, data, task = problem
+    asked = set()
+
+    def score(task, predictions, targets, metric=None):
+        asked.add(metric)
+        return headline_score(task, predictions, targets, metric)
+
+    monkeypatch.setattr(probes, "headline_score", score)
+    fit_ridge(RidgeRecipe(), data, task, metric=metric)
+    assert asked == {metric}
+    asked.clear()
+    fit_linear(LinearRecipe(pool="mean"), data, task, norm="none", final_norm=None, metric=metric)
+    assert asked == {metric}

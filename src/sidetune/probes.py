@@ -74,15 +74,22 @@ class Probe:
             return self.model.outputs(pooled[None])[0]
 
 
-def fit_ridge(recipe: RidgeRecipe, data: Pooled, task: Task) -> Probe:
-    """Ridge with lambda by leave-one-out on the training rows; validation is not looked at."""
+def fit_ridge(recipe: RidgeRecipe, data: Pooled, task: Task, *, metric: str | None = None) -> Probe:
+    """Ridge with lambda by leave-one-out on the training rows; validation is not looked at.
+
+    Args:
+        recipe: a lambda of its own leaves nothing to choose.
+        data: what it is fitted on.
+        task: measured on the training rows.
+        metric: that lambda is chosen by; None: the task's headline score.
+    """
     side = Ridge(data.summary.spec, taps=recipe.taps, statistics=recipe.statistics)
     train = data.summary.rows(torch.from_numpy(data.train))
     side.standardise(train)
     target = data.targets[data.train]
 
     def score(left_out: Tensor) -> float:
-        return headline(task, (left_out + task.target_mean), target)
+        return headline(task, (left_out + task.target_mean), target, metric)
 
     solution = solve_ridge(
         side.standardised(train),
@@ -108,11 +115,28 @@ def fit_ridge(recipe: RidgeRecipe, data: Pooled, task: Task) -> Probe:
 
 
 def fit_linear(
-    recipe: LinearRecipe, data: Pooled, task: Task, *, norm: NormKind, final_norm: FinalNorm | None
+    recipe: LinearRecipe,
+    data: Pooled,
+    task: Task,
+    *,
+    norm: NormKind,
+    final_norm: FinalNorm | None,
+    metric: str | None = None,
 ) -> Probe:
     """The linear probe by L-BFGS; validation chooses pool and penalty, of equals the lower loss.
 
     It is solved without focus: a focal loss has no single minimum.
+
+    Args:
+        recipe: a pool and a penalty of its own leave nothing to choose.
+        data: what it is fitted on.
+        task: measured on the training rows.
+        norm: between pool and head; a trained one is the backbone's here.
+        final_norm: the backbone's.
+        metric: that pool and penalty are chosen by; None: the task's headline score.
+
+    Raises:
+        DivergedError: there is no solution at any penalty, or at the recipe's own.
     """
     unused = _unused(task, "focal_gamma")
     if unused:
@@ -143,7 +167,7 @@ def fit_linear(
                 continue  # too weak a penalty for these features; stronger ones were solved
             output = normed[data.val].double() @ solution.weight + solution.bias
             loss = task.loss(output[None], data.targets[data.val]).mean().item()
-            rank = (headline(task, output, data.targets[data.val]), -loss)
+            rank = (headline(task, output, data.targets[data.val], metric), -loss)
             if best is None or rank > best[0]:
                 best = rank, model, solution, l2
     assert best is not None, "no pool or penalty was given"
@@ -159,10 +183,10 @@ def _unused(task: Task, *names: str) -> dict[str, Any]:
     return {name: "not used" for name in names if getattr(task, name, None)}
 
 
-def headline(task: Task, output: Tensor, target: Tensor) -> float:
-    """The task's headline score of outputs (n, K); -inf where it is not defined."""
+def headline(task: Task, output: Tensor, target: Tensor, metric: str | None = None) -> float:
+    """The task's headline score of outputs (n, K), or another; -inf where it is not defined."""
     predictions = task.predictions(output).double().numpy()
-    value = headline_score(task, predictions, target.numpy())
+    value = headline_score(task, predictions, target.numpy(), metric)
     return float("-inf") if value is None else value
 
 
