@@ -6,8 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from accuracy_requests import BASE, frozen, hashes, of, request
 from sidetune import build_backbone, cli
-from sidetune.bench.accuracy import Request, bench_accuracy
+from sidetune.bench.accuracy import bench_accuracy
 from sidetune.bench.accuracy import ledger as ledger_module
 from sidetune.bench.accuracy.grid import parse_methods
 from sidetune.bench.accuracy.ground import Opening, open_ground
@@ -18,39 +19,11 @@ from sidetune.recipe import Recipe
 from vtab_tasks import make_suite, make_task, read_list, write_list
 
 train_module = importlib.import_module("sidetune.train")
-BASE = {"backbone": {"name": "toy"}, "train": {"epochs": 2, "batch_size": 8}}
 
 
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory):
     return make_suite(tmp_path_factory.mktemp("suite"))
-
-
-def request(data, folder, methods="ridge,linear,losa", **changed):
-    base = Recipe.build(BASE, changed.pop("settings", ()))
-    fields = {"seeds": 2, "grid_size": 2, "against": ("ridge",), "looks": folder / "looks.jsonl"}
-    return Request(
-        tasks=find_tasks(data),
-        methods=parse_methods(methods),
-        out=folder / "out",
-        base=base,
-        stores=folder / "stores",
-        quiet=True,
-        **(fields | changed),
-    )
-
-
-def frozen(folder):
-    return json.loads((folder / "out" / "frozen.json").read_text())
-
-
-def of(report, task, method):
-    (found,) = (one for one in report.outcomes if (one.task, one.method) == (task, method))
-    return found
-
-
-def hashes(report):
-    return [(one.task, one.method, one.recipe, one.val, one.hashes) for one in report.outcomes]
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import platform
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -145,7 +146,7 @@ def describe_machine(device: torch.device, setting: Mapping[str, Any]) -> dict[s
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cpu": _cpu_name(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "commit": _commit(),
+        "commit": commit(),
         "setting": dict(setting),
     }
 
@@ -206,7 +207,8 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
+@cache
+def commit() -> str | None:
     """Of the git checkout that this package runs from; None where it is installed, or git is missing."""
     here = Path(__file__).resolve().parents[3]
     if not (here / ".git").exists():

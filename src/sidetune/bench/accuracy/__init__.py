@@ -21,10 +21,11 @@ from typing import Any, get_args
 from sidetune.artifact import build_model, find_device
 from sidetune.backbones import build_backbone
 from sidetune.backbones.base import Backbone
+from sidetune.bench.accuracy.fits import run_fits
 from sidetune.bench.accuracy.grid import Method, check_grid, check_settings
 from sidetune.bench.accuracy.ground import Ground, Opening, add_test, live_ground, open_ground
 from sidetune.bench.accuracy.ledger import freeze
-from sidetune.bench.accuracy.protocol import Choice, choose, clock, cut, few_shots, finals, run_fits
+from sidetune.bench.accuracy.protocol import Choice, choose, clock, cut, few_shots, finals
 from sidetune.bench.accuracy.scoring import Answered, Answers, Table, answered, revealed
 from sidetune.bench.accuracy.table import Report
 from sidetune.bench.accuracy.tasks import TaskFolder

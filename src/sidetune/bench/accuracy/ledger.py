@@ -35,7 +35,7 @@ class Entry:
     """What a fit left.
 
     Args:
-        facts: plain JSON values: seconds, epochs, whether it diverged.
+        facts: plain JSON values: recipe, environment and commit; seconds, epochs, whether it diverged.
         outputs: name of what it answers for -> (n, K) float32.
     """
 
@@ -96,11 +96,6 @@ class Ledger:
         """Where the fit under way stands."""
         self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / f"checkpoint-{key[:12]}.safetensors"
-
-    def clear(self) -> None:
-        """Nothing is under way any more."""
-        for path in self.folder.glob("checkpoint-*.safetensors"):
-            path.unlink()
 
     def _path(self, name: str, key: str) -> Path:
         return self.folder / f"{name}-{key[:12]}.safetensors"

@@ -80,7 +80,7 @@ def answered(
     """
     method, recipe, task = answers.method, answers.recipe, ground.job.task
     kept = [(seed, one) for seed, one in enumerate(answers.entries) if not one.diverged]
-    once = method.solved and answers.shots is None  # on all images a solution has no seed
+    once = bool(kept) and method.solved and answers.shots is None  # on all images a solution has no seed
     for name, images in ground.tests.items():
         own = name == "test"
         outcome = Outcome(
