@@ -11,7 +11,7 @@ from sidetune import build_backbone, cli
 from sidetune.bench.accuracy import bench_accuracy
 from sidetune.bench.accuracy import ledger as ledger_module
 from sidetune.bench.accuracy.grid import parse_methods
-from sidetune.bench.accuracy.ground import Opening, open_ground
+from sidetune.bench.accuracy.ground import Opening, add_test, open_ground
 from sidetune.bench.accuracy.picture import apart, draw, pareto, points
 from sidetune.bench.accuracy.tasks import find_tasks
 from sidetune.errors import ArtifactError, DataError, RecipeError, RequestError
@@ -311,6 +311,35 @@ def test_other_classes_are_refused_with_the_difference(suite, tmp_path):
         bench_accuracy(asked)
     with pytest.raises(RequestError, match="--shots has 0"):
         bench_accuracy(replace(asked, also=(), shots=(0, 1)))
+
+
+def test_a_name_that_is_answered_for_already_is_refused(suite, tmp_path):
+    for folder in ("test", "one/same", "two/same"):
+        make_task(tmp_path / folder, seed=2)
+    asked = request(suite, tmp_path, "ridge")
+    asked = replace(asked, tasks=asked.tasks[:1])
+    with pytest.raises(RequestError, match=r"'test' is the name of the task's own test images"):
+        bench_accuracy(replace(asked, also=(tmp_path / "test",)))
+    with pytest.raises(RequestError, match=r"two/same: 'same' is the name of another data set"):
+        bench_accuracy(replace(asked, also=(tmp_path / "one" / "same", tmp_path / "two" / "same")))
+
+
+def test_images_that_are_learned_from_are_not_answered_for_elsewhere(image_folder, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    for file in sorted(image_folder.rglob("*.png")):
+        (copy / file.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copy / file.parent.name / f"copied-{file.name}")
+    how = Opening(Recipe.build(BASE), tmp_path / "out", tmp_path / "stores", quiet=False)
+    ground = open_ground(find_tasks(image_folder)[0], build_backbone("toy"), how)
+    own = ground.tests["test"]
+    copied = add_test(ground, copy, how).tests["copy"]
+    assert len(copied.rows) == len(own.rows) > 0
+    assert f"{len(ground.rows)} images are learned from" in capsys.readouterr().err
+    for row in own.rows:
+        file = ground.job.dataset.file(row)
+        (copy / file.parent.name / f"copied-{file.name}").unlink()
+    with pytest.raises(DataError, match=r"all of its \d+ images are learned from"):
+        add_test(ground, copy, how)
 
 
 def test_a_picture_is_drawn_of_costs_and_curves(curves, hidden, tmp_path):

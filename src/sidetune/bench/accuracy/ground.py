@@ -22,7 +22,7 @@ from sidetune.bench.accuracy.tasks import TaskFolder
 from sidetune.data import load_dataset
 from sidetune.data.dataset import Dataset
 from sidetune.data.vtab import is_vtab
-from sidetune.errors import DataError
+from sidetune.errors import DataError, RequestError
 from sidetune.extract import sample_keys
 from sidetune.job import Job
 from sidetune.keyed import generator
@@ -183,14 +183,23 @@ def live_ground(ground: Ground, backbone: Backbone) -> Ground:
 def add_test(ground: Ground, path: Path, how: Opening) -> Ground:
     """Another data set to answer for: its test images, or all of it where it has no test split of its own.
 
+    What has the bytes of an image that methods learn from here is left out.
+
     Args:
         ground: the task that is trained on.
         path: of a data set of the same classes.
         how: as for the task.
 
     Raises:
-        DataError: its classes are others; names the difference.
+        RequestError: another data set of that name is answered for already.
+        DataError: its classes are others; names the difference. Or all its images are learned from.
     """
+    name = TaskFolder(path).name
+    if name in ground.tests:
+        what = "the task's own test images" if name == "test" else "another data set"
+        raise RequestError(
+            f"--also-test {path}: {name!r} is the name of {what}. Give the folder another name"
+        )
     dataset, ours = _classes_of(path, how.recipe), ground.job.task.outputs
     lacking = [name for name in ours if name not in dataset.outputs]
     more = [name for name in dataset.outputs if name not in ours]
@@ -200,13 +209,29 @@ def add_test(ground: Ground, path: Path, how: Opening) -> Ground:
             f"--also-test {path}: expected the {len(ours)} classes of {ground.name}, got "
             f"{len(dataset.outputs)}{difference}. Give folders of the same classes the same names"
         )
-    keys, name = sample_keys(dataset), TaskFolder(path).name
+    keys = sample_keys(dataset)
     job = _job(dataset, keys, ground.job.backbone, how, f"{ground.name}-{name}")
     own = len(job.split["test"]) and "test" not in dataset.carved
     rows = job.split["test"] if own else np.sort(np.concatenate(list(job.split.values())))
+    rows = _unlearned(ground, path, keys, rows)
     numbers = np.array([ours.index(one) for one in dataset.outputs], np.int64)
     images = replace(Images.of(job, keys, rows), classes=numbers)
     return replace(ground, tests={**ground.tests, name: images})
+
+
+def _unlearned(ground: Ground, path: Path, keys: Sequence[str], rows: Rows) -> Rows:
+    """Those whose bytes nobody learns from; a copy has another path."""
+    learned = {ground.keys[row].rpartition("@")[2] for row in ground.rows}
+    kept = np.array([row for row in rows if keys[row].rpartition("@")[2] not in learned], np.int64)
+    dropped = len(rows) - len(kept)
+    if not len(kept):
+        raise DataError(
+            f"--also-test {path}: all of its {dropped:,} images are learned from in {ground.name}, expected "
+            "others. Give a data set of other images"
+        )
+    if dropped:
+        ground.job.say(f"{path}: {dropped:,} images are learned from in {ground.name} and left out")
+    return kept
 
 
 def _classes_of(path: Path, recipe: Recipe) -> Dataset:
