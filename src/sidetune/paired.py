@@ -89,6 +89,10 @@ def seeds_difference(
     Images are paired, as in `paired_difference`; seeds are drawn again, too: with another seed either method
     would have scored otherwise. What has no seeds, a closed form, is one row and stands against each.
 
+    S seeds that are drawn again S at a time vary less than S new ones would: what seeds add to the variance
+    is understated by the factor (S - 1) / S. With three it is two thirds of what it should be; with one it is
+    0, and the interval is of images alone.
+
     Args:
         ours_SN: 1 where the network of a seed is right about an image, else 0.
         theirs_SN: the same of the other method, of the same images.

@@ -58,6 +58,16 @@ def test_nothing_is_claimed_with_fewer_seeds():
     assert found.claim == "no claim: x has 2 of 3 seeds"
 
 
+@pytest.mark.parametrize(("seeds", "text"), [(1, "x has 1 seed, not 3"), (2, "x has 2 seeds, not 3")])
+def test_nothing_is_claimed_of_what_all_have_too_few_seeds_of(seeds, text):
+    ours, theirs = outcome("x", drawn(0.9, seeds, 500, 0)), outcome("y", drawn(0.5, seeds, 500, 1))
+    assert paired(ours, theirs).claim == f"no claim: {text}"
+    ridge = Outcome("a", "one", "ridge", "", {}, None, (None,), 1, ("",), {}, right_SN=drawn(0.1, 1, 500, 2))
+    assert paired(ours, ridge).claim == f"no claim: {text}"
+    best = outcome("z", drawn(0.9, 3, 500, 0))
+    assert paired(best, ridge).claim == "better", "a closed form has no seed to lack"
+
+
 def test_means_are_over_groups_and_over_tasks_of_all_that_both_have():
     shares = {"a": ("one", 0.9, 0.5), "b": ("one", 0.8, 0.5), "c": ("two", 0.5, 0.5)}
     every = []

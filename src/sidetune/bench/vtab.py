@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from sidetune.backbones.base import Identity
-from sidetune.bench.accuracy.claims import Outcome
+from sidetune.bench.accuracy.claims import LEAST_SEEDS, Outcome
 from sidetune.bench.accuracy.table import Report, means
 from sidetune.bench.accuracy.tasks import TaskFolder, find_tasks
 from sidetune.data.vtab import LISTS, UNION, is_vtab, read_list
 from sidetune.errors import DataError
 
 SUITE, OTHERS = "VTAB-1K", "others"
-LEAST_SEEDS = 3
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@
     non-inferior    the lower one is above -1.0 point, on at least 10,000 test images
     undecided       anything else
 
-Of a method with fewer seeds than the others nothing is claimed.
+Of a method with fewer seeds than the others nothing is claimed, nor of a trained one with fewer than three:
+with one seed an interval is of images alone, and says nothing of the next seed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from sidetune.evaluate import Interval
 from sidetune.paired import middle, seeds_difference
 
 MARGIN = 0.01  # a point of accuracy
+LEAST_SEEDS = 3  # of what is trained: fewer say next to nothing of how far seeds are apart
 LEAST_IMAGES = 10_000  # on fewer, an interval is about as wide as the margin
+NO_CLAIM = "no claim"  # and why, after a colon
 OVER_GROUPS, OVER_TASKS = "mean of groups", "mean of tasks"
 
 
@@ -45,6 +48,7 @@ class Outcome:
         looks: how often the task's test scores were looked at, this time included.
         suite: whose groups are averaged together.
         shots: images a class that it was trained with; None: all.
+        elsewhere: whether its images are of another data set than the task's.
     """
 
     task: str
@@ -61,6 +65,7 @@ class Outcome:
     looks: int = 0
     suite: str = ""
     shots: int | None = None
+    elsewhere: bool = False
 
     @property
     def solved(self) -> bool:
@@ -170,7 +175,7 @@ class _Part:
 
     def comparison(self, where: str, method: str, against: str) -> Comparison:
         interval = middle(self.resampled_R)
-        said = f"no claim: {self.short[0]}" if self.short else claim(interval, self.images)
+        said = f"{NO_CLAIM}: {self.short[0]}" if self.short else claim(interval, self.images)
         return Comparison(where, method, against, self.value, interval, self.images, said)
 
 
@@ -191,10 +196,20 @@ def _paired(ours: Outcome, theirs: Outcome) -> _Part:
     first, second = _alike(ours, theirs)
     seed = int(hashlib.sha256(ours.task.encode()).hexdigest()[:8], 16)  # tasks are drawn apart
     value, resampled_R = seeds_difference(first, second, seed=seed)
-    short = tuple(
-        f"{one.method} has {len(one.seeds)} of {one.wanted} seeds" for one in (ours, theirs) if one.short
-    )
+    short = tuple(text for one in (ours, theirs) if (text := _too_few(one)))
     return _Part(value, resampled_R, first.shape[1], short)
+
+
+def _too_few(one: Outcome) -> str:
+    """What a method lacks for a claim; nothing where it has enough seeds."""
+    if one.short:
+        return f"{one.method} has {len(one.seeds)} of {one.wanted} seeds"
+    few = not one.solved and len(one.seeds) < LEAST_SEEDS
+    return (
+        f"{one.method} has {len(one.seeds)} seed{'s' * (len(one.seeds) > 1)}, not {LEAST_SEEDS}"
+        if few
+        else ""
+    )
 
 
 def _alike(ours: Outcome, theirs: Outcome) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sidetune.bench.accuracy.claims import Comparison, Outcome, compare
+from sidetune.bench.accuracy.claims import NO_CLAIM, Comparison, Outcome, compare
 from sidetune.bench.accuracy.scoring import Table
 from sidetune.bench.rows import Bench, Row, machine_lines
 from sidetune.figures import duration, size
@@ -116,6 +116,8 @@ class Report:
     def _notes(self) -> Iterator[str]:
         if any(one.short for one in (*self.outcomes, *self.timed)):
             yield "* fewer seeds than the others: nothing is claimed of it"
+        every = (one.claim for comparisons in self.comparisons.values() for one in comparisons)
+        yield from dict.fromkeys(claim for claim in every if claim.startswith(NO_CLAIM))
         if any(one.solved for one in self.outcomes):
             yield "ridge is solved, its penalty chosen by leaving one out; linear by validation"
         if self.revealed:
@@ -248,5 +250,6 @@ def _compared(comparisons: Sequence[Comparison]) -> Iterator[str]:
                 assert one.interval is not None
                 low, high = (f"{100 * bound:+.1f}" for bound in one.interval)
                 apart = f"{100 * one.value:+.1f} ({low} .. {high})"
-                yield f"  {one.where[:26]:<27}{apart:<22}{one.images:>7,} images  {one.claim}"
+                said = one.claim.partition(":")[0]
+                yield f"  {one.where[:26]:<27}{apart:<22}{one.images:>7,} images  {said}"
         yield ""
