@@ -90,7 +90,8 @@ def bench_accuracy(request: Request, backbone: Backbone | None = None) -> Report
         backbone: your own, in place of the one that the recipe names.
 
     Raises:
-        RequestError: methods, tasks, options or data are not what they should be.
+        RequestError: methods, tasks, options or data are not what they should be; or a method begins at the
+            pixels, and your backbone is not what the recipe names.
         ArtifactError: OUT has frozen other recipes, or a file of it is damaged.
         StoreError: a store belongs to another backbone, or the disk is full.
     """
@@ -168,6 +169,13 @@ def _pixels(request: Request, recipes: Mapping[Method, Recipe], backbone: Backbo
         return {}
     part = request.base.backbone
     again = build_backbone(part.name, **{**part.arguments(), "taps": ("image",)}).to(backbone.device)
+    if again.identity != backbone.identity:
+        named = ", ".join(method.name for method in methods)
+        difference = "; ".join(again.identity.difference(backbone.identity))
+        raise RequestError(
+            f"{named} would train the recipe's backbone, {part.name!r}, and not the one that was given "
+            f"({difference}), expected the same. Leave {named} out, or name that backbone in the recipe"
+        )
     return dict.fromkeys(methods, again)
 
 

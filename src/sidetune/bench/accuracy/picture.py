@@ -75,12 +75,13 @@ def draw(report: Report, path: Path) -> None:
 
 
 def points(outcomes: Sequence[Outcome], cost: str) -> list[Point]:
-    """(method, cost, accuracy in percent) of each method that has all tasks, means over the tasks.
+    """(method, cost, accuracy in percent) of each method that has all tasks, means over the tasks alone.
 
     Args:
-        outcomes: of one table.
+        outcomes: of one table; those of other data sets are left out.
         cost: a key of `COSTS`; what is solved has no parameters and keeps no memory, and stands at 0.
     """
+    outcomes = [one for one in outcomes if not one.elsewhere]
     tasks = {one.task for one in outcomes}
     found = []
     for name in names_of(outcomes):
@@ -216,7 +217,7 @@ def _colour(name: str) -> str:
 
 
 def _title(figure: Any, report: Report, inches: float) -> None:  # noqa: ANN401 - matplotlib's Figure
-    tasks = {one.task for one in report.outcomes}
+    tasks = {one.task for one in report.outcomes if not one.elsewhere}
     what = "Test accuracy" if report.revealed else "Accuracy on what was chosen by"
     words = f"{what}, %, against what one network costs"
     figure.text(0.02, 1 - 0.3 / inches, words, fontsize=12.5, color=TEXT, weight="bold")

@@ -96,6 +96,7 @@ def answered(
             answers.cost or {},
             suite=ground.folder.suite if own else "",
             shots=answers.shots,
+            elsewhere=not own,
         )
         outputs = tuple(one.outputs[name] for _, one in kept)
         yield Answered(outcome, table, images.labels(), images.digest, outputs, frozen)
