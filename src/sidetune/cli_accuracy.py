@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sidetune.bench import LOOKS
 from sidetune.progress import say
 from sidetune.usage import (
     RECIPE,
@@ -122,7 +123,6 @@ Picture = Annotated[
     ),
 ]
 METHODS = "ridge-last,ridge,linear,losa,last"
-LOOKS = Path("results/looks.jsonl")
 
 
 def bench_accuracy(

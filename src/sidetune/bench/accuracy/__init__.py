@@ -12,7 +12,6 @@ computed and shown only when they are asked for, and each time is counted (`ledg
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,13 @@ from typing import Any, get_args
 from sidetune.artifact import build_model, find_device
 from sidetune.backbones import build_backbone
 from sidetune.backbones.base import Backbone
+from sidetune.bench import LOOKS
+from sidetune.bench.accuracy.budget import budgets, cut_all, find_budget, freeze_budget
 from sidetune.bench.accuracy.fits import run_fits
 from sidetune.bench.accuracy.grid import Method, check_grid, check_settings
 from sidetune.bench.accuracy.ground import Ground, Opening, add_test, live_ground, open_ground
 from sidetune.bench.accuracy.ledger import freeze
-from sidetune.bench.accuracy.protocol import Choice, choose, clock, cut, few_shots, finals
+from sidetune.bench.accuracy.protocol import Choice, choose, clock, few_shots, finals
 from sidetune.bench.accuracy.scoring import Answered, Answers, Table, answered, revealed
 from sidetune.bench.accuracy.table import Report
 from sidetune.bench.accuracy.tasks import TaskFolder
@@ -35,8 +36,6 @@ from sidetune.files import locked, write_json
 from sidetune.recipe import Recipe
 from sidetune.sides.losa import LosaRecipe
 from sidetune.sides.ridge import RidgeRecipe, beyond_summary
-
-LOOKS = Path("results/looks.jsonl")
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,8 @@ class Request:
         settings: ``part.field=value``, of all methods that have the field.
         seeds: networks a method.
         grid_size: points that every trained method is chosen from.
-        minutes: that one training may take in the second table; None: as long as the quickest takes.
+        minutes: that one training may take in the second table; None: as long as the quickest takes. The
+            first command in OUT decides.
         equal_time: whether there is a second table.
         against: names of the methods that all others are compared with.
         stores: a folder with a store a task; None: one store of all, where `fit` keeps it.
@@ -92,7 +92,7 @@ def bench_accuracy(request: Request, backbone: Backbone | None = None) -> Report
     Raises:
         RequestError: methods, tasks, options or data are not what they should be; or a method begins at the
             pixels, and your backbone is not what the recipe names.
-        ArtifactError: OUT has frozen other recipes, or a file of it is damaged.
+        ArtifactError: OUT has frozen other recipes or another time, or a file of it is damaged.
         StoreError: a store belongs to another backbone, or the disk is full.
     """
     _check(request)
@@ -109,6 +109,10 @@ def bench_accuracy(request: Request, backbone: Backbone | None = None) -> Report
     reads = request.base.model_copy(update={"side": RidgeRecipe() if pooled else LosaRecipe()})
     how = Opening(reads, request.out, request.stores, request.quiet)
     with locked(request.out):
+        for folder in request.tasks if request.equal_time else ():
+            find_budget(
+                request.out, folder.name, request.minutes
+            )  # another is refused before anything trains
         rows: list[Answered] = []
         for folder in request.tasks:
             ground = open_ground(folder, backbone, how)
@@ -119,21 +123,27 @@ def bench_accuracy(request: Request, backbone: Backbone | None = None) -> Report
             rows += _run_task(request, grounds, recipes)
         if request.reveal:
             rows = revealed(rows, request.looks)
-        about = {
-            "device": str(backbone.device),
-            "backbone": backbone.identity.to_json(),
-            "seeds": request.seeds,
-            "grid_size": request.grid_size,
-            "minutes": request.minutes,
-        }
         report = Report(
             {table: tuple(row.outcome for row in rows if row.table == table) for table in get_args(Table)},
             request.against,
-            describe_machine(backbone.device, about),
+            describe_machine(backbone.device, _setting(request, backbone)),
         )
         # what was chosen must not stand where scores were
         write_json(request.out / ("accuracy.json" if request.reveal else "chosen.json"), report.to_json())
     return report
+
+
+def _setting(request: Request, backbone: Backbone) -> dict[str, Any]:
+    names = [folder.name for folder in request.tasks]
+    return {
+        "device": str(backbone.device),
+        "backbone": backbone.identity.to_json(),
+        "seeds": request.seeds,
+        "grid_size": request.grid_size,
+        "minutes": request.minutes,
+        "looks": str(request.looks),
+        "equal_time": budgets(request.out, names) if request.equal_time else {},
+    }
 
 
 def _check(request: Request) -> None:
@@ -210,15 +220,19 @@ def _at_equal_time(
     costs: Mapping[Method, Mapping[str, float]],
 ) -> Iterator[Answered]:
     """The second table: each chosen recipe with fewer epochs."""
-    limited = _cut_all(chosen, costs, request.minutes)
+    task = next(iter(grounds.values())).name
+    trained = {m: costs[m] for m in chosen if not m.solved}
+    budget = freeze_budget(request.out, task, request.minutes, trained)
+    limited = dict(chosen) if budget is None else cut_all(chosen, trained, budget)
     frozen = freeze(request.out, _pairs(grounds, limited, " at equal time"))
     for m, choice in choices.items():
         recipe, entries, cost = limited.get(m), [], dict(costs.get(m, {}))
+        over = budget is not None and m in trained and not budget.epochs(trained[m])
         if recipe is not None:
             entries = finals(grounds[m], m, recipe, range(request.seeds))
             if not m.solved:
                 cost["epochs"] = recipe.train.epochs or 0
-        found = Answers(m, recipe, entries, choice.score, cost)
+        found = Answers(m, recipe, entries, choice.score, cost, over=over)
         yield from answered(grounds[m], found, "time", wanted=request.seeds, frozen=frozen)
 
 
@@ -251,18 +265,3 @@ def _pairs(
 
 def _resolved(recipe: Recipe, ground: Ground) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.resolved(len(ground.rows))})
-
-
-def _cut_all(
-    chosen: Mapping[Method, Recipe], costs: Mapping[Method, Mapping[str, float]], minutes: float | None
-) -> dict[Method, Recipe]:
-    """Each chosen recipe with the epochs that fit: into so many minutes, or into what the quickest takes."""
-    trained = [method for method in chosen if not method.solved]
-    whole = [costs[method]["epoch_seconds"] * costs[method]["epochs"] for method in trained]
-    budget = min(whole, default=0.0) if minutes is None else 60 * minutes
-    limited = dict(chosen)
-    for method in trained:
-        fitting = math.floor(budget / costs[method]["epoch_seconds"] + 1e-6)
-        epochs = int(max(1, min(costs[method]["epochs"], fitting)))
-        limited[method] = cut(chosen[method], epochs)
-    return limited

@@ -49,6 +49,7 @@ class Outcome:
         suite: whose groups are averaged together.
         shots: images a class that it was trained with; None: all.
         elsewhere: whether its images are of another data set than the task's.
+        over: whether even one epoch takes longer than the time that it was given.
     """
 
     task: str
@@ -66,6 +67,7 @@ class Outcome:
     suite: str = ""
     shots: int | None = None
     elsewhere: bool = False
+    over: bool = False
 
     @property
     def solved(self) -> bool:
@@ -89,7 +91,7 @@ class Outcome:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        fields = ("task", "group", "suite", "shots", "method", "recipe", "val", "wanted", "looks")
+        fields = ("task", "group", "suite", "shots", "method", "recipe", "val", "wanted", "looks", "over")
         return {
             **{name: getattr(self, name) for name in fields},
             "point": dict(self.point),

@@ -2,7 +2,8 @@
 
     OUT/TASK/METHOD/NAME.safetensors    a fit: what it answers, how long it took; written when it has ended
     OUT/TASK/METHOD/checkpoint-*        the fit under way
-    OUT/frozen.json                     recipe hashes, written before anything of test is compared with labels
+    OUT/frozen.json                     recipe hashes, written before anything of test meets its labels;
+                                        and how long a training may take in the table at equal time
     results/looks.jsonl                 a line each time that test scores were looked at, by anybody
 
 A fit belongs to its key: recipe, backbone, training rows with their labels, and the images that it answers
@@ -117,7 +118,7 @@ def freeze(out: Path, pairs: Mapping[str, Mapping[str, Any]]) -> str:
         ArtifactError: another recipe, other data or another backbone was frozen there.
     """
     path = out / FROZEN
-    found = _frozen(path)
+    found = read_frozen(out)
     for name, pair in pairs.items():
         there = found.get(name)
         if there is None or there == dict(pair):
@@ -134,7 +135,13 @@ def freeze(out: Path, pairs: Mapping[str, Mapping[str, Any]]) -> str:
     return digest(frozen)
 
 
-def _frozen(path: Path) -> dict[str, Any]:
+def read_frozen(out: Path) -> dict[str, Any]:
+    """All that is frozen, name -> fields; nothing where there is nothing.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
+    path = out / FROZEN
     if not path.exists():
         return {}
     try:

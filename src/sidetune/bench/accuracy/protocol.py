@@ -221,8 +221,3 @@ def _score(choosing: Choosing, entries: Sequence[Entry]) -> Score | None:
     order = np.argsort(np.concatenate([fold.held for fold in choosing.folds]), kind="stable")
     outputs: Tensor = torch.cat([entry.outputs["held"] for entry in entries])
     return choosing.score(outputs[torch.from_numpy(order)])
-
-
-def cut(recipe: Recipe, epochs: int) -> Recipe:
-    """The same with fewer epochs; its schedule ends with them."""
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": epochs})})

@@ -56,6 +56,7 @@ class Answers:
         val: accuracy on what it was chosen by.
         cost: of one network.
         shots: images a class; None: all.
+        over: whether it took more time than it was given.
     """
 
     method: Method
@@ -64,6 +65,7 @@ class Answers:
     val: float | None = None
     cost: Mapping[str, float] | None = None
     shots: int | None = None
+    over: bool = False
 
 
 def answered(
@@ -97,6 +99,7 @@ def answered(
             suite=ground.folder.suite if own else "",
             shots=answers.shots,
             elsewhere=not own,
+            over=answers.over,
         )
         outputs = tuple(one.outputs[name] for _, one in kept)
         yield Answered(outcome, table, images.labels(), images.digest, outputs, frozen)

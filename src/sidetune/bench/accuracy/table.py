@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ LINE = 80
 NAME = 14  # columns of a method's name
 CELL = 9  # of a score
 MOST = (LINE - NAME) // CELL  # scores in a line
+OVER = "†"
 HEADS = {
     False: "Chosen from a grid of one size, trained to the end",
     True: "The same points at equal time of training",
@@ -99,6 +101,7 @@ class Report:
             if not outcomes:
                 continue
             yield HEADS[timed]
+            yield from _budgets(self.environment["setting"]) if timed else ()
             yield ""
             if self.revealed or not timed:  # before that the second table has no scores of its own
                 for suite in dict.fromkeys(one.suite for one in outcomes):
@@ -116,6 +119,8 @@ class Report:
     def _notes(self) -> Iterator[str]:
         if any(one.short for one in (*self.outcomes, *self.timed)):
             yield "* fewer seeds than the others: nothing is claimed of it"
+        if any(one.over for one in self.timed):
+            yield f"{OVER} one epoch alone takes longer: it has one, and more time than the others"
         every = (one.claim for comparisons in self.comparisons.values() for one in comparisons)
         yield from dict.fromkeys(claim for claim in every if claim.startswith(NO_CLAIM))
         if any(one.solved for one in self.outcomes):
@@ -124,7 +129,9 @@ class Report:
             looks = {one.task: one.looks for one in self.outcomes}
             times = sorted(set(looks.values()))
             shown = f"{times[0]}" if len(times) == 1 else f"{times[0]} to {times[-1]}"
-            yield f"looks at these test scores so far, this one too: {shown} a task"
+            looked = self.environment["setting"]["looks"]
+            yield f"looks at these test scores so far, this one too: {shown} a task, as counted in"
+            yield f"  {Path(looked).absolute()}"
         else:
             yield "Scores are of validation; nothing was compared with a label of test. Recipes are frozen."
             yield "Type: the same command with --reveal"
@@ -176,6 +183,13 @@ def _rows(one: Outcome, outcomes: Sequence[Outcome], against: Sequence[str], suf
         yield Row(case, name, amount, units[name])
 
 
+def _budgets(setting: Mapping[str, Any]) -> Iterator[str]:
+    """A line a task: how long a training may take, and by what."""
+    for task, budget in setting.get("equal_time", {}).items():
+        by = budget["by"][:NAME]
+        yield f"  {task[:18]}: {duration(budget['seconds'])}, by {by}, frozen by the first command"
+
+
 def _scores(outcomes: Sequence[Outcome]) -> Iterator[str]:
     """Tasks of a group as columns, as many as a line holds."""
     tasks = list(dict.fromkeys(one.task for one in outcomes))
@@ -196,7 +210,7 @@ def _cell(one: Outcome) -> str:
     shown = value(one)
     if not one.seeds:
         return "diverged"
-    return ("–" if shown is None else f"{100 * shown:.1f}") + "*" * one.short
+    return ("–" if shown is None else f"{100 * shown:.1f}") + "*" * one.short + OVER * one.over
 
 
 def _means(outcomes: Sequence[Outcome], suite: str) -> Iterator[str]:
