@@ -1,27 +1,32 @@
 """Result lines of a `sidetune bench accuracy --reveal`: results/accuracy-112.jsonl, and README's table.
 
-    python scripts/accuracy_results.py OUT --command 'sidetune bench accuracy vtab-mini ..' --commit C
+    python scripts/accuracy_results.py OUT --command 'sidetune bench accuracy vtab-mini ..'
     python scripts/accuracy_results.py --table
 
 A line a method, task and seed, each with the hash of its predictions and how often the task's test scores had
-been looked at; and a line a difference with its interval and what it carries. The commit is that of the code
-that trained, not of this script. Lines of the same task, method and seed are replaced.
+been looked at; and a line a difference with its interval and what it carries. The commit is that of the
+checkout that a network was fitted from; where a fit does not say it, this one's. All lines of a backbone, task
+and method that are in the report are replaced, and differences of such a method with them.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from provenance import HARDWARE
+from provenance import HARDWARE, git
 
 OUT = Path("results/accuracy-112.jsonl")
 MEANS = ("mean of groups", "mean of tasks")
 TABLES = {"outcomes": "", "timed_outcomes": " at equal time", "shots_outcomes": ""}
 COMPARISONS = {"comparisons": "", "timed_comparisons": " at equal time"}
+Line = dict[str, Any]
 
 
 def main() -> None:
@@ -29,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, nargs="?", help="the bench's OUT")
     parser.add_argument("--command", help="as it was typed")
-    parser.add_argument("--commit", help="that it ran at; default: what the report says")
+    parser.add_argument("--commit", help="that it ran at; default: each fit's own, else HEAD")
     parser.add_argument("--hardware", default=HARDWARE)
     parser.add_argument("--into", type=Path, default=OUT)
     parser.add_argument("--table", action="store_true", help="only print the table")
@@ -37,62 +42,96 @@ def main() -> None:
     if options.table == (options.out is not None):
         parser.error("give OUT, or --table")
     if not options.table:
+        if options.command is None:
+            parser.error("--command is missing, expected the bench's, as it was typed")
+        if git("status", "--porcelain", "--untracked-files=no"):
+            sys.exit("the tree has changes, and a result line names a commit. Type: git commit")
         report = json.loads((options.out / "accuracy.json").read_text("utf-8"))
-        about = {
-            "command": options.command or "sidetune bench accuracy",
-            "commit": options.commit or report["environment"]["commit"],
-            "hardware": options.hardware,
-        }
-        fresh = lines(report, about)
-        named = {identity(line) for line in fresh}
-        kept = [line for line in read(options.into) if identity(line) not in named]
-        text = "".join(json.dumps(line) + "\n" for line in kept + fresh)
+        if differing := list(differences(report)):
+            sys.exit("\n".join([*differing, "Fit these again, or give them an OUT of their own"]))
+        about = {"command": options.command, "hardware": options.hardware}
+        about["commit"] = options.commit or git("rev-parse", "HEAD")
+        fresh = lines(report, about, own_commit=options.commit is None)
+        text = "".join(json.dumps(line) + "\n" for line in merged(read(options.into), fresh))
         options.into.write_text(text, encoding="utf-8")
-    print(table(read(options.into)))
+    rows = read(options.into)
+    for backbone in dict.fromkeys(row["backbone"] for row in rows):
+        print(f"{backbone}\n\n{table([row for row in rows if row['backbone'] == backbone])}\n")
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path) -> list[Line]:
     """The lines of a file; none where there is none."""
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
-def identity(line: dict[str, Any]) -> tuple[Any, ...]:
-    """What a line is replaced by."""
-    return tuple(line.get(name) for name in ("method", "task", "seed", "metric", "shots"))
+def differences(report: Line) -> Iterator[str]:
+    """How fits were made elsewhere than the report: other versions, another machine, other threads."""
+    here = report["environment"]
+    for one in (one for name in TABLES for one in report[name]):
+        for seed, made in zip(one["seeds"], one["made"], strict=True):
+            for part, value in made["environment"].items():
+                if value != here[part]:
+                    where = f"{one['task']}/{one['method']}, seed {seed}"
+                    yield f"{where}: {part} was {value} and is {here[part]} in the report, expected the same"
 
 
-def lines(report: dict[str, Any], about: dict[str, str]) -> list[dict[str, Any]]:
+def merged(kept: list[Line], fresh: list[Line]) -> list[Line]:
+    """Fresh lines in place of all that say something of the same backbone, task and method."""
+    named = {(line["backbone"], line["task"], name) for line in fresh for name in line["of"]}
+    anywhere = {(backbone, name) for backbone, _, name in named}
+    tasks = {(line["backbone"], line["task"]) for line in kept + fresh if "claim" not in line}
+
+    def stale(line: Line) -> bool:
+        backbone, task = line["backbone"], line["task"]
+        if (backbone, task) in tasks:
+            return any((backbone, task, name) in named for name in line["of"])
+        return any((backbone, name) in anywhere for name in line["of"])  # a mean over tasks
+
+    return [line for line in kept if not stale(line)] + fresh
+
+
+def lines(report: Line, about: dict[str, str], *, own_commit: bool) -> list[Line]:
     """Scores of every seed, then differences."""
     setting = report["environment"]["setting"]
     size = setting["backbone"]["preprocess"]["size"]
     environment = {name: value for name, value in report["environment"].items() if name != "setting"}
-    shared = {**about, "environment": environment}
+    shared = {**about, "backbone": setting["backbone"]["architecture"], "environment": environment}
     found = []
     for table_of, suffix in TABLES.items():
         for one in report[table_of]:
-            found += scores(one, suffix, {**shared, "task": f"{one['task']} at {size} px"})
+            found += scores(one, suffix, {**shared, "task": f"{one['task']} at {size} px"}, own_commit)
     for table_of, suffix in COMPARISONS.items():
         for one in report[table_of]:
+            pair = [one["method"], one["against"]]
             found.append(
                 {
                     "method": f"{one['method']} - {one['against']}{suffix}",
+                    "of": pair,
                     "seed": f"0 to {setting['seeds'] - 1}",
                     "metric": "test_accuracy",
                     **{name: one[name] for name in ("value", "interval", "images", "claim")},
                     **shared,
                     "task": f"{one['where']} at {size} px",
-                    "recipe": None,
+                    "recipe": _recipes(found, pair),
                 }
             )
     return found
 
 
-def scores(one: dict[str, Any], suffix: str, shared: dict[str, Any]) -> list[dict[str, Any]]:
+def _recipes(found: list[Line], pair: list[str]) -> str:
+    """sha256 over the recipes of all networks of two methods."""
+    recipes = sorted({line["recipe"] for line in found if "claim" not in line and line["of"][0] in pair})
+    return hashlib.sha256("\n".join(recipes).encode()).hexdigest()
+
+
+def scores(one: Line, suffix: str, shared: Line, own_commit: bool) -> list[Line]:
     """A line a seed of a method on a task."""
     found = []
-    for seed, value, digest in zip(one["seeds"], one["test"] or (), one["prediction_hashes"], strict=False):
+    parts = zip(one["seeds"], one["test"] or (), one["prediction_hashes"], one["made"], strict=True)
+    for seed, value, digest, made in parts:
         line = {
             "method": one["method"] + suffix,
+            "of": [one["method"]],
             "seed": seed,
             "metric": "test_accuracy",
             "value": value,
@@ -102,15 +141,18 @@ def scores(one: dict[str, Any], suffix: str, shared: dict[str, Any]) -> list[dic
             "validation": one["val"],
             "detail": one["point"],
             "cost": one["cost"],
+            "over": one["over"],
             "seeds_wanted": one["wanted"],
             "predictions": digest,
             "looks": one["looks"],
         }
+        if own_commit and made["commit"]:
+            line["commit"] = made["commit"]
         found.append(line if one["shots"] is None else {**line, "shots": one["shots"]})
     return found
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Line]) -> str:
     """A row a task, a column a method, then both means: of the first table, all images."""
     plain = [row for row in rows if "claim" not in row and "shots" not in row and "cost" in row]
     plain = [row for row in plain if not row["method"].endswith("at equal time") and row["group"]]
@@ -132,7 +174,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*text, "", *claims(rows)])
 
 
-def _cell(found: list[dict[str, Any]], score: float | None) -> str:
+def _cell(found: list[Line], score: float | None) -> str:
     if score is None:
         return "–"
     short = found[0]["seed"] is not None and len(found) < found[0]["seeds_wanted"]
@@ -157,7 +199,7 @@ def _of_groups(scores_of: dict[str, float | None], groups: dict[str, str]) -> fl
     return mean(known) if len(known) == len(parts) and known else None
 
 
-def claims(rows: list[dict[str, Any]]) -> list[str]:
+def claims(rows: list[Line]) -> list[str]:
     """A line a difference of the two means, with its interval and what it carries."""
     text = []
     for row in rows:

@@ -50,6 +50,7 @@ class Outcome:
         shots: images a class that it was trained with; None: all.
         elsewhere: whether its images are of another data set than the task's.
         over: whether even one epoch takes longer than the time that it was given.
+        made: environment and commit of each network's fit.
     """
 
     task: str
@@ -68,6 +69,7 @@ class Outcome:
     shots: int | None = None
     elsewhere: bool = False
     over: bool = False
+    made: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def solved(self) -> bool:
@@ -98,6 +100,7 @@ class Outcome:
             "seeds": list(self.seeds),
             "prediction_hashes": list(self.hashes),
             "cost": dict(self.cost),
+            "made": [dict(one) for one in self.made],
             "test": None if self.score is None else list(self.scores),
         }
 

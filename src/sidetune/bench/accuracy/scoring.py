@@ -100,6 +100,7 @@ def answered(
             shots=answers.shots,
             elsewhere=not own,
             over=answers.over,
+            made=tuple({part: one.facts[part] for part in ("environment", "commit")} for _, one in kept),
         )
         outputs = tuple(one.outputs[name] for _, one in kept)
         yield Answered(outcome, table, images.labels(), images.digest, outputs, frozen)
