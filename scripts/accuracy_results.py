@@ -5,8 +5,8 @@
 
 A line a method, task and seed, each with the hash of its predictions and how often the task's test scores had
 been looked at; and a line a difference with its interval and what it carries. The commit is that of the
-checkout that a network was fitted from; where a fit does not say it, this one's. All lines of a backbone, task
-and method that are in the report are replaced, and differences of such a method with them.
+checkout that a network was fitted from; where a fit does not say it, this one's. All lines of a backbone,
+task and method that are in the report are replaced, and differences of such a method with them.
 """
 
 from __future__ import annotations

@@ -151,10 +151,10 @@ class Page:
 
 
 def photos(folder: Path, images: Path) -> None:
-    """60 images of 3 classes in photos/ and more_photos/, 18 others in elsewhere/, and new.jpg."""
+    """60 images of 3 classes in photos/ and more_photos/, 18 others in other_photos/, and new.jpg."""
     shutil.copytree(images, folder / "photos")
     shutil.copytree(images, folder / "more_photos")
-    make_folder(folder / "elsewhere", 3, 18, seed=1)
+    make_folder(folder / "other_photos", 3, 18, seed=1)
     Image.open(images / "class0" / "0000.png").save(folder / "new.jpg")
 
 
