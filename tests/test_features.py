@@ -63,7 +63,8 @@ def test_a_tap_without_class_token_says_what_to_type():
     [
         (
             {"kind": "blocks"},
-            "tap 't' has kind 'blocks'. Did you mean 'block'? Known: attention, block, embedding, ffn, image.",
+            "tap 't' has kind 'blocks'. Did you mean 'block'? Known: attention, block, embedding, ffn, "
+            "image.",
         ),
         (
             {"prefix_per": "frames"},
