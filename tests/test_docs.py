@@ -144,6 +144,12 @@ def test_the_table_of_speed_is_what_the_result_lines_say() -> None:
     assert table in (ROOT / "docs/explanation/speed.md").read_text(encoding="utf-8")
 
 
+def test_the_table_of_cost_is_what_the_result_lines_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    table = runpy.run_path(str(ROOT / "scripts" / "cost_results.py"))["table"]()
+    assert table in text_of("README.md")
+
+
 RESULTS = sorted(path for path in (ROOT / "results").glob("*.jsonl") if path.stem != "looks")
 
 
