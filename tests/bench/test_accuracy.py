@@ -14,7 +14,7 @@ from sidetune.bench.accuracy.grid import parse_methods
 from sidetune.bench.accuracy.ground import Opening, add_test, open_ground
 from sidetune.bench.accuracy.picture import apart, draw, pareto, points
 from sidetune.bench.accuracy.tasks import find_tasks
-from sidetune.errors import ArtifactError, DataError, RecipeError, RequestError
+from sidetune.errors import ArtifactError, DataError, RequestError
 from sidetune.recipe import Recipe
 from vtab_tasks import make_suite, make_task, read_list, write_list
 
@@ -403,7 +403,9 @@ def test_requests_that_cannot_be(suite, tmp_path):
     ):
         with pytest.raises(RequestError, match=match):
             bench_accuracy(request(suite, tmp_path, **changed))
-    with pytest.raises(RecipeError, match=r"method 'lossa'.*Did you mean 'losa'"):
+    with pytest.raises(RequestError, match=r"no method named 'lorra'\. Did you mean 'lora'"):
+        parse_methods("losa,lorra")
+    with pytest.raises(RequestError, match=r"no method named 'lossa'\. Did you mean 'losa'"):
         bench_accuracy(request(suite, tmp_path, "lossa", against=()))
     with pytest.raises(RequestError, match="twice"):
         parse_methods("losa,losa")

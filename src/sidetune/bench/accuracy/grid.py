@@ -68,6 +68,9 @@ class Method:
         if colon and not (seeds.isdecimal() and int(seeds) > 0):
             raise RequestError(f"--methods has {text!r}, expected NAME or NAME:SEEDS. Type: --methods {name}")
         plain = name.removesuffix(WITH_RIDGE)
+        known = (*SIDES, *BASELINES, *VARIANTS)
+        if plain not in known:
+            raise RequestError(f"--methods has no method named {plain!r}.{nearest(plain, known)}")
         side = VARIANTS.get(plain, {"name": plain})
         if plain != name and (side["name"] not in SIDES or side["name"] in SOLVED):
             raise RequestError(
