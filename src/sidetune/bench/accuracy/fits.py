@@ -20,10 +20,8 @@ from sidetune.bench.accuracy.ground import METRIC, Ground, Images
 from sidetune.bench.accuracy.ledger import Entry, digest
 from sidetune.bench.rows import commit
 from sidetune.bucket import Member
-from sidetune.checkpoint import Scores
 from sidetune.errors import DivergedError
 from sidetune.evaluate import headline_score
-from sidetune.fleet import Fleet
 from sidetune.job import Job
 from sidetune.probes import Pooled, fit_linear, fit_ridge
 from sidetune.recipe import Recipe
@@ -123,7 +121,6 @@ def _train(ground: Ground, checkpoint: Path, fits: Mapping[str, Fit]) -> dict[st
         trained = train(
             fleet,
             members,
-            validate=_unscored,
             at_once=members_at_once(job, fleet, members) if len(members) > 1 else None,
             checkpoint=checkpoint,
             run_hash=digest(list(fits)),
@@ -138,11 +135,6 @@ def _train(ground: Ground, checkpoint: Path, fits: Mapping[str, Fit]) -> dict[st
         )
         for (key, fit), member in zip(fits.items(), members, strict=True)
     }
-
-
-def _unscored(fleet: Fleet) -> dict[str, Scores]:
-    """Nothing is chosen along the way: the last epoch counts."""
-    return {}
 
 
 def _answer(member: Member, fit: Fit, trained: Trained, facts: dict[str, Any]) -> Entry:
