@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from sidetune.backbones.hooked import Place, capture, check_size, final_norm
+from sidetune.backbones.toy import ToyBackbone
 from sidetune.errors import BackboneError
 
 
@@ -69,3 +70,17 @@ def test_capture_refuses_what_is_no_tensor_of_tokens(value, got):
     net = Net()
     with pytest.raises(BackboneError, match=rf"gave {got}, expected a tensor \(B, N, D\) or"):
         capture([Place("block.1", net)], lambda: net(None))
+
+
+def test_the_same_network_reads_other_taps():
+    whole, built = ToyBackbone(), ToyBackbone(taps=["image", "block.2"])
+    names, images = whole.spec.names, torch.rand(2, 3, 32, 32)
+    other = whole.reading(["image", "block.2"])
+    assert other.module is whole.module
+    assert (other.spec, other.variant, other.identity) == (built.spec, built.variant, built.identity)
+    read, expected = other(images), built(images)
+    assert all(torch.equal(a, b) for a, b in zip(read.layers, expected.layers, strict=True))
+    assert whole.spec.names == names and whole.variant.taps == names
+    assert whole(images).spec.names == names
+    with pytest.raises(BackboneError, match=r"no tap named 'block\.9'"):
+        whole.reading(["block.9"])

@@ -10,7 +10,7 @@ from sidetune.bench.accuracy import bench_accuracy, fits
 from sidetune.bench.accuracy.fits import run_fits
 from sidetune.bench.accuracy.grid import parse_methods
 from sidetune.bench.accuracy.ground import Opening, open_ground
-from sidetune.bench.accuracy.protocol import choose, few_shots, finals
+from sidetune.bench.accuracy.protocol import choose, few_shots, finals, shot_fits
 from sidetune.bench.accuracy.tasks import find_tasks
 from sidetune.errors import DivergedError
 from sidetune.recipe import Recipe
@@ -45,7 +45,7 @@ def losa():
 def test_a_fit_on_its_own_rows_is_the_same_whoever_else_was_missing(suite, stores, losa, tmp_path):
     method, recipe = losa
     ground = ground_of(suite, tmp_path / "together", stores)
-    asked = few_shots(ground, method, recipe, 3).fits(range(2))
+    asked = shot_fits(ground, method, few_shots(ground, method, recipe, 3), range(2), 3)
     assert asked[0].rows.tolist() != asked[1].rows.tolist()
     together = run_fits(ground, method, asked)
     apart = ground_of(suite, tmp_path / "apart", stores)
@@ -150,7 +150,7 @@ def test_what_is_kept_of_a_fit_says_how_it_was_made(suite, stores, losa, tmp_pat
 def test_the_clock_does_not_hang_on_what_is_answered_for(suite, stores, losa, tmp_path):
     method, recipe = losa
     ground = ground_of(suite, tmp_path, stores)
-    (fit,) = few_shots(ground, method, recipe, 2).fits([0])
+    (fit,) = shot_fits(ground, method, few_shots(ground, method, recipe, 2), [0], 2)
     fewer = replace(fit, asked={})
     assert fit.learns(ground) == fewer.learns(ground) and fit.key(ground) != fewer.key(ground)
     assert fit.learns(ground) != replace(fit, rows=np.sort(fit.rows)[:-1]).learns(ground)

@@ -2,14 +2,9 @@
 
 import numpy as np
 import pytest
-import torch
-from numpy.typing import NDArray
 
-from sidetune.features import Features, Spec, Tap
-from sidetune.keyed import generator
+from oracles import Array, assert_equals, oracle_spec
 from sidetune.sides.last import LAYER_NORM_EPS, Last
-
-Array = NDArray[np.float64]
 
 
 def lsa(x: Array, own: dict[str, Array], i: int, heads: int) -> Array:
@@ -37,20 +32,5 @@ def oracle(z: list[Array], own: dict[str, Array], heads: int) -> Array:
 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_equals_the_oracle(heads: int) -> None:
-    members, batch, width = 2, 3, 6
-    taps = [Tap("embedding", "embedding", width, (1, 2, 2), 1, "clip", 0)]
-    taps += [Tap(f"block.{i}", "block", width, (1, 2, 2), 1, "clip", 0) for i in (1, 2, 3)]
-    spec, keyed = Spec(tuple(taps)), generator(0, "last")
-    side = Last(spec, rank=4, members=members, heads=heads, pool="tokens").double()
-    scale = [1.5, 0.5, 2.0, 1.0]
-    with torch.no_grad():
-        for parameter in side.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=keyed, dtype=torch.float64))
-        side.tap_scale.copy_(torch.tensor(scale))
-    layers = tuple(torch.randn(batch, 5, width, generator=keyed, dtype=torch.float64) for _ in spec.taps)
-    found = side(Features(layers, spec)).detach().numpy()
-    for member in range(members):
-        own = {name: value[member].detach().numpy() for name, value in side.named_parameters()}
-        for image in range(batch):
-            z = [layer[image].numpy() * factor for layer, factor in zip(layers, scale, strict=True)]
-            np.testing.assert_allclose(found[member, image], oracle(z, own, heads), rtol=0, atol=1e-9)
+    side = Last(oracle_spec(), rank=4, members=2, heads=heads, pool="tokens").double()
+    assert_equals(side, lambda z, own: oracle(z, own, heads), seed="last")

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
@@ -135,6 +135,20 @@ class Backbone(ABC):
     @abstractmethod
     def to(self, device: torch.device | str) -> Self:
         """Move the backbone to a device; returns itself."""
+
+    def reading(self, taps: Sequence[str]) -> Self:
+        """The same network with other taps. Its weights are shared: be on the device before.
+
+        Args:
+            taps: names, of any taps that it offers.
+
+        Raises:
+            BackboneError: there is no such tap, or it reads what it was built with alone.
+        """
+        raise BackboneError(
+            f"{self.identity.architecture} reads the taps that it was built with, "
+            f"{', '.join(self.spec.names)}, and got {', '.join(taps)}. Build it with those"
+        )
 
     def stages(self) -> Stages:
         """Embedding and blocks, for what runs or changes them one by one.

@@ -6,10 +6,11 @@ last tap has been read. Nothing here knows what kind of network the module is.
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self, get_args
 
 import torch
@@ -87,7 +88,7 @@ class HookedBackbone(Backbone):
     def __init__(self, parts: Parts, *, taps: Sequence[str] | None, precision: Precision) -> None:
         check_choice("precision", precision, get_args(Precision))
         self.module = parts.module.eval().requires_grad_(False)
-        self.available = parts.spec
+        self.available, self._every_place = parts.spec, parts.places
         self.spec = _choose(parts.spec, taps)
         self.preprocess = parts.preprocess
         self.identity = parts.identity
@@ -99,7 +100,7 @@ class HookedBackbone(Backbone):
             versions={"torch": torch.__version__, **parts.versions},
         )
         self.device = module_device(self.module)
-        self._places = tuple(place for place in parts.places if place.name in self.spec.names)
+        self._places = self._places_of(self.spec)
 
     def __call__(self, images: Tensor) -> Features:
         """Read the taps of a batch of preprocessed images.
@@ -131,6 +132,17 @@ class HookedBackbone(Backbone):
         self.module.to(device)
         self.device = torch.device(device)
         return self
+
+    def reading(self, taps: Sequence[str]) -> Self:
+        """See `Backbone.reading`."""
+        other = copy.copy(self)
+        other.spec = _choose(self.available, taps)
+        other.variant = replace(self.variant, taps=other.spec.names)
+        other._places = other._places_of(other.spec)
+        return other
+
+    def _places_of(self, spec: Spec) -> tuple[Place, ...]:
+        return tuple(place for place in self._every_place if place.name in spec.names)
 
     @abstractmethod
     def _forward(self, images: Tensor) -> object:

@@ -97,14 +97,10 @@ class CostSetting:
         """Steps of an epoch of the whole job."""
         return -(-self.images // self.batch)
 
-    def build_backbone(self, taps: tuple[str, ...] | None = None) -> Backbone:
-        """The backbone, on its device.
-
-        Args:
-            taps: to read; None: the embedding and every block.
-        """
+    def build_backbone(self) -> Backbone:
+        """The backbone on its device; it reads the embedding and every block."""
         weights = "random" if self.backbone.startswith("timm") else None
-        return build_backbone(self.backbone, size=self.size, weights=weights, taps=taps).to(self.device)
+        return build_backbone(self.backbone, size=self.size, weights=weights).to(self.device)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values by name."""
@@ -174,7 +170,8 @@ class Trial:
         self.images = self.images.to(setting.device)
         self.backbone: Backbone | None = None
         if store is None or isinstance(case.recipe and case.recipe.side, BaselineRecipe):
-            self.backbone = setting.build_backbone(self._taps())
+            whole = setting.build_backbone()
+            self.backbone = whole.reading(self._taps(whole.spec))
         self.fleet = None if case.recipe is None else self._fleet(case.recipe, store)
 
     def run(self) -> int:
@@ -205,9 +202,8 @@ class Trial:
         (bucket,) = self.fleet.buckets()
         return 4 * self.setting.batch * bucket.model.side.spec.record_numel()
 
-    def _taps(self) -> tuple[str, ...] | None:
+    def _taps(self, every: Spec) -> tuple[str, ...]:
         """What the backbone reads: no more than the method does."""
-        every = self.setting.build_backbone().spec
         if self.case.recipe is None:
             return (every.blocks[-1].name,)
         side = self.case.recipe.side

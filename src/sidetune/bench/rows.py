@@ -15,10 +15,8 @@ import torch
 
 from sidetune.runs import environment
 
-MORE_IS_BETTER = (
-    "gb_per_s",
-    "images_per_s",
-)  # metrics whose goal is a least ratio; of all others it is a largest
+# metrics whose goal is a least ratio; of all others it is a largest
+MORE_IS_BETTER = ("gb_per_s", "images_per_s")
 SHOWN_UNITS = ("MB", "GB/s", "GFLOP/s", "x")  # others stand in the heading
 LINE = 78  # columns beside the margin
 GROWTHS = {

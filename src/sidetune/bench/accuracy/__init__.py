@@ -26,7 +26,7 @@ from sidetune.bench.accuracy.fits import run_fits
 from sidetune.bench.accuracy.grid import Method, check_grid, check_settings
 from sidetune.bench.accuracy.ground import Ground, Opening, add_test, live_ground, open_ground
 from sidetune.bench.accuracy.ledger import freeze
-from sidetune.bench.accuracy.protocol import Choice, choose, clock, few_shots, finals
+from sidetune.bench.accuracy.protocol import Choice, choose, clock, few_shots, finals, shot_fits
 from sidetune.bench.accuracy.scoring import Answered, Answers, Table, answered, revealed
 from sidetune.bench.accuracy.table import Report
 from sidetune.bench.accuracy.tasks import TaskFolder
@@ -110,9 +110,8 @@ def bench_accuracy(request: Request, backbone: Backbone | None = None) -> Report
     how = Opening(reads, request.out, request.stores, request.quiet)
     with locked(request.out):
         for folder in request.tasks if request.equal_time else ():
-            find_budget(
-                request.out, folder.name, request.minutes
-            )  # another is refused before anything trains
+            # another time is refused before anything trains
+            find_budget(request.out, folder.name, request.minutes)
         rows: list[Answered] = []
         for folder in request.tasks:
             ground = open_ground(folder, backbone, how)
@@ -240,12 +239,12 @@ def _with_shots(
     request: Request, grounds: Mapping[Method, Ground], recipes: Mapping[Method, Recipe], shots: int
 ) -> Iterator[Answered]:
     """The table of k images a class."""
-    plans = {m: few_shots(grounds[m], m, recipe, shots) for m, recipe in recipes.items()}
-    usual = {m: plan.recipe for m, plan in plans.items()}
+    usual = {m: few_shots(grounds[m], m, recipe, shots) for m, recipe in recipes.items()}
     frozen = freeze(request.out, _pairs(grounds, usual, f", {shots} shots"))
-    for m, plan in plans.items():
-        entries = run_fits(grounds[m], m, plan.fits(range(request.seeds)))
-        found = Answers(m, plan.recipe, entries, shots=shots)
+    for m, recipe in usual.items():
+        fits = shot_fits(grounds[m], m, recipe, range(request.seeds), shots)
+        entries = run_fits(grounds[m], m, fits)
+        found = Answers(m, recipe, entries, shots=shots)
         yield from answered(grounds[m], found, "shots", wanted=request.seeds, frozen=frozen)
 
 

@@ -24,7 +24,7 @@ from sidetune.data.dataset import Dataset
 from sidetune.data.vtab import is_vtab
 from sidetune.errors import DataError, RequestError
 from sidetune.extract import sample_keys
-from sidetune.job import Job
+from sidetune.job import Job, union
 from sidetune.keyed import generator
 from sidetune.opening import Part, open_jobs
 from sidetune.recipe import Recipe
@@ -95,7 +95,7 @@ class Ground:
     @property
     def rows(self) -> Rows:
         """Of train and validation."""
-        return np.sort(np.concatenate([self.job.split["train"], self.job.split["val"]]))
+        return union([self.job.split["train"], self.job.split["val"]])
 
     def shots(self, shots: int, seed: int) -> Rows:
         """The first k images of every class in an order that the seed draws: fewer shots are among more.
@@ -212,7 +212,7 @@ def add_test(ground: Ground, path: Path, how: Opening) -> Ground:
     keys = sample_keys(dataset)
     job = _job(dataset, keys, ground.job.backbone, how, f"{ground.name}-{name}")
     own = len(job.split["test"]) and "test" not in dataset.carved
-    rows = job.split["test"] if own else np.sort(np.concatenate(list(job.split.values())))
+    rows = job.split["test"] if own else union(list(job.split.values()))
     rows = _unlearned(ground, path, keys, rows)
     numbers = np.array([ours.index(one) for one in dataset.outputs], np.int64)
     images = replace(Images.of(job, keys, rows), classes=numbers)

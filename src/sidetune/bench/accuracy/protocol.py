@@ -2,7 +2,7 @@
 
     choose(ground, method, ..)     train800 -> val200, or folds; the point of the grid with the best accuracy
     finals(ground, method, ..)     train800val200, a network a seed, last epoch; answers for test
-    few_shots(ground, method, ..)  k images a class, drawn by each seed; nothing is chosen
+    few_shots, shot_fits           k images a class, drawn by each seed; nothing is chosen
     clock(ground, method, ..)      seconds of an epoch, memory and parameters of the chosen recipe
 
 Nothing here reads a label of test.
@@ -94,41 +94,11 @@ def finals(ground: Ground, method: Method, recipe: Recipe, seeds: Sequence[int])
     return run_fits(ground, method, _final_fits(ground, method, recipe, seeds))
 
 
-@dataclass(frozen=True, eq=False)
-class FewShots:
-    """A method with k images a class.
-
-    Args:
-        ground: the task.
-        recipe: that it has for any such k; epochs are those of all k images.
-        method: that is trained.
-        shots: k.
-    """
-
-    ground: Ground
-    recipe: Recipe
-    method: Method
-    shots: int
-
-    def fits(self, seeds: Sequence[int]) -> list[Fit]:
-        """One a seed, which draws the images, too."""
-        ground, shots = self.ground, self.shots
-        return [
-            Fit(
-                f"shots-{shots}-seed-{seed}",
-                _seeded(self.recipe, seed),
-                ground.shots(shots, seed),
-                ground.tests,
-            )
-            for seed in self.method.of(seeds)
-        ]
-
-
-def few_shots(ground: Ground, method: Method, recipe: Recipe, shots: int) -> FewShots:
+def few_shots(ground: Ground, method: Method, recipe: Recipe, shots: int) -> Recipe:
     """What a method is with k images a class, which leave none to choose on.
 
-    So nothing is chosen: it has the first point of its grid, ridge its penalty by leaving one of the images
-    out, the linear probe a fixed one.
+    So nothing is chosen: it has the first point of its grid and the epochs of all k images, ridge its penalty
+    by leaving one of the images out, the linear probe a fixed one.
 
     Args:
         ground: the task.
@@ -138,10 +108,26 @@ def few_shots(ground: Ground, method: Method, recipe: Recipe, shots: int) -> Few
     """
     if isinstance(recipe.side, LinearRecipe):
         side = recipe.side.model_copy(update={"pool": "mean", "l2": SHOTS_L2})
-        return FewShots(ground, recipe.model_copy(update={"side": side}), method, shots)
+        return recipe.model_copy(update={"side": side})
     first = recipe if method.solved else at(recipe, next(method.points(1)))
     train = first.train.resolved(len(ground.shots(shots, 0)))
-    return FewShots(ground, first.model_copy(update={"train": train}), method, shots)
+    return first.model_copy(update={"train": train})
+
+
+def shot_fits(ground: Ground, method: Method, recipe: Recipe, seeds: Sequence[int], shots: int) -> list[Fit]:
+    """Networks of k images a class, one a seed, which draws the images, too.
+
+    Args:
+        ground: the task.
+        method: that is trained.
+        recipe: of `few_shots`.
+        seeds: of draws and networks; a solved method is solved on each draw.
+        shots: k.
+    """
+    return [
+        Fit(f"shots-{shots}-seed-{seed}", _seeded(recipe, seed), ground.shots(shots, seed), ground.tests)
+        for seed in method.of(seeds)
+    ]
 
 
 def clock(ground: Ground, method: Method, recipe: Recipe, seeds: Sequence[int]) -> dict[str, float]:
