@@ -8,13 +8,15 @@ import pytest
 
 from accuracy_requests import BASE, frozen, hashes, of, request
 from sidetune import build_backbone, cli
+from sidetune.backbones.base import Backbone
+from sidetune.backbones.hooked import HookedBackbone
 from sidetune.bench.accuracy import bench_accuracy
 from sidetune.bench.accuracy import ledger as ledger_module
 from sidetune.bench.accuracy.grid import parse_methods
 from sidetune.bench.accuracy.ground import Opening, add_test, open_ground
 from sidetune.bench.accuracy.picture import apart, draw, pareto, points
 from sidetune.bench.accuracy.tasks import find_tasks
-from sidetune.errors import ArtifactError, DataError, RequestError
+from sidetune.errors import ArtifactError, BackboneError, DataError, RequestError
 from sidetune.recipe import Recipe
 from vtab_tasks import make_suite, make_task, read_list, write_list
 
@@ -247,11 +249,19 @@ def test_baselines_train_one_after_another_and_full_begins_at_the_pixels(suite, 
     assert all(one.claim.startswith("no claim: ") for one in report.comparisons[False])
 
 
-def test_a_backbone_of_ones_own_is_not_exchanged_for_the_recipes(suite, tmp_path):
+def test_full_begins_at_the_pixels_of_a_backbone_of_ones_own(suite, tmp_path):
     own = build_backbone("toy", size=48)
+    asked = request(suite, tmp_path, "full", against=(), seeds=1, equal_time=False)
+    report = bench_accuracy(replace(asked, tasks=asked.tasks[:1]), own)
+    trained = of(report, "colours", "full").cost["parameters"]
+    assert trained == sum(one.numel() for one in own.module.parameters())
+
+
+def test_a_backbone_that_gives_no_pixels_is_refused_before_anything_is_written(suite, tmp_path, monkeypatch):
+    monkeypatch.setattr(HookedBackbone, "reading", Backbone.reading)
     asked = request(suite, tmp_path, "losa,full", against=())
-    with pytest.raises(RequestError, match=r"full would train the recipe's backbone, 'toy', .*size.* 48"):
-        bench_accuracy(asked, own)
+    with pytest.raises(BackboneError, match=r"reads the taps that it was built with, .* and got image"):
+        bench_accuracy(asked)
     assert not (tmp_path / "out").exists()
 
 

@@ -213,10 +213,10 @@ def test_the_threads_follow_their_number() -> None:
 def test_chunks_get_the_threads_that_operations_leave(several_threads: None) -> None:
     with threads_to_chunks():
         assert torch.get_num_threads() == 1
-        assert len(over_chunks(lambda rows: rows, 12, 2**21, torch.device("cpu"))) == 4
+        assert len(over_chunks(lambda rows: rows, 12, 2**22, torch.device("cpu"))) == 4
         with threads_to_chunks():
             assert torch.get_num_threads() == 1
-        assert len(over_chunks(lambda rows: rows, 12, 2**21, torch.device("cpu"))) == 4
+        assert len(over_chunks(lambda rows: rows, 12, 2**22, torch.device("cpu"))) == 4
     assert torch.get_num_threads() == 2
     with threads_to_chunks(when=False):
         assert torch.get_num_threads() == 2
@@ -287,11 +287,13 @@ def test_an_unknown_form() -> None:
     ("batch", "sample_bytes", "threads", "count"),
     [
         (50, 2**20, 2, 4),  # two a thread
-        (12, 2**20, 2, 2),  # three would be enough work each, and one thread would wait
+        (31, 2**20, 2, 2),  # four would be short of work
+        (12, 2**20, 2, 2),
+        (7, 2**20, 2, 1),
         (50, 2**20, 1, 2),  # as many as fit into the cache
         (50, 2**22, 2, 8),
         (50, 1, 2, 1),  # too little to share
-        (3, 2**23, 2, 3),
+        (3, 2**23, 2, 2),  # one of two samples
         (1, 2**30, 8, 1),
         (0, 2**20, 2, 1),
     ],

@@ -27,7 +27,8 @@ Result = TypeVar("Result")
 
 CACHE_BYTES = 28 * 2**20  # of one chunk's scratch
 LEAST_BYTES = 4 * 2**20  # a chunk of less costs more in Python than another thread brings
-CHUNKS_A_THREAD = 2  # at least, so that a thread that is held up leaves work to the others
+CHUNKS_A_THREAD = 2  # at least, so that a thread that is held up leaves work to the others,
+SPARE_BYTES = 8 * 2**20  # if no chunk becomes smaller: with less, Python's calls take a fifth of a step
 
 
 _given: int | None = None  # threads that `threads_to_chunks` took from torch's operations
@@ -146,8 +147,9 @@ class Scratches:
 def split(batch: int, sample_bytes: int, threads: int) -> list[slice]:
     """Slices of a batch, of equal length but for one sample, as many for each thread."""
     total = batch * sample_bytes
-    worthwhile = min(CHUNKS_A_THREAD * threads, total // LEAST_BYTES) if threads > 1 else 1
-    count, fitting = worthwhile // threads * threads or worthwhile, -(-total // CACHE_BYTES)
+    count, fitting = min(threads, total // LEAST_BYTES), -(-total // CACHE_BYTES)
+    if threads > 1 and total >= CHUNKS_A_THREAD * threads * SPARE_BYTES:
+        count = CHUNKS_A_THREAD * threads
     if fitting > max(count, 1):
         count = -(-fitting // threads) * threads
     count = max(1, min(batch, count))

@@ -90,8 +90,8 @@ def bench_accuracy(request: Request, backbone: Backbone | None = None) -> Report
         backbone: your own, in place of the one that the recipe names.
 
     Raises:
-        RequestError: methods, tasks, options or data are not what they should be; or a method begins at the
-            pixels, and your backbone is not what the recipe names.
+        RequestError: methods, tasks, options or data are not what they should be.
+        BackboneError: a method begins at the pixels, and your backbone does not give them.
         ArtifactError: OUT has frozen other recipes or another time, or a file of it is damaged.
         StoreError: a store belongs to another backbone, or the disk is full.
     """
@@ -101,7 +101,7 @@ def bench_accuracy(request: Request, backbone: Backbone | None = None) -> Report
     backbone.to(find_device(request.device))
     recipes = {method: method.recipe(request.base, request.settings) for method in request.methods}
     check_settings(request.methods, list(recipes.values()), request.settings)
-    pixels = _pixels(request, recipes, backbone)
+    pixels = _pixels(recipes, backbone)
     for method, recipe in recipes.items():
         own = pixels.get(method, backbone)
         build_model(recipe, own.spec, 2, own.norm, backbone=own)  # a wrong side is refused here
@@ -170,22 +170,13 @@ def _check(request: Request) -> None:
         )
 
 
-def _pixels(request: Request, recipes: Mapping[Method, Recipe], backbone: Backbone) -> dict[Method, Backbone]:
-    """The backbone once more, giving its input, for the methods that begin there."""
+def _pixels(recipes: Mapping[Method, Recipe], backbone: Backbone) -> dict[Method, Backbone]:
+    """The same backbone, giving its input, for the methods that begin there."""
     num_blocks = len(backbone.spec.blocks)
     methods = [method for method, recipe in recipes.items() if method.reads_image(recipe, num_blocks)]
     if not methods:
         return {}
-    part = request.base.backbone
-    again = build_backbone(part.name, **{**part.arguments(), "taps": ("image",)}).to(backbone.device)
-    if again.identity != backbone.identity:
-        named = ", ".join(method.name for method in methods)
-        difference = "; ".join(again.identity.difference(backbone.identity))
-        raise RequestError(
-            f"{named} would train the recipe's backbone, {part.name!r}, and not the one that was given "
-            f"({difference}), expected the same. Leave {named} out, or name that backbone in the recipe"
-        )
-    return dict.fromkeys(methods, again)
+    return dict.fromkeys(methods, backbone.reading(("image",)))
 
 
 def _run_task(
