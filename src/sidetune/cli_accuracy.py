@@ -40,8 +40,8 @@ Methods = Annotated[
     typer.Option(
         metavar="A,B",
         rich_help_panel=PROTOCOL,
-        help="Rows: ridge-last, ridge, linear, side networks, baselines; lora:1 has one seed, losa+ridge "
-        "shares of ridge in its grid.",
+        help="Rows: ridge-last, ridge, linear, side networks, baselines; lora:1 has one seed, lora-bf16 "
+        "trains under autocast, losa+ridge has shares of ridge in its grid.",
     ),
 ]
 Named = Annotated[
@@ -240,7 +240,7 @@ class _Options:
     def request(self, tasks: tuple[TaskFolder, ...], build: Callable[[list[str]], Any]) -> Request:
         """What is asked for; settings of sides are left to the methods that have them."""
         from sidetune.bench.accuracy import Request
-        from sidetune.bench.accuracy.grid import parse_methods
+        from sidetune.bench.accuracy.grid import IN_BF16, parse_methods
 
         chosen = self.settings or []
         shared = [one for one in chosen if not one.startswith("side.")]
@@ -248,7 +248,7 @@ class _Options:
             shared.append(f"train.epochs={self.epochs}")
         rows = parse_methods(self.methods)
         named = [row.name for row in rows]
-        usual = [name for name in named if name in ("lora", "ridge")] or named[:1]
+        usual = [name for name in named if name.removesuffix(IN_BF16) in ("lora", "ridge")] or named[:1]
         return Request(
             tasks,
             rows,

@@ -447,3 +447,16 @@ def test_ridge_has_no_share_in_what_does_not_train_beside_it():
     for name in ("lora+ridge", "ridge+ridge"):
         with pytest.raises(RequestError, match="Type: --methods losa"):
             parse_methods(name)
+
+
+def test_a_baseline_in_bf16_trains_under_autocast_and_nothing_else_does():
+    plain, short = parse_methods("lora-last3,lora-last3-bf16:2")
+    base = Recipe.build(BASE)
+    recipe = short.recipe(base)
+    assert recipe.train.precision == "bf16" and short.seeds == 2
+    assert recipe.side == plain.recipe(base).side and plain.recipe(base).train.precision == "auto"
+    for name in ("losa-bf16", "ridge-bf16", "losa-bf16+ridge"):
+        with pytest.raises(RequestError, match="bf16 is for baselines"):
+            parse_methods(name)
+    with pytest.raises(RequestError, match="share in what a trained side network"):
+        parse_methods("lora-bf16+ridge")

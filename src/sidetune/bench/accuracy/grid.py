@@ -39,6 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{f"lora-last{k}": {"name": "lora", "blocks": k} for k in (1, 2, 3, 6)},
 }
 WITH_NORM = ("full", "norms")  # these train the final norm, too
+IN_BF16 = "-bf16"  # a baseline whose name ends so trains under autocast: the backbone's blocks take less time
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,14 @@ class Method:
         side: fields of `Recipe.side`.
         seeds: that it is trained with; None: as many as all others.
         with_ridge: whether its grid has shares of ridge in the answer.
+        in_bf16: whether it trains under bf16 autocast on a CPU, too.
     """
 
     name: str
     side: Mapping[str, Any] = field(hash=False)
     seeds: int | None = None
     with_ridge: bool = False
+    in_bf16: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Method:
@@ -67,17 +70,23 @@ class Method:
         name, colon, seeds = text.strip().partition(":")
         if colon and not (seeds.isdecimal() and int(seeds) > 0):
             raise RequestError(f"--methods has {text!r}, expected NAME or NAME:SEEDS. Type: --methods {name}")
-        plain = name.removesuffix(WITH_RIDGE)
+        plain = name.removesuffix(WITH_RIDGE).removesuffix(IN_BF16)
+        with_ridge, in_bf16 = name.endswith(WITH_RIDGE), name.removesuffix(WITH_RIDGE).endswith(IN_BF16)
         known = (*SIDES, *BASELINES, *VARIANTS)
         if plain not in known:
             raise RequestError(f"--methods has no method named {plain!r}.{nearest(plain, known)}")
         side = VARIANTS.get(plain, {"name": plain})
-        if plain != name and (side["name"] not in SIDES or side["name"] in SOLVED):
+        if in_bf16 and side["name"] not in BASELINES:
+            raise RequestError(
+                f"--methods has {text!r}: bf16 is for baselines, which run the backbone's blocks. Type: "
+                f"--methods {plain}"
+            )
+        if with_ridge and (side["name"] not in SIDES or side["name"] in SOLVED):
             raise RequestError(
                 f"--methods has {text!r}: ridge has a share in what a trained side network answers. "
                 "Type: --methods losa+ridge"
             )
-        return cls(name, side, int(seeds) if colon else None, plain != name)
+        return cls(name, side, int(seeds) if colon else None, with_ridge, in_bf16)
 
     @property
     def solved(self) -> bool:
@@ -119,6 +128,8 @@ class Method:
             fields["train"] = {}  # nothing of it has a part in a solution
         if self.side["name"] in WITH_NORM:
             fields["head"]["norm"] = "trained"
+        if self.in_bf16:
+            fields["train"]["precision"] = "bf16"
         try:
             own = Recipe.build(fields)
         except RecipeError as error:
