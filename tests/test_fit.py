@@ -94,7 +94,7 @@ def test_evaluating_the_run_on_its_own_data_gives_its_test_scores(runs, image_fo
 
 @pytest.mark.parametrize("side", ["losa", "ridge"])
 def test_stored_features_train_what_live_ones_do(runs, image_folder, side):
-    stored, live = runs(side, dtype="fp32"), runs(side, mode="live")
+    stored, live = runs(side), runs(side, mode="live")
     ours, theirs = (load_file(run.folder / "side.safetensors") for run in (stored, live))
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():

@@ -44,6 +44,26 @@ def test_features_are_the_same_stored_and_live(both):
         )
 
 
+def test_a_live_feature_is_rounded_as_the_store_rounds_it(image_folder, tmp_path):
+    dataset, backbone = load_dataset(image_folder), build_backbone("toy")
+    store = extract(dataset, backbone, tmp_path / "s", dtype="fp16", quiet=True)
+    stored = StoredSource(store, sample_keys(dataset))
+    live = LiveSource(dataset, backbone, dtype="fp16", quiet=True)
+    rows = list(range(len(dataset)))
+    for got, expected in zip(live.features(rows).layers, stored.features(rows).layers, strict=True):
+        assert got.dtype == expected.dtype == torch.float16
+        assert torch.equal(got, expected)
+    for got, expected in zip(live.summary().mean, stored.summary().mean, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_a_live_feature_that_the_type_cannot_hold_is_refused(image_folder):
+    backbone = build_backbone("toy")
+    backbone.module.blocks[-1].register_forward_hook(lambda module, inputs, output: output * 1e6)
+    with pytest.raises(StoreError, match=r"tap 'block\.4' reaches .*more than fp16.*features\.dtype=bf16"):
+        LiveSource(load_dataset(image_folder), backbone, dtype="fp16", quiet=True)
+
+
 def test_summaries_are_the_same_stored_and_live(both):
     stored, live = both
     a, b = stored.summary(), live.summary()

@@ -350,26 +350,40 @@ def decoded(
 def _stored(images: Tensor, backbone: Backbone, plan: Plan) -> dict[str, Tensor]:
     """A micro-batch's tensors as a shard holds them. The summary is of the rounded features."""
     with torch.inference_mode():
-        features = backbone(images)
-        layers = tuple(layer.to("cpu", DTYPES[plan.dtype]) for layer in features.layers)
-    for layer, read, tap in zip(layers, features.layers, plan.spec.taps, strict=True):
-        if not torch.isfinite(read).all():
-            raise StoreError(
-                f"tap {tap.name!r} holds NaN or infinity as the backbone gives it in "
-                f"{backbone.variant.precision}. Type: --set backbone.precision=fp32, or other --weights"
-            )
-        if not torch.isfinite(layer).all():
-            raise StoreError(
-                f"tap {tap.name!r} reaches {read.abs().max():.4g}, more than {plan.dtype} can hold. "
-                f"Type: --set features.dtype=bf16, and a new folder where --store or --out names one"
-            )
-    summary = summarise(Features(layers, plan.spec))
-    tensors = dict(zip(plan.spec.names, layers, strict=True))
+        features = rounded(backbone(images), plan.dtype, backbone.variant.precision).to("cpu")
+    summary = summarise(features)
+    tensors = dict(zip(plan.spec.names, features.layers, strict=True))
     tensors |= {
         f"summary.mean.{name}": mean for name, mean in zip(plan.spec.names, summary.mean, strict=True)
     }
     tensors |= {f"summary.cls.{name}": cls for name, cls in zip(plan.spec.names, summary.cls, strict=True)}
     return tensors | {"summary.mean_square": summary.mean_square}
+
+
+def rounded(features: Features, dtype: DTypeName, precision: str) -> Features:
+    """Features in a store's type.
+
+    Args:
+        features: as the backbone gives them.
+        dtype: to round to.
+        precision: of the backbone, for the message.
+
+    Raises:
+        StoreError: a feature is more than the type can hold, or not finite.
+    """
+    found = features.to(features.layers[0].device, DTYPES[dtype])
+    for layer, read, tap in zip(found.layers, features.layers, features.spec.taps, strict=True):
+        if not torch.isfinite(read).all():
+            raise StoreError(
+                f"tap {tap.name!r} holds NaN or infinity as the backbone gives it in "
+                f"{precision}. Type: --set backbone.precision=fp32, or other --weights"
+            )
+        if not torch.isfinite(layer).all():
+            raise StoreError(
+                f"tap {tap.name!r} reaches {read.abs().max():.4g}, more than {dtype} can hold. "
+                f"Type: --set features.dtype=bf16, and a new folder where --store or --out names one"
+            )
+    return found
 
 
 def _label(dataset: Dataset, row: int) -> str:

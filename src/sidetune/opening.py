@@ -141,7 +141,9 @@ def _open_source(
     recipe, dataset = parts[0].recipe, parts[0].dataset
     chosen = views(recipe.features.views, flip=recipe.features.flip)
     if recipe.features.mode == "live":
-        return LiveSource(dataset, backbone, keys=keys, views=chosen, quiet=quiet)
+        return LiveSource(
+            dataset, backbone, dtype=recipe.features.dtype, keys=keys, views=chosen, quiet=quiet
+        )
     dtype = recipe.features.dtype
     say(f"features in {store} ({dtype})", quiet=quiet)
     read = reads(recipe, backbone, max(len(part.dataset.outputs) for part in parts))

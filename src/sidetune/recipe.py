@@ -121,7 +121,7 @@ class FeaturesRecipe(Part):
 
     Args:
         mode: ``stored`` runs the backbone once an image; ``live`` at every epoch.
-        dtype: of stored features.
+        dtype: of features, stored or live.
         views: more views of each image: its mirror image, then seeded crops. Training draws one of
             them, or the image itself, at every step; each costs what an image costs to extract.
         flip: whether views may be mirrored. Off where left and right differ in meaning.

@@ -21,11 +21,11 @@ from sidetune.backbones.base import Backbone
 from sidetune.data.dataset import Dataset
 from sidetune.data.views import PLAIN, Picture, View
 from sidetune.errors import SidetuneError
-from sidetune.extract import DECODERS, MICRO_BATCH, decoded
+from sidetune.extract import DECODERS, MICRO_BATCH, decoded, rounded
 from sidetune.features import Features, FinalNorm, Spec
 from sidetune.progress import Progress
 from sidetune.reader import AHEAD, Ahead, Layout
-from sidetune.store import Store
+from sidetune.store import DTYPES, DTypeName, Store
 from sidetune.summary import Statistic, Summary, concatenate, summarise
 
 
@@ -164,9 +164,13 @@ class LiveSource(Source):
     Args:
         dataset: the images.
         backbone: frozen; runs under no_grad.
+        dtype: of features. A store's: then the same numbers reach the side as from one, in half the memory.
         keys: the dataset's sample keys, which crops are drawn from; needed for more views than one.
         views: of every image.
         quiet: no progress for the first pass.
+
+    Raises:
+        StoreError: a feature is more than the type can hold, or not finite.
     """
 
     def __init__(
@@ -174,6 +178,7 @@ class LiveSource(Source):
         dataset: Dataset,
         backbone: Backbone,
         *,
+        dtype: DTypeName = "fp32",
         keys: Sequence[str] | None = None,
         views: tuple[View, ...] = (PLAIN,),
         quiet: bool = False,
@@ -182,6 +187,8 @@ class LiveSource(Source):
         self.keys = [""] * len(dataset) if keys is None else list(keys)
         assert views == (PLAIN,) or keys is not None, "crops are drawn from the sample keys"
         self.backbone, self.views = backbone, views
+        self.dtype: DTypeName = dtype
+        self._giving = backbone.giving(DTYPES[dtype])
         self.spec, self.final_norm = backbone.spec, backbone.norm
         self.skipped = {}
         self._pool = ThreadPoolExecutor(DECODERS)
@@ -224,7 +231,9 @@ class LiveSource(Source):
         with Progress("features", len(pictures), "images", quiet=quiet) as progress:
             for first, images, bad in decoded(pictures, self.backbone.preprocess, self._pool, animated):
                 self.skipped |= {first + slot: reason for slot, reason in bad.items()}
-                parts.append(summarise(self._run(images).to("cpu")))
+                with torch.no_grad():
+                    features = rounded(self.backbone(images), self.dtype, self.backbone.variant.precision)
+                parts.append(summarise(features.to("cpu")))
                 progress.advance(len(images))
         frames = set(animated)
         self.animated = tuple(row for row, file in enumerate(self.files) if file in frames)
@@ -232,7 +241,7 @@ class LiveSource(Source):
 
     def _run(self, images: Tensor) -> Features:
         with torch.no_grad():
-            return self.backbone(images).to(self.backbone.device, torch.float32)
+            return self._giving(images).to(self.backbone.device, DTYPES[self.dtype])
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -46,6 +46,21 @@ def test_capture_leaves_once_everything_is_read():
     assert not net[1]._forward_hooks
 
 
+def test_a_tap_has_its_type_as_soon_as_it_is_read():
+    images, whole = torch.rand(2, 3, 32, 32), ToyBackbone()
+    half = whole.giving(torch.float16)
+    assert (half.module, half.spec, half.variant) == (whole.module, whole.spec, whole.variant)
+    found, expected = half(images), whole(images)
+    assert all(torch.equal(a, b.half()) for a, b in zip(found.layers, expected.layers, strict=True))
+    seen: list[torch.dtype] = []
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    net[1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    places = [Place("block.1", net[0]), Place("block.2", net[1])]
+    read = capture(places, lambda: net(torch.ones(1, 3, 2)), dtype=torch.float16)
+    assert {one.dtype for one in read.values()} == {torch.float16}
+    assert seen == [torch.float32], "the network goes on with what it had"
+
+
 def test_capture_refuses_a_submodule_that_does_not_run():
     net, stray = nn.Linear(2, 2), nn.Linear(2, 2)
     with pytest.raises(BackboneError, match=r"tap 'block\.2' did not run"):

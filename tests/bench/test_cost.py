@@ -147,7 +147,7 @@ def test_a_backbone_computes_what_the_method_reads_and_no_more():
     losa = Trial(CostCase.parse("losa"), TOY)
     assert losa.backbone.spec.names[-1] == "block.4"
     losa.seat()
-    assert losa.tap_bytes() == 2 * 4 * sum(tap.num_tokens * tap.width for tap in losa.model().side.spec.taps)
+    assert losa.tap_bytes() == 2 * 2 * sum(tap.num_tokens * tap.width for tap in losa.model().side.spec.taps)
 
 
 def test_a_live_round_is_one_step_and_a_stored_one_goes_through_a_real_store(tmp_path):

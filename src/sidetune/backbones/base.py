@@ -150,6 +150,16 @@ class Backbone(ABC):
             f"{', '.join(self.spec.names)}, and got {', '.join(taps)}. Build it with those"
         )
 
+    def giving(self, dtype: torch.dtype) -> Self:
+        """The same network, whose taps have this type as soon as each is read, if it can: memory is theirs.
+
+        Who must have it converts what it gets, too. Its weights are shared: be on the device before.
+
+        Args:
+            dtype: floating.
+        """
+        return self
+
     def stages(self) -> Stages:
         """Embedding and blocks, for what runs or changes them one by one.
 

@@ -101,6 +101,7 @@ class HookedBackbone(Backbone):
         )
         self.device = module_device(self.module)
         self._places = self._places_of(self.spec)
+        self._dtype: torch.dtype | None = None
 
     def __call__(self, images: Tensor) -> Features:
         """Read the taps of a batch of preprocessed images.
@@ -124,7 +125,7 @@ class HookedBackbone(Backbone):
         lower = self.variant.precision != "fp32"
         # no_grad, not inference_mode: a side that trains live saves these tensors for its backward.
         with torch.no_grad(), torch.autocast(self.device.type, half, enabled=lower):
-            read = capture(self._places, lambda: self._forward(images.to(self.device)))
+            read = capture(self._places, lambda: self._forward(images.to(self.device)), dtype=self._dtype)
         return Features(tuple(_as_tokens(read[name]) for name in self.spec.names), self.spec)
 
     def to(self, device: torch.device | str) -> Self:
@@ -141,6 +142,12 @@ class HookedBackbone(Backbone):
         other._places = other._places_of(other.spec)
         return other
 
+    def giving(self, dtype: torch.dtype) -> Self:
+        """See `Backbone.giving`."""
+        other = copy.copy(self)
+        other._dtype = dtype
+        return other
+
     def _places_of(self, spec: Spec) -> tuple[Place, ...]:
         return tuple(place for place in self._every_place if place.name in spec.names)
 
@@ -154,13 +161,18 @@ class _LastTapRead(Exception):  # noqa: N818 - a signal, not an error
 
 
 def capture(
-    places: Sequence[Place], run: Callable[[], object], *, to_the_end: bool = False
+    places: Sequence[Place],
+    run: Callable[[], object],
+    *,
+    dtype: torch.dtype | None = None,
+    to_the_end: bool = False,
 ) -> dict[str, Tensor]:
     """Listen to submodules while `run` runs.
 
     Args:
         places: what to listen to.
         run: runs the module.
+        dtype: of what is kept, from the moment it is read; None: as it is.
         to_the_end: do not leave once everything has been read.
 
     Returns:
@@ -176,7 +188,8 @@ def capture(
             raise BackboneError(
                 f"the submodule of tap {place.name!r} runs more than once; choose one that runs once"
             )
-        read[place.name] = _tensor(place, value)
+        tensor = _tensor(place, value)
+        read[place.name] = tensor if dtype is None else tensor.to(dtype)
         if len(read) == len(places) and not to_the_end:
             raise _LastTapRead
 

@@ -30,7 +30,7 @@ from sidetune.model import SideModel
 from sidetune.recipe import Recipe
 from sidetune.sides import SIDES, SOLVED
 from sidetune.sources import StoredSource
-from sidetune.store import Store
+from sidetune.store import DTYPES, Store
 from sidetune.tasks import Classify
 
 FORWARD = "forward"  # the backbone alone, to its last block: the floor of what stores nothing
@@ -195,12 +195,20 @@ class Trial:
         (bucket,) = self.fleet.buckets()
         return sum(one.nbytes for one in (*bucket.model.parameters(), *bucket.model.buffers()))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the taps that a step holds: as in fit, that of features; a baseline goes on from its tap."""
+        recipe = self.case.recipe
+        if recipe is None or isinstance(recipe.side, BaselineRecipe):
+            return torch.float32
+        return DTYPES[recipe.features.dtype]
+
     def tap_bytes(self) -> int:
-        """Bytes of the taps that the method reads of a batch, in float32."""
+        """Bytes of the taps that the method reads of a batch."""
         if self.fleet is None:
             return 0
         (bucket,) = self.fleet.buckets()
-        return 4 * self.setting.batch * bucket.model.side.spec.record_numel()
+        return self.dtype.itemsize * self.setting.batch * bucket.model.side.spec.record_numel()
 
     def _taps(self, every: Spec) -> tuple[str, ...]:
         """What the backbone reads: no more than the method does."""
@@ -215,7 +223,7 @@ class Trial:
         """Members that differ in their seeds, seated when they first run."""
         if store is None:
             assert self.backbone is not None
-            data, norm = live(self.backbone, self.images), self.backbone.norm
+            data, norm = live(self.backbone, self.images, self.dtype), self.backbone.norm
         else:
             data, norm = stored(store, self.setting.batch), store.final_norm
 
@@ -242,12 +250,13 @@ class Trial:
         return fleet
 
 
-def live(backbone: Backbone, images: torch.Tensor) -> TrainingSet:
+def live(backbone: Backbone, images: torch.Tensor, dtype: torch.dtype) -> TrainingSet:
     """A batch that the backbone computes anew at every step; an epoch has one step."""
+    giving = backbone.giving(dtype)
 
     def inputs(rows: object, spec: Spec, draws: Draws) -> Features:
         with torch.no_grad():
-            return backbone(images).to(backbone.device, torch.float32).select(spec.names)
+            return giving(images).to(backbone.device, dtype).select(spec.names)
 
     return TrainingSet(inputs, _not_scored, np.arange(len(images)), backbone.spec, ahead=0)
 

@@ -28,7 +28,7 @@ class Measured:
         peak_bytes: of two rounds, above backbone and model.
         parameters: trained, a member, without the head; None where nothing trains, as below.
         artifact_bytes: of the file that a run would keep.
-        tap_bytes: of a batch's features in float32.
+        tap_bytes: of a batch's features.
     """
 
     timing: Timing

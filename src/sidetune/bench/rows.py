@@ -34,7 +34,7 @@ MEANINGS = {
     "peak_bytes": "Peak memory of a step, above what was loaded before it",
     "step_s": "Time of a training step, s",
     "images_per_s": "Images a second",
-    "tap_bytes": "Of that, a batch's taps in float32",
+    "tap_bytes": "Of that, a batch's taps",
     "parameters": "Trained parameters, without the head",
     "artifact_bytes": "What a run keeps",
     "job_s": "The whole job, s, computed from steps and extraction",
