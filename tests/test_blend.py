@@ -12,7 +12,7 @@ from fitted_runs import read_csv, toy_recipe
 from fleets import DATA, LAYERS, SPEC, TARGETS, TASK, build, member, recipe_of, run_all
 from sidetune import fit, load
 from sidetune.artifact import Artifact, build_model
-from sidetune.blend import Solved
+from sidetune.blend import SHARES, Solved, best_share
 from sidetune.bucket import Bucket, Member, Place
 from sidetune.features import Features
 from sidetune.probes import Pooled, Probe, fit_ridge
@@ -113,3 +113,59 @@ def test_a_run_with_ridge_answers_from_its_artifact_as_it_was_scored(
     for row in rows:
         (found,) = predictor.predict([pictures / row["path"]])
         assert found.label == row["predicted"]
+
+
+def outputs_of(right: int, of: int, sure: float) -> torch.Tensor:
+    """Two classes, the first of which is right: outputs (of, 2), so many of them for it."""
+    output = torch.zeros(of, 2)
+    output[:right, 0], output[right:, 1] = sure, sure
+    return output
+
+
+def test_the_best_share_is_that_of_the_better_voice_however_sure_the_other_is() -> None:
+    target = torch.zeros(40, dtype=torch.int64)
+    good, bad = outputs_of(38, 40, 2.0), outputs_of(22, 40, 30.0).flip(0)
+    assert best_share(TASK, good, bad, target) == 0
+    assert best_share(TASK, bad, good, target) == SHARES[-1]
+    assert best_share(TASK, good, good, target) == 0, "of equals the smallest"
+
+
+def test_voices_that_err_apart_share_the_answer() -> None:
+    target = torch.zeros(40, dtype=torch.int64)
+    one, other = outputs_of(30, 40, 2.0), outputs_of(30, 40, 2.0).flip(0)
+    one[:30, 0] += torch.linspace(0, 4, 30)
+    other[10:, 0] += torch.linspace(4, 0, 30)
+    assert 0.2 < best_share(TASK, one, other, target) < 0.8
+
+
+@pytest.mark.parametrize("fleet", [{}, {"folds": 2}, {"folds": 2, "members": "seed=0,1", "ensemble": True}])
+def test_auto_trains_what_none_trains_and_answers_with_its_share_from_the_artifact(
+    pictures: Path, tmp_path: Path, fleet: dict[str, Any]
+) -> None:
+    runs = {}
+    for name in ("auto", "0"):
+        recipe = toy_recipe("losa", f"head.ridge={name}", "features.dtype=fp32")
+        recipe = recipe.model_copy(update={"fleet": FleetRecipe(**fleet)})
+        runs[name] = fit(pictures, out=tmp_path / name, recipe=recipe, store=tmp_path / "store", quiet=True)
+    folders = {
+        name: [run.folder] if not fleet else sorted((run.folder / "members").iterdir())
+        for name, run in runs.items()
+    }
+    if "ensemble" not in fleet:  # which members answer is chosen by what they answer
+        for mine, plain in zip(folders["auto"], folders["0"], strict=True):
+            model, other = (Artifact.read(folder).model for folder in (mine, plain))
+            assert model.blend is not None and other.blend is None
+            assert model.blend.share in {round(share, 2) for share in SHARES}
+            for key, parameter in other.named_parameters():
+                assert torch.equal(parameter, model.get_parameter(key)), key
+    shares = {Artifact.read(folder).model.blend.share for folder in folders["auto"]}  # type: ignore[union-attr]
+    assert "ensemble" in fleet or len(shares) == 1, "folds have one share"
+    assert fleet or runs["auto"].row["detail"]["ridge"] in shares
+    predictor = load(runs["auto"].folder)
+    rows = [row for row in read_csv(runs["auto"].folder / "predictions.csv") if row["split"] == "test"]
+    assert rows
+    for row in rows:
+        (found,) = predictor.predict([pictures / row["path"]])
+        assert found.label == row["predicted"]
+        for label, value in found.values.items():
+            assert value == pytest.approx(float(row[f"p_{label}"]), abs=1e-4)

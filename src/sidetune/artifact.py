@@ -199,7 +199,7 @@ def build_model(
         assert backbone is not None, "a baseline is built around a backbone"
         if recipe.head.ridge:
             raise SideError(
-                f"head.ridge is {recipe.head.ridge:g} and {recipe.side.name} is a baseline: ridge shares "
+                f"head.ridge is {recipe.head.ridge} and {recipe.side.name} is a baseline: ridge shares "
                 "in what side networks answer. Type: --set head.ridge=0"
             )
         baseline = BASELINES[recipe.side.name](spec, backbone.stages(), recipe.side)
@@ -221,7 +221,7 @@ def build_model(
     norm = "none" if recipe.side.name == "ridge" else recipe.head.norm
     if recipe.side.name == "linear" and norm == "trained":
         norm = "backbone"
-    return SideModel(side, num_outputs, norm=norm, final_norm=final_norm, ridge=recipe.head.ridge)
+    return SideModel(side, num_outputs, norm=norm, final_norm=final_norm, ridge=recipe.head.ridge != 0)
 
 
 def find_device(name: str) -> torch.device:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sidetune.blend import Solved
+from sidetune.blend import AUTO, Solved
 from sidetune.features import Features
 from sidetune.keyed import Draws
 from sidetune.model import SideModel
@@ -57,6 +57,12 @@ class Member:
         return self.recipe.train.epochs
 
     @property
+    def share(self) -> float:
+        """Of ridge in its answer while it trains: none where that is chosen afterwards."""
+        share = self.recipe.head.ridge
+        return 0.0 if share == AUTO else float(share)
+
+    @property
     def stream(self) -> tuple[int, int]:
         """Members of one stream read the same batches: (seed of their order, batch size)."""
         train = self.recipe.train
@@ -67,7 +73,12 @@ class Member:
         """Members of one architecture are one model."""
         side = self.recipe.side.model_dump(mode="json", exclude={"drop_path"})
         return repr(
-            (sorted(side.items()), self.recipe.head.norm, self.recipe.head.ridge, self.recipe.train.precision)
+            (
+                sorted(side.items()),
+                self.recipe.head.norm,
+                self.recipe.head.ridge != 0,
+                self.recipe.train.precision,
+            )
         )
 
 
@@ -128,7 +139,7 @@ class Bucket:
         )
         for m, member in enumerate(members):
             if self.model.blend is not None and member.ridge is not None:
-                self.model.blend.put(m, member.ridge)
+                self.model.blend.put(m, member.ridge, member.share)
         self.optimizer = MemberAdamW(self.model.parameters())
         for m, place in enumerate(places):
             if place.state is not None:

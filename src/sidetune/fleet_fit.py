@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sidetune.blend import AUTO, Blend, give_best_share, ridge_alone
 from sidetune.bucket import Member
 from sidetune.calibration import fit_temperature
 from sidetune.checkpoint import Scores
@@ -198,7 +199,11 @@ def _candidates(
         DivergedError: no variation is whole.
     """
     whole = [entry for entry in entries if entry.trained.model is not None]
-    every = dict(zip(map(id, whole), _outputs(job, [_voice(e) for e in whole], held), strict=True))
+    every = dict(zip(map(id, whole), side_outputs(job, whole, held), strict=True))
+    with ridge_alone(_blends(whole)):
+        asked = [entry for entry in whole if entry.member.recipe.head.ridge == AUTO]
+        ridges = dict(zip(map(id, asked), side_outputs(job, asked, held), strict=True))
+    targets = torch.from_numpy(job.dataset.targets[held])
     # the last update of all may have ruined weights whose loss was finite before it
     outputs = {key: output for key, output in every.items() if output.isfinite().all()}
     by_variation: dict[str, list[Entry]] = {}
@@ -209,7 +214,12 @@ def _candidates(
         if any(id(entry) not in outputs for entry in own):
             job.say(f"{name} has diverged and cannot be chosen")
             continue
-        found.append(_candidate(job, own, [outputs[id(entry)] for entry in own], held, folds))
+        output_nK = _out_of_fold(own, outputs, folds)
+        if blends := _blends(own):
+            ridge_nK = _out_of_fold(own, ridges, folds)
+            output_nK = give_best_share(blends, job.task, output_nK, ridge_nK, targets)
+            job.say(f"  {name}: ridge's share in the answer {blends[0].share:g}")
+        found.append(_candidate(job, own, output_nK, held, folds))
     if not found:
         column = f"column {job.column!r}: " if job.column else ""
         raise DivergedError(
@@ -219,21 +229,40 @@ def _candidates(
     return found
 
 
+def _held_out(entry: Entry, folds: NDArray[np.int64] | None) -> slice | Tensor:
+    """Which of the samples that are held out it has not seen."""
+    return slice(None) if folds is None else torch.from_numpy(folds == entry.fold)
+
+
+def _out_of_fold(
+    entries: Sequence[Entry], outputs: Mapping[int, Tensor], folds: NDArray[np.int64] | None
+) -> Tensor:
+    """What the networks of a variation give for the samples that each has not seen: (n, K)."""
+    output_nK = torch.empty_like(outputs[id(entries[0])])
+    for entry in entries:
+        rows = _held_out(entry, folds)
+        output_nK[rows] = outputs[id(entry)][rows]
+    return output_nK
+
+
+def _blends(entries: Sequence[Entry]) -> list[Blend]:
+    """Of those where ridge's share is still to be chosen."""
+    models = [entry.trained.model for entry in entries if entry.member.recipe.head.ridge == AUTO]
+    return [model.blend for model in models if model is not None and model.blend is not None]
+
+
 def _candidate(
     job: Job,
     entries: Sequence[Entry],
-    outputs: Sequence[Tensor],
+    output_nK: Tensor,
     held: NDArray[np.int64],
     folds: NDArray[np.int64] | None,
 ) -> Candidate:
     targets = job.dataset.targets[held]
-    mine = [slice(None) if folds is None else torch.from_numpy(folds == entry.fold) for entry in entries]
-    output_nK = torch.empty_like(outputs[0])
-    for entry_rows, own in zip(mine, outputs, strict=True):
-        output_nK[entry_rows] = own[entry_rows]
     temperature = fit_temperature(job.task, output_nK, torch.from_numpy(targets))
     predictions = torch.empty_like(output_nK)
-    for entry, entry_rows in zip(entries, mine, strict=True):
+    for entry in entries:
+        entry_rows = _held_out(entry, folds)
         predictions[entry_rows] = entry.member.task.predictions(output_nK[entry_rows] / temperature)
     scored = scores(job.task, predictions.double().numpy(), targets)
     return Candidate(entries[0].variation, tuple(entries), predictions, temperature, scored)
@@ -309,10 +338,12 @@ def _name(chosen: Sequence[Candidate]) -> str:
 
 def _detail(entries: Sequence[Entry], chosen: Sequence[Candidate]) -> dict[str, Any]:
     """What was chosen, for the tables."""
-    trained = {"networks_trained": len(entries)}
+    trained: dict[str, Any] = {"networks_trained": len(entries)}
     if len(chosen) > 1:
         return trained
     recipe = chosen[0].entries[0].member.recipe
+    if blends := _blends(chosen[0].entries):
+        trained["ridge"] = blends[0].share
     member = {"member": chosen[0].variation.label} if chosen[0].variation.choices else {}
     return {**member, "epochs": recipe.train.epochs, "lr": recipe.train.lr, **trained}
 

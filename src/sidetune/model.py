@@ -32,7 +32,7 @@ class SideModel(nn.Module):
         norm: ``backbone`` copies the backbone's own final norm, frozen; ``trained`` starts there;
             ``none``. A backbone without one: layer norm without affine.
         final_norm: the backbone's, None where it has none.
-        ridge: its share in what is answered outside training; see `sidetune.blend`.
+        ridge: whether it has a share in what is answered outside training; see `sidetune.blend`.
     """
 
     def __init__(
@@ -42,13 +42,13 @@ class SideModel(nn.Module):
         *,
         norm: NormKind = "backbone",
         final_norm: FinalNorm | None = None,
-        ridge: float = 0.0,
+        ridge: bool = False,
     ) -> None:
         super().__init__()
         self.side = side
         self.norm = Norm(side, norm, final_norm)
         self.head = Head(side.members, side.width, num_outputs)
-        self.blend = Blend(side.spec, side.members, num_outputs, ridge) if ridge else None
+        self.blend = Blend(side.spec, side.members, num_outputs) if ridge else None
 
     def forward(self, features: Features, draws: Draws | None = None) -> Tensor:
         """Features -> outputs (M, B, K): in training the network's alone."""

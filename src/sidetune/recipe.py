@@ -143,12 +143,12 @@ class HeadRecipe(Part):
     Args:
         norm: layer norm with the affine of the backbone's final norm (``backbone``), with one that is
             trained and starts there (``trained``), or no norm at all (``none``).
-        ridge: share of ridge in the answer, the rest is the network's; 0: the network alone. See
-            `sidetune.blend`.
+        ridge: share of ridge in the answer, the rest is the network's; 0: the network alone; ``auto``: the
+            share with the least loss on validation, or out of fold. See `sidetune.blend`.
     """
 
     norm: NormKind = "backbone"
-    ridge: float = Field(0.0, ge=0, lt=1)
+    ridge: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = 0.0
 
 
 class TrainRecipe(Part):

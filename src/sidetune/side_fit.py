@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sidetune.artifact import build_model
-from sidetune.blend import Solved
+from sidetune.blend import AUTO, Solved, give_best_share, ridge_alone
 from sidetune.bucket import Member
 from sidetune.checkpoint import Scores
 from sidetune.errors import DivergedError
@@ -176,6 +176,7 @@ def _fitted(job: Job, member: Member, trained: Trained, window: int | None, peak
         )
     train_recipe = member.recipe.train.model_copy(update={"shuffle_window": window})
     recipe = member.recipe.train
+    share = choose_share(job, trained.model) if job.recipe.head.ridge == AUTO else None
     return Fitted(
         job.recipe.side.name,
         trained.model,
@@ -184,10 +185,23 @@ def _fitted(job: Job, member: Member, trained: Trained, window: int | None, peak
         seconds=sum(epoch.seconds for epoch in trained.history),
         peak_memory=peak_memory,
         detail={"epochs": recipe.epochs, "lr": recipe.lr}
-        | ({} if window is None else {"shuffle_window": window}),
+        | ({} if window is None else {"shuffle_window": window})
+        | ({} if share is None else {"ridge": share}),
         outputs=partial(model_outputs, job, trained.model),
         history=trained.history,
     )
+
+
+def choose_share(job: Job, model: SideModel) -> float:
+    """Give ridge the share in a network's answer that is best on validation. Returns it."""
+    assert model.blend is not None
+    network_nK = model_outputs(job, model, "val")
+    with ridge_alone([model.blend]):
+        ridge_nK = model_outputs(job, model, "val")
+    targets = torch.from_numpy(job.dataset.targets[job.split["val"]])
+    give_best_share([model.blend], job.task, network_nK, ridge_nK, targets)
+    job.say(f"ridge's share in the answer: {model.blend.share:g}, by validation")
+    return model.blend.share
 
 
 def _build(job: Job, training: Summary | None, recipes: Sequence[Recipe], num_outputs: int) -> SideModel:

@@ -443,6 +443,12 @@ def test_a_share_of_ridge_stands_in_the_grid_and_changes_the_answer(suite, tmp_p
     assert both.hashes != alone.hashes and both.recipe != alone.recipe
 
 
+def test_a_share_that_is_chosen_after_training_is_no_point_of_a_grid(suite, tmp_path):
+    asked = request(suite, tmp_path, "losa", settings=["head.ridge=auto"], against=())
+    with pytest.raises(RequestError, match=r"Type: --methods losa,losa\+ridge"):
+        bench_accuracy(asked)
+
+
 def test_ridge_has_no_share_in_what_does_not_train_beside_it():
     for name in ("lora+ridge", "ridge+ridge"):
         with pytest.raises(RequestError, match="Type: --methods losa"):

@@ -134,3 +134,9 @@ def test_a_range_contains_its_ends_and_nothing_beyond(low, width):
 
 def test_true_is_not_one():
     assert Choice((True, False)).contains(True) and not Choice((1, 0)).contains(True)
+
+
+def test_a_share_that_is_chosen_after_training_is_no_sweeps() -> None:
+    recipe = toy_recipe("losa", "head.ridge=auto")
+    with pytest.raises(RecipeError, match=r"head.ridge is 'auto'.*search it: head.ridge: \[0, 0.3"):
+        check_space({}, recipe)

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
+from sidetune.blend import AUTO
 from sidetune.errors import RecipeError, RequestError, nearest
 from sidetune.recipe import Recipe
 from sidetune.sides import SOLVED
@@ -142,8 +143,13 @@ def check_space(space: Space, recipe: Recipe) -> None:
     """Every value that a space can draw must make a recipe.
 
     Raises:
-        RecipeError: the side is solved, or a value does not fit.
+        RecipeError: the side is solved, ridge's share is chosen after training, or a value does not fit.
     """
+    if recipe.head.ridge == AUTO:
+        raise RecipeError(
+            "head.ridge is 'auto', which is chosen when training is done, and a sweep compares trials while "
+            "they train. Leave it out, and search it: head.ridge: [0, 0.3, 0.6]"
+        )
     if recipe.side.name in SOLVED:
         raise RecipeError(
             f"side {recipe.side.name!r} is solved, not trained: it has no learning rate to search, and "

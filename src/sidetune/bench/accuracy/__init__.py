@@ -31,6 +31,7 @@ from sidetune.bench.accuracy.scoring import Answered, Answers, Table, answered, 
 from sidetune.bench.accuracy.table import Report
 from sidetune.bench.accuracy.tasks import TaskFolder
 from sidetune.bench.rows import describe_machine
+from sidetune.blend import AUTO
 from sidetune.errors import RequestError
 from sidetune.files import locked, write_json
 from sidetune.recipe import Recipe
@@ -167,6 +168,10 @@ def _check(request: Request) -> None:
     if request.base.train.select == "best":
         raise RequestError(
             "train.select is 'best', and the protocol takes the last epoch. Leave it at 'last'"
+        )
+    if request.base.head.ridge == AUTO:
+        raise RequestError(
+            "head.ridge is 'auto', which is no point of a grid. Leave it out. Type: --methods losa,losa+ridge"
         )
 
 
