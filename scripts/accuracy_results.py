@@ -56,7 +56,8 @@ def main() -> None:
         options.into.write_text(text, encoding="utf-8")
     rows = read(options.into)
     for backbone in dict.fromkeys(row["backbone"] for row in rows):
-        print(f"{backbone}\n\n{table([row for row in rows if row['backbone'] == backbone])}\n")
+        own = [row for row in rows if row["backbone"] == backbone]
+        print("\n".join([backbone, "", table(own), "", *claims(own), ""]))
 
 
 def read(path: Path) -> list[Line]:
@@ -153,7 +154,7 @@ def scores(one: Line, suffix: str, shared: Line, own_commit: bool) -> list[Line]
 
 
 def table(rows: list[Line]) -> str:
-    """A row a task, a column a method, then both means: of the first table, all images."""
+    """A row a task, a column a method, then both means: of the bench's first table, all images."""
     plain = [row for row in rows if "claim" not in row and "shots" not in row and "cost" in row]
     plain = [row for row in plain if not row["method"].endswith("at equal time") and row["group"]]
     methods = list(dict.fromkeys(row["method"] for row in plain))
@@ -171,7 +172,7 @@ def table(rows: list[Line]) -> str:
     for words, of in (("groups", _of_groups), ("tasks", _of_tasks)):
         shown = [_mean(of({task: score.get((task, m)) for task in groups}, groups)) for m in methods]
         text.append(f"| **mean of {words}** | {' | '.join(shown)} |")
-    return "\n".join([*text, "", *claims(rows)])
+    return "\n".join(text)
 
 
 def _cell(found: list[Line], score: float | None) -> str:

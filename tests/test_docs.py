@@ -150,6 +150,13 @@ def test_the_table_of_cost_is_what_the_result_lines_say(monkeypatch: pytest.Monk
     assert table in text_of("README.md")
 
 
+def test_the_table_of_accuracy_is_what_the_result_lines_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    script = runpy.run_path(str(ROOT / "scripts" / "accuracy_results.py"))
+    rows = script["read"](ROOT / script["OUT"])
+    assert script["table"](rows) in text_of("README.md")
+
+
 RESULTS = sorted(path for path in (ROOT / "results").glob("*.jsonl") if path.stem != "looks")
 
 
