@@ -44,7 +44,7 @@ def test_a_quicker_method_that_joins_changes_nobodys_epochs(suite, timed, tmp_pa
     assert epochs(first) == {"losa": 4, "last": 2}
     assert frozen(tmp_path)["colours at equal time"] == {"seconds": 8.0, "by": "losa"}
     joined = command(suite, tmp_path, "losa,last,attentive")
-    assert epochs(joined) == {"losa": 4, "last": 2, "attentive": 4}
+    assert epochs(joined) == {"losa": 4, "last": 2, "attentive": 8}, "a quick one has more"
     alone = command(suite, tmp_path, "last")
     assert epochs(alone) == {"last": 2}, "the quickest is left out"
     assert "  colours: 8.0 s, by losa, frozen by the first command" in list(alone.lines())
@@ -52,11 +52,11 @@ def test_a_quicker_method_that_joins_changes_nobodys_epochs(suite, timed, tmp_pa
 
 
 def test_other_minutes_are_refused_before_anything_trains(suite, timed, tmp_path, monkeypatch):
-    command(suite, tmp_path, "losa", minutes=1.0)
-    assert frozen(tmp_path)["colours at equal time"] == {"seconds": 60.0, "by": "--minutes"}
-    assert epochs(command(suite, tmp_path, "losa")) == {"losa": 4}
+    command(suite, tmp_path, "losa", minutes=0.2)
+    assert frozen(tmp_path)["colours at equal time"] == {"seconds": 12.0, "by": "--minutes"}
+    assert epochs(command(suite, tmp_path, "losa")) == {"losa": 6}
     monkeypatch.setattr(fits, "train", pytest.fail)
-    with pytest.raises(ArtifactError, match=r"is 2, .* colours may take 1 minutes .* Leave --minutes"):
+    with pytest.raises(ArtifactError, match=r"is 2, .* colours may take 0.2 minutes .* Leave --minutes"):
         command(suite, tmp_path, "losa,last", minutes=2.0)
 
 

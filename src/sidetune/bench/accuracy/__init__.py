@@ -214,7 +214,7 @@ def _at_equal_time(
     chosen: Mapping[Method, Recipe],
     costs: Mapping[Method, Mapping[str, float]],
 ) -> Iterator[Answered]:
-    """The second table: each chosen recipe with fewer epochs."""
+    """The second table: each chosen recipe with the epochs that fit."""
     task = next(iter(grounds.values())).name
     trained = {m: costs[m] for m in chosen if not m.solved}
     budget = freeze_budget(request.out, task, request.minutes, trained)

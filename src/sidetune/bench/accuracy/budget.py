@@ -33,13 +33,12 @@ class Budget:
     by: str
 
     def epochs(self, cost: Mapping[str, float]) -> int:
-        """That fit into it, 0 where not even one does; never more than there were.
+        """That fit into it, 0 where not even one does.
 
         Args:
-            cost: seconds of an epoch, and epochs.
+            cost: seconds of an epoch.
         """
-        fitting = math.floor(self.seconds / cost["epoch_seconds"] + 1e-6)
-        return int(min(cost["epochs"], fitting))
+        return math.floor(self.seconds / cost["epoch_seconds"] + 1e-6)
 
 
 def find_budget(out: Path, task: str, minutes: float | None) -> Budget | None:
@@ -89,7 +88,7 @@ def freeze_budget(out: Path, task: str, minutes: float | None, costs: Costs) -> 
 
 
 def cut_all(chosen: Mapping[Method, Recipe], costs: Costs, budget: Budget) -> dict[Method, Recipe]:
-    """Each trained recipe with the epochs that fit, at least one; schedules end with them.
+    """Each trained recipe with as many epochs as fit, at least one; schedules end with them.
 
     Args:
         chosen: recipes.
