@@ -14,6 +14,7 @@ from sidetune import fit, load
 from sidetune.artifact import Artifact, build_model
 from sidetune.blend import SHARES, Solved, best_share
 from sidetune.bucket import Bucket, Member, Place
+from sidetune.errors import RecipeError
 from sidetune.features import Features
 from sidetune.probes import Pooled, Probe, fit_ridge
 from sidetune.recipe import FleetRecipe, Recipe
@@ -169,3 +170,9 @@ def test_auto_trains_what_none_trains_and_answers_with_its_share_from_the_artifa
         assert found.label == row["predicted"]
         for label, value in found.values.items():
             assert value == pytest.approx(float(row[f"p_{label}"]), abs=1e-4)
+
+
+@pytest.mark.parametrize("share", ["autoo", "1", "-0.1", "[0.5]"])
+def test_a_share_that_is_none_is_refused_with_what_it_can_be(share: str) -> None:
+    with pytest.raises(RecipeError, match=r"head\.ridge is .*, expected 0 or more and below 1, or auto"):
+        Recipe.build({}, [f"head.ridge={share}"])

@@ -344,10 +344,8 @@ def _message(error: ValidationError, example: Recipe) -> str:
     location = [str(step) for step in complaint["loc"]]
     if location[0] == "side" and len(location) > 1 and location[1] in METHODS:
         location.pop(1)  # the union's tag is no part of the key
-    if location[:2] == ["side", "taps"]:
+    if location[:2] in (["side", "taps"], ["fleet", "folds"], ["head", "ridge"]):
         location = location[:2]  # below it stand the branches of its type
-    if location[:2] == ["fleet", "folds"]:
-        location = location[:2]
     if len(location) == 1 and isinstance(complaint["input"], dict):
         location += list(complaint["input"])[:1]  # an unknown part: say the whole key that was typed
     key = ".".join(location)
@@ -360,6 +358,8 @@ def _message(error: ValidationError, example: Recipe) -> str:
         return f"{key} is {got}, expected all, last or a list. Type: --set side.taps=[block.12]"
     if key == "fleet.folds":
         return f"{key} is {got}, expected 2 or more, or column. Type: --folds 5"
+    if key == "head.ridge":
+        return f"{key} is {got}, expected 0 or more and below 1, or auto. Type: --set head.ridge=auto"
     hint = ""
     if complaint["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", complaint["ctx"]["expected"])  # ``'a', 'b' or 'c'``
