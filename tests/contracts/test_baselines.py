@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from sidetune.artifact import build_model
 from sidetune.backbones.base import Stages, weights_digest
@@ -214,6 +215,18 @@ def test_compiled_blocks_give_the_same(backbone: TimmBackbone) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "more blocks than there are": ({"name": "lora", "blocks": 9}, "side.blocks is 9, expected at most 3"),
 }
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_attention_in_bf16_is_plain_products(checkpointing: bool, backbone: TimmBackbone) -> None:
+    model = draw_all(build("lora", backbone, checkpointing=checkpointing))
+    inputs = features(model, backbone)
+    expected = gradients(model, inputs)
+    with torch.autocast("cpu", torch.bfloat16), profile(activities=[ProfilerActivity.CPU]) as seen:
+        found = gradients(model, inputs)
+    assert not [event.key for event in seen.key_averages() if "flash" in event.key]
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0.1, atol=0.1 * gradient.abs().max().item())
 
 
 @pytest.mark.parametrize("case", REFUSED)
