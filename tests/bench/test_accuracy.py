@@ -190,7 +190,7 @@ def test_a_damaged_fit_is_named(suite, revealed, tmp_path):
         bench_accuracy(request(suite, tmp_path / "run"))
 
 
-def test_equal_time_cuts_epochs_to_what_the_quickest_takes(suite, tmp_path, monkeypatch):
+def test_equal_time_gives_epochs_of_what_the_quickest_takes(suite, tmp_path, monkeypatch):
     protocol = importlib.import_module("sidetune.bench.accuracy.protocol")
     seconds = iter([1.0, 2.0] * 2 + [1.0] * 2)
     monkeypatch.setattr(protocol, "solo_epoch_seconds", lambda *_: next(seconds))

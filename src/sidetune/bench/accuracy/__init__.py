@@ -21,7 +21,7 @@ from sidetune.artifact import build_model, find_device
 from sidetune.backbones import build_backbone
 from sidetune.backbones.base import Backbone
 from sidetune.bench import LOOKS
-from sidetune.bench.accuracy.budget import budgets, cut_all, find_budget, freeze_budget
+from sidetune.bench.accuracy.budget import budgets, fill, find_budget, freeze_budget
 from sidetune.bench.accuracy.fits import run_fits
 from sidetune.bench.accuracy.grid import Method, check_grid, check_settings
 from sidetune.bench.accuracy.ground import Ground, Opening, add_test, live_ground, open_ground
@@ -218,7 +218,7 @@ def _at_equal_time(
     task = next(iter(grounds.values())).name
     trained = {m: costs[m] for m in chosen if not m.solved}
     budget = freeze_budget(request.out, task, request.minutes, trained)
-    limited = dict(chosen) if budget is None else cut_all(chosen, trained, budget)
+    limited = dict(chosen) if budget is None else fill(chosen, trained, budget)
     frozen = freeze(request.out, _pairs(grounds, limited, " at equal time"))
     for m, choice in choices.items():
         recipe, entries, cost = limited.get(m), [], dict(costs.get(m, {}))

@@ -87,7 +87,7 @@ def freeze_budget(out: Path, task: str, minutes: float | None, costs: Costs) -> 
     return made
 
 
-def cut_all(chosen: Mapping[Method, Recipe], costs: Costs, budget: Budget) -> dict[Method, Recipe]:
+def fill(chosen: Mapping[Method, Recipe], costs: Costs, budget: Budget) -> dict[Method, Recipe]:
     """Each trained recipe with as many epochs as fit, at least one; schedules end with them.
 
     Args:
