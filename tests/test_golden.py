@@ -53,7 +53,11 @@ def test_a_ten_step_loss_curve(name: str) -> None:
     shifted = Features(tuple(layer + shift for layer in features.layers), features.spec)
     task, rows = Classify(("a", "b", "c"), (1 / 3, 1 / 3, 1 / 3)), np.arange(24)
     member = Member(
-        name, Recipe.build({"train": {"epochs": 10, "batch_size": 24, "lr": 1e-2}}), task, target, rows
+        name,
+        Recipe.build({"train": {"epochs": 10, "batch_size": 24, "lr": 1e-2, "weight_decay": 0.05}}),
+        task,
+        target,
+        rows,
     )
     data = TrainingSet(
         lambda rows, spec, draws: shifted.select(spec.names).rows(torch.tensor(rows)),

@@ -61,8 +61,8 @@ def test_every_setting_that_members_may_differ_in_is_found_by_its_whole_name_and
     values = {
         "class_weights": "balanced", "label_smoothing": 0.1, "focal_gamma": 2.0, "norm": "trained",
         "ridge": 0.5,
-        "epochs": 3, "batch_size": 4, "lr": 0.5, "weight_decay": 0.1, "warmup": 0.0, "clip_norm": None,
-        "select": "best", "precision": "fp32", "seed": 4, "order_seed": 6,
+        "epochs": 3, "batch_size": 4, "lr": 0.5, "weight_decay": 0.1, "total_decay": 3.0, "warmup": 0.0,
+        "clip_norm": None, "select": "best", "precision": "fp32", "seed": 4, "order_seed": 6,
     }  # fmt: skip
     assert {field for fields in OWN.values() for field in fields} == set(values)
     for part, fields in OWN.items():

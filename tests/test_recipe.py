@@ -164,6 +164,7 @@ OTHERS = {
         "batch_size": 16,
         "lr": 2e-3,
         "weight_decay": 0.1,
+        "total_decay": 1.0,
         "warmup": 0.2,
         "clip_norm": 2.0,
         "select": "best",
@@ -241,3 +242,17 @@ def test_epochs_are_thirty_thousand_visits_between_ten_and_a_hundred(images, epo
 def test_arguments_of_the_backbone_are_those_asked_for():
     recipe = Recipe.build({"backbone": {"name": "toy", "size": 48, "seed": 0}})
     assert recipe.backbone.arguments() == {"size": 48, "precision": "fp32", "seed": 0}
+
+
+def test_decay_adds_up_to_the_same_over_any_training():
+    recipe = Recipe.build({"train": {"lr": 1e-2, "total_decay": 3.0}})
+    assert recipe.weight_decay(100) == pytest.approx(3.0)
+    assert recipe.weight_decay(1000) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("side", "given", "expected"), [("losa", 0.1, 0.1), ("full", None, 0.05), ("full", 0.1, 0.1)]
+)
+def test_decay_that_is_given_is_adamws_and_the_backbones_weights_stay_near(side, given, expected):
+    recipe = Recipe.build({"side": {"name": side}, "train": {"weight_decay": given}})
+    assert recipe.weight_decay(10) == expected

@@ -113,6 +113,10 @@ class Place:
         """At a step of its schedule, of so many steps an epoch."""
         return learning_rate(step, self.member.epochs * steps, self.member.recipe.train)
 
+    def weight_decay(self, steps: int) -> float:
+        """Of so many steps an epoch."""
+        return self.member.recipe.weight_decay(self.member.epochs * steps)
+
 
 class Bucket:
     """Members of one architecture and stream.
@@ -206,9 +210,9 @@ class Bucket:
         updates = {}
         for m, (place, count) in enumerate(zip(self.places, counts, strict=True)):
             if place.alive and count:
-                recipe = place.member.recipe.train
-                rate = place.learning_rate(place.steps, total)
-                updates[m] = Update(rate, recipe.weight_decay, recipe.clip_norm)
+                recipe = place.member.recipe
+                rate, decay = place.learning_rate(place.steps, total), place.weight_decay(total)
+                updates[m] = Update(rate, decay, recipe.train.clip_norm)
         return updates
 
     def outputs(self, features: Features) -> Tensor:

@@ -22,8 +22,8 @@ OWN: dict[str, tuple[str, ...]] = {  # what a member may have of its own; None o
     "data": ("class_weights", "label_smoothing", "focal_gamma"),
     "head": ("norm", "ridge"),
     "train": (
-        *("epochs", "batch_size", "lr", "weight_decay", "warmup", "clip_norm", "select", "precision"),
-        *("seed", "order_seed"),
+        *("epochs", "batch_size", "lr", "weight_decay", "total_decay", "precision"),
+        *("warmup", "clip_norm", "select", "seed", "order_seed"),
     ),
 }
 EXAMPLE = "Type: --members 'lr=1e-3,3e-3;seed=0,1'"

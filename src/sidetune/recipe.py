@@ -34,7 +34,7 @@ METHODS = {*SIDES, *BASELINES}
 LATER = {
     "data": ("focal_gamma", "split_by"),
     "head": ("ridge",),
-    "train": ("shuffle_window", "order_seed"),
+    "train": ("shuffle_window", "order_seed", "total_decay"),
     "fleet": ("members", "folds", "ensemble", "own_order"),
     "side": ("statistics",),
 }
@@ -158,7 +158,10 @@ class TrainRecipe(Part):
         epochs: None: clamp(30,000 / training images, 10, 100).
         batch_size: samples a step.
         lr: peak learning rate of AdamW.
-        weight_decay: of matrices; norms, biases and vectors have none.
+        weight_decay: AdamW's, of matrices; norms, biases and vectors have none. None: total_decay / (lr x
+            steps), and 0.05 for `full`, whose matrices are the backbone's own.
+        total_decay: over the whole training, whatever its length; see `Recipe.weight_decay`. Nothing where
+            weight_decay is given.
         warmup: share of the steps in which the rate climbs from lr/100; then cosine to lr/1000.
         clip_norm: largest norm of a member's gradient; None: no clipping.
         select: which epoch is kept: the ``last``, or the ``best`` on validation.
@@ -174,7 +177,8 @@ class TrainRecipe(Part):
     epochs: int | None = Field(None, ge=1)
     batch_size: int = Field(32, ge=1)
     lr: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
+    weight_decay: float | None = Field(None, ge=0)
+    total_decay: float = Field(2.0, ge=0)
     warmup: float = Field(0.1, ge=0, lt=1)
     clip_norm: float | None = Field(1.0, gt=0)
     select: Literal["last", "best"] = "last"
@@ -223,6 +227,20 @@ class Recipe(Part):
     head: HeadRecipe = HeadRecipe()
     train: TrainRecipe = TrainRecipe()
     fleet: FleetRecipe = FleetRecipe()
+
+    def weight_decay(self, steps: int) -> float:
+        """AdamW's: what was given, else what adds up to the total decay over the whole training.
+
+        At the peak rate a matrix that nothing pulls at would shrink by exp(-total_decay), and by the schedule
+        by about the root of that: 0.37. A fixed number, as the usual 0.05, does nothing in a few hundred
+        steps, and networks learn few images by heart (docs/log.md). What counts is the decay's time in
+        passes over the data (Wang & Aitchison, arXiv 2405.13698).
+
+        Args:
+            steps: of the whole training.
+        """
+        given = self.side.usual_decay if self.train.weight_decay is None else self.train.weight_decay
+        return self.train.total_decay / (self.train.lr * steps) if given is None else given
 
     @classmethod
     def build(cls, fields: dict[str, Any], settings: Sequence[str] = ()) -> Self:

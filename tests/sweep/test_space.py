@@ -28,7 +28,7 @@ def test_the_default_space_has_the_sides_own_fields_and_holds_the_defaults_rate(
     assert {name for name in space if name.startswith("side.")} == {
         f"side.{name}" for name in ("rank", "drop_path") if name in fields
     }
-    assert {"train.lr", "train.weight_decay", "data.label_smoothing"} <= space.keys()
+    assert {"train.lr", "train.total_decay", "data.label_smoothing"} <= space.keys()
     assert space["train.lr"].contains(recipe.train.lr)
     check_space(space, recipe)
 

@@ -41,7 +41,7 @@ def test_a_sweep_has_the_documented_files(done):
 def test_the_first_trial_is_the_recipe_as_given_and_is_trained_to_its_end(done):
     first = read(done, "sweep.json")["trials"][0]
     assert first["params"] == {
-        "side.rank": 8, "train.lr": 1e-3, "train.weight_decay": 0.05, "side.drop_path": 0.0,
+        "side.rank": 8, "train.lr": 1e-3, "train.total_decay": 2.0, "side.drop_path": 0.0,
         "data.label_smoothing": 0.0,
     }  # fmt: skip
     assert (first["state"], first["epochs"]) == ("finished", EPOCHS)

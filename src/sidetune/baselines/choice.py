@@ -10,7 +10,7 @@ it, and full fine-tuning and norm tuning are meant with it.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
@@ -19,6 +19,8 @@ from sidetune.baselines.base import Baseline, BaselineRecipe
 
 class FullRecipe(BaselineRecipe):
     """Full fine-tuning has no dials of its own."""
+
+    usual_decay: ClassVar[float | None] = 0.05  # its matrices are the backbone's own and are to stay near
 
     name: Literal["full"] = "full"
 

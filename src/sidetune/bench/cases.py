@@ -50,7 +50,8 @@ class Case:
         self.task = Classify(tuple(map(str, range(NUM_CLASSES))), (1 / NUM_CLASSES,) * NUM_CLASSES)
         self.targets = torch.arange(setting.batch, device=setting.device) % NUM_CLASSES
         self.model = _model(self, setting)
-        recipe = TrainRecipe()
+        recipe = TrainRecipe(weight_decay=0.05)
+        assert recipe.weight_decay is not None
         self._update = Update(recipe.lr, recipe.weight_decay, recipe.clip_norm)
         self._optimizer = MemberAdamW(self.model.parameters())
         self._turn = itertools.cycle(self.taps)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -33,6 +33,7 @@ class SideRecipe(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    usual_decay: ClassVar[float | None] = None  # AdamW's where the recipe has none; None: by the steps
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of the side's constructor."""

@@ -94,9 +94,10 @@ Space: TypeAlias = dict[str, Domain]
 def default_space(recipe: Recipe) -> Space:
     """What is drawn unless a file says otherwise: rank, rate, decay, drop-path, smoothing.
 
-    The rate's decades are those that the side networks' papers search (1e-4 .. 1e-2), and decay and
-    drop-path reach past their values (0.05; 0 .. 0.2) on both sides. Pooling is left out: another than the
-    mean helped no side (docs/log.md), and trials that differ in it cannot share their products.
+    The rate's decades are those that the side networks' papers search (1e-4 .. 1e-2). Drop-path reaches past
+    their values (0 .. 0.2), and decay from next to none to where networks no longer fit their images.
+    Pooling is left out: another than the mean helped no side (docs/log.md), and trials that differ in it
+    cannot share their products.
 
     Args:
         recipe: its side says which fields there are.
@@ -104,7 +105,7 @@ def default_space(recipe: Recipe) -> Space:
     space: Space = {
         "side.rank": Choice((4, 8, 16)),
         "train.lr": Range(1e-4, 1e-2, log=True),
-        "train.weight_decay": Range(1e-3, 3e-1, log=True),
+        "train.total_decay": Range(0.1, 10.0, log=True),
         "side.drop_path": Range(0.0, 0.3, log=False),
     }
     if recipe.data.task != "regress":

@@ -24,7 +24,8 @@ RATES_OF: dict[str, tuple[float, ...]] = {
     "norms": (3e-3, 1e-3, 1e-2, 3e-2),
     "vpt": (3e-3, 1e-3, 1e-2, 3e-2),
 }
-DECAYS = (0.05, 1e-3)  # the other dial, for grids of more points than rates
+DECAYS = (2.0, 6.0)  # over the whole training: the other dial
+DECAYS_OF_FULL = (0.05, 1e-3)  # AdamW's own: the backbone's weights are to stay near what they are
 MOST_POINTS = len(RATES) * len(DECAYS)
 WITH_RIDGE = "+ridge"
 SHARES = (0.6, 0.0)  # of ridge in the answer, where a name ends so: they take the place of rates
@@ -145,7 +146,10 @@ class Method:
             size: how many points.
         """
         rates = RATES_OF.get(str(self.side["name"]), RATES)
-        every = [{"lr": rate, "weight_decay": decay} for decay in DECAYS for rate in rates]
+        pairs = (rates[:2], rates[2:])  # the usual rates at both decays, then the others
+        every = [{"lr": rate, "total_decay": decay} for pair in pairs for decay in DECAYS for rate in pair]
+        if self.side["name"] == "full":
+            every = [{"lr": rate, "weight_decay": decay} for decay in DECAYS_OF_FULL for rate in rates]
         if self.with_ridge:  # two shares at half of the rates: as many points
             half = every[: -(-size // len(SHARES))]
             every = [{**point, "ridge": share} for share in SHARES for point in half]
@@ -158,7 +162,7 @@ def at(recipe: Recipe, point: Mapping[str, float]) -> Recipe:
     head = {name: value for name, value in point.items() if name == "ridge"}
     return recipe.model_copy(
         update={
-            "train": recipe.train.model_copy(update=train),
+            "train": recipe.train.model_copy(update={"weight_decay": None, **train}),
             "head": recipe.head.model_copy(update=head),
         }
     )
