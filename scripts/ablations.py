@@ -4,8 +4,8 @@
     python scripts/ablations.py --table
 
 Trained on train800 and scored on val200, the last epoch: test images are never looked at. Every variant
-changes one thing of the recipe as given; the other side networks stand beside them. All that read the same
-taps train in one fleet, batches in one order. A group of variants is written as soon as it is done, and what
+changes one thing of the recipe as given, with AdamW's usual decay; the other side networks stand beside
+them. All that read the same taps train in one fleet, batches in one order. A group of variants is written as soon as it is done, and what
 stands in the file already is not trained again: seed 0 of everything comes first, then seed 1.
 
 `--stores` has a folder a task, as `sidetune extract --backbone demo --size 112 --out STORES/TASK` makes
@@ -16,6 +16,7 @@ the training and validation images are extracted into `--branches` when they are
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -50,6 +51,7 @@ TASKS = ("shapes_count", "elpv", "sprites_ori")
 SEEDS = (0, 1)
 GROUP = 6  # variants that train together; what is lost to a kill
 OUT = Path("results/ablations-112.jsonl")
+DECAY = 0.05  # AdamW's, unless a variant says another
 LAYERS = range(1, 13)
 TAPS = {
     "all": None,
@@ -95,7 +97,7 @@ class Variant:
         fields = {
             "backbone": {"name": "demo", "size": size, "taps": TAPS[self.taps]},
             "side": {"name": self.side},
-            "train": {"epochs": epochs, "seed": seed, "order_seed": 0},
+            "train": {"epochs": epochs, "weight_decay": DECAY, "seed": seed, "order_seed": 0},
         }
         return Recipe.build(fields, self.settings)
 
@@ -104,18 +106,32 @@ def _set(side: str, *settings: str) -> Variant:
     return Variant(side, ", ".join(setting.partition(".")[2] for setting in settings), settings)
 
 
+def _decays(side: str, *rates: float) -> Iterator[Variant]:
+    """A decay that adds up, at the usual rate and at others."""
+    for rate, total in itertools.product((None, *rates), (2, 6)):
+        settings = ("train.weight_decay=null", f"train.total_decay={total}")
+        if rate is None:
+            yield Variant(side, f"total_decay={total}", settings)
+        else:
+            yield Variant(side, f"lr={rate:g}, total_decay={total}", (*settings, f"train.lr={rate}"))
+
+
 # In the order of what is asked first; those of one architecture (rate, drop-path) stand together: one bucket.
 VARIANTS = (
     Variant("losa"),
     *(_set("losa", f"train.lr={lr}") for lr in ("3e-4", "3e-3")),
     *(_set("losa", f"side.drop_path={rate}") for rate in (0.1, 0.2)),
+    *_decays("losa", 3e-3),
     _set("losa", "side.mix_tokens=false"),
     Variant("last"),
+    *_decays("last"),
     *(_set("last", f"train.lr={lr}") for lr in ("3e-4", "3e-3")),
     *(_set("last", f"side.drop_path={rate}") for rate in (0.1, 0.2)),
     _set("last", "side.keep_last=false"),
     Variant("fusion"),
     Variant("attentive"),
+    *_decays("fusion"),
+    *_decays("attentive"),
     *(_set("losa", f"side.order={order}") for order in ("token->channel", "parallel")),
     _set("losa", "side.a=0.1"),
     _set("losa", "side.first_state=zero"),
