@@ -4,9 +4,10 @@
     python scripts/ablations.py --table
 
 Trained on train800 and scored on val200, the last epoch: test images are never looked at. Every variant
-changes one thing of the recipe as given, with AdamW's usual decay; the other side networks stand beside
-them. All that read the same taps train in one fleet, batches in one order. A group of variants is written as soon as it is done, and what
-stands in the file already is not trained again: seed 0 of everything comes first, then seed 1.
+changes one thing of the recipe as given, with AdamW's usual decay; the other side networks stand beside them.
+All that read the same taps train in one fleet, batches in one order. A group of variants is written as soon
+as it is done, and what stands in the file already is not trained again: seed 0 of everything comes first,
+then seed 1.
 
 `--stores` has a folder a task, as `sidetune extract --backbone demo --size 112 --out STORES/TASK` makes
 them; they are only read. Branches of attention and feed-forward layers are no part of such a store: those of
