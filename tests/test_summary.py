@@ -140,3 +140,16 @@ def test_select_keeps_only_the_taps_asked_for():
     assert torch.equal(few.cls[1], summary.cls[2])
     assert torch.equal(few.more["quadrants"][1], summary.more["quadrants"][2])
     assert torch.equal(few.mean_square, summary.mean_square[:, [0, 2]])
+
+
+@pytest.mark.parametrize("taps", [CLIP, FRAME], ids=["clip", "frame"])
+def test_a_summary_does_not_keep_the_features(taps):
+    """Live, a summary of every batch is kept until all images have been seen: views would keep them all."""
+    given = features(taps, masked=False)
+    found = summarise(given, ("std", "quadrants"))
+    kept = [*found.mean, *found.cls, found.mean_square, *found.more["std"], *found.more["quadrants"]]
+    theirs = {layer.untyped_storage().data_ptr() for layer in given.layers}
+    for tensor in kept:
+        storage = tensor.untyped_storage()
+        assert storage.data_ptr() not in theirs
+        assert storage.nbytes() == tensor.nbytes

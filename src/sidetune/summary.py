@@ -88,7 +88,10 @@ def summarise(features: Features, statistics: Sequence[Statistic] = ()) -> Summa
     for layer, tap in zip(features.layers, features.spec.taps, strict=True):
         tokens = layer if layer.dtype == torch.float64 else layer.float()
         mean.append(pool_tokens(tokens, tap, "mean", features.mask))
-        cls.append(tokens.new_zeros(len(tokens), 0) if tap.cls_index is None else tap.cls_token(tokens))
+        # a copy: a view would keep the batch's features as long as its summary lives
+        cls.append(
+            tokens.new_zeros(len(tokens), 0) if tap.cls_index is None else tap.cls_token(tokens).clone()
+        )
         mean_square.append(
             pool_tokens(tokens.square().mean(-1, keepdim=True), tap, "all", features.mask)[:, 0]
         )
