@@ -18,7 +18,7 @@ from sidetune.predict import Predictor
 
 FOLDS = 3
 MEMBERS = "side=losa,last;seed=0,1"
-SETTINGS = ("train.epochs=6", "train.lr=0.03", "features.dtype=fp32")
+SETTINGS = ("train.epochs=6", "train.lr=0.03", "train.weight_decay=0.05", "features.dtype=fp32")
 
 
 def fleet_recipe(members: str | None, *settings: str, side: str = "losa", **fleet: object) -> Recipe:

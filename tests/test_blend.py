@@ -149,7 +149,9 @@ def test_auto_trains_what_none_trains_and_answers_with_its_share_from_the_artifa
         recipe = recipe.model_copy(update={"fleet": FleetRecipe(**fleet)})
         runs[name] = fit(pictures, out=tmp_path / name, recipe=recipe, store=tmp_path / "store", quiet=True)
     folders = {
-        name: [run.folder] if not fleet else sorted((run.folder / "members").iterdir())
+        name: [run.folder / row["folder"] for row in read_csv(run.folder / "members.csv")]
+        if fleet
+        else [run.folder]
         for name, run in runs.items()
     }
     if "ensemble" not in fleet:  # which members answer is chosen by what they answer

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 from pydantic import ValidationError
@@ -244,10 +245,11 @@ def test_arguments_of_the_backbone_are_those_asked_for():
     assert recipe.backbone.arguments() == {"size": 48, "precision": "fp32", "seed": 0}
 
 
-def test_decay_adds_up_to_the_same_over_any_training():
-    recipe = Recipe.build({"train": {"lr": 1e-2, "total_decay": 3.0}})
-    assert recipe.weight_decay(100) == pytest.approx(3.0)
-    assert recipe.weight_decay(1000) == pytest.approx(0.3)
+@pytest.mark.parametrize("steps", [1, 2, 100, 10**6])
+@pytest.mark.parametrize("lr", [1e-4, 1e-2])
+def test_decay_adds_up_to_the_same_over_any_training(lr, steps):
+    decay = Recipe.build({"train": {"lr": lr, "total_decay": 3.0}}).weight_decay(steps)
+    assert (1 - lr * decay) ** steps == pytest.approx(math.exp(-3), rel=1e-6)
 
 
 @pytest.mark.parametrize(

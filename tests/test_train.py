@@ -45,7 +45,7 @@ def test_a_step_is_adamw_on_the_mean_loss_with_clipping(side: str) -> None:
     vectors = [p for p in reference.parameters() if p.ndim <= 2]
     assert id(reference.head.bias_MK) in {id(p) for p in vectors}
     groups = [
-        {"params": matrices, "weight_decay": 2.0 / (1e-2 * 10)},
+        {"params": matrices, "weight_decay": recipe.weight_decay(10)},
         {"params": vectors, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups)

@@ -27,6 +27,7 @@ from sidetune.recipes.demo import SIDES, demo
 BLOCK = 64  # neighbouring cells come from one module: whole blocks of cells go to one split
 SPLIT_OF_BLOCK = ("train", "train", "val", "test", "test")  # block number mod 5
 MAX_TRAIN = 1_000
+SETTINGS = ("epochs", "lr", "weight_decay", "seed")  # of training, that the demo's recipes have of their own
 
 
 def run_demo(out: Path) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def run_demo(out: Path) -> dict[str, Any]:
     for side in SIDES:
         recipe = demo(side)
         run = out / side
-        settings = [f"train.{name}={getattr(recipe.train, name)}" for name in ("epochs", "lr", "seed")]
+        settings = [f"train.{name}={getattr(recipe.train, name)}" for name in SETTINGS]
         plain = {"backbone": {"name": "demo", "size": 224}, "side": {"name": side}}
         assert Recipe.build(plain, settings) == recipe, f"{side}: the command below is not its recipe"
         _sidetune(

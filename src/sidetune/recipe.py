@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
@@ -158,8 +159,8 @@ class TrainRecipe(Part):
         epochs: None: clamp(30,000 / training images, 10, 100).
         batch_size: samples a step.
         lr: peak learning rate of AdamW.
-        weight_decay: AdamW's, of matrices; norms, biases and vectors have none. None: total_decay / (lr x
-            steps), and 0.05 for `full`, whose matrices are the backbone's own.
+        weight_decay: AdamW's, of matrices; norms, biases and vectors have none. None: about total_decay / (lr
+            x steps), and 0.05 for `full`, whose matrices are the backbone's own.
         total_decay: over the whole training, whatever its length; see `Recipe.weight_decay`. Nothing where
             weight_decay is given.
         warmup: share of the steps in which the rate climbs from lr/100; then cosine to lr/1000.
@@ -231,16 +232,16 @@ class Recipe(Part):
     def weight_decay(self, steps: int) -> float:
         """AdamW's: what was given, else what adds up to the total decay over the whole training.
 
-        At the peak rate a matrix that nothing pulls at would shrink by exp(-total_decay), and by the schedule
-        by about the root of that: 0.37. A fixed number, as the usual 0.05, does nothing in a few hundred
-        steps, and networks learn few images by heart (docs/log.md). What counts is the decay's time in
-        passes over the data (Wang & Aitchison, arXiv 2405.13698).
+        At the peak rate all steps would shrink a matrix that nothing pulls at to exp(-total_decay); by the
+        schedule it is about the root of that, 0.37. A fixed number, as the usual 0.05, does nothing in a few
+        hundred steps, and networks learn few images by heart (docs/log.md). What counts is the decay's time
+        in passes over the data (Wang & Aitchison, arXiv 2405.13698).
 
         Args:
             steps: of the whole training.
         """
         given = self.side.usual_decay if self.train.weight_decay is None else self.train.weight_decay
-        return self.train.total_decay / (self.train.lr * steps) if given is None else given
+        return -math.expm1(-self.train.total_decay / steps) / self.train.lr if given is None else given
 
     @classmethod
     def build(cls, fields: dict[str, Any], settings: Sequence[str] = ()) -> Self:
