@@ -258,3 +258,10 @@ def test_decay_adds_up_to_the_same_over_any_training(lr, steps):
 def test_decay_that_is_given_is_adamws_and_the_backbones_weights_stay_near(side, given, expected):
     recipe = Recipe.build({"side": {"name": side}, "train": {"weight_decay": given}})
     assert recipe.weight_decay(10) == expected
+
+
+def test_two_decays_are_refused_and_a_total_goes_with_none_of_adamws_own():
+    with pytest.raises(RecipeError, match=r"weight_decay is 0.1 and train.total_decay 3. Leave one out"):
+        Recipe.build({}, ["train.weight_decay=0.1", "train.total_decay=3"])
+    recipe = Recipe.build({}, ["train.weight_decay=null", "train.total_decay=3"])
+    assert recipe.weight_decay(1000) * 1e-3 * 1000 == pytest.approx(3.0, rel=1e-2)

@@ -240,7 +240,7 @@ class _Options:
     def request(self, tasks: tuple[TaskFolder, ...], build: Callable[[list[str]], Any]) -> Request:
         """What is asked for; settings of sides are left to the methods that have them."""
         from sidetune.bench.accuracy import Request
-        from sidetune.bench.accuracy.grid import IN_BF16, parse_methods
+        from sidetune.bench.accuracy.grid import IN_BF16, is_chosen, parse_methods
 
         chosen = self.settings or []
         shared = [one for one in chosen if not one.startswith("side.")]
@@ -254,7 +254,7 @@ class _Options:
             rows,
             self.out,
             build(shared),
-            settings=tuple(one for one in chosen if one.startswith("side.")),
+            settings=tuple(one for one in chosen if one.startswith("side.") or is_chosen(one)),
             seeds=self.seeds,
             grid_size=self.grid_size,
             minutes=self.minutes,

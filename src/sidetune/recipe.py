@@ -272,6 +272,9 @@ class Recipe(Part):
                 "features.average_views is true and features.views is 0: there is one view, nothing to "
                 "average. Type: --views 4 --average-views"
             )
+        own, total = recipe.train.weight_decay, recipe.train.total_decay
+        if own is not None and total != TrainRecipe().total_decay:
+            raise RecipeError(f"train.weight_decay is {own:g} and train.total_decay {total:g}. Leave one out")
         check_fleet(recipe)
         return recipe
 

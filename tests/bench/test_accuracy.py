@@ -16,7 +16,7 @@ from sidetune.bench.accuracy.grid import parse_methods
 from sidetune.bench.accuracy.ground import Opening, add_test, open_ground
 from sidetune.bench.accuracy.picture import apart, draw, pareto, points
 from sidetune.bench.accuracy.tasks import find_tasks
-from sidetune.errors import ArtifactError, BackboneError, DataError, RequestError
+from sidetune.errors import ArtifactError, BackboneError, DataError, RecipeError, RequestError
 from sidetune.recipe import Recipe
 from vtab_tasks import make_suite, make_task, read_list, write_list
 
@@ -417,6 +417,8 @@ def test_requests_that_cannot_be(suite, tmp_path):
         parse_methods("losa,lorra")
     with pytest.raises(RequestError, match=r"no method named 'lossa'\. Did you mean 'losa'"):
         bench_accuracy(request(suite, tmp_path, "lossa", against=()))
+    with pytest.raises(RecipeError, match=r"train\.lr is given, and each method's grid chooses it"):
+        bench_accuracy(request(suite, tmp_path, settings=["train.lr=0.1"]))
     with pytest.raises(RequestError, match="twice"):
         parse_methods("losa,losa")
     with pytest.raises(RequestError, match="NAME:SEEDS"):

@@ -26,6 +26,7 @@ RATES_OF: dict[str, tuple[float, ...]] = {
 }
 DECAYS = (2.0, 6.0)  # over the whole training: the other dial
 DECAYS_OF_FULL = (0.05, 1e-3)  # AdamW's own: the backbone's weights are to stay near what they are
+CHOSEN = ("train.lr", "train.weight_decay", "train.total_decay")
 MOST_POINTS = len(RATES) * len(DECAYS)
 WITH_RIDGE = "+ridge"
 SHARES = (0.6, 0.0)  # of ridge in the answer, where a name ends so: they take the place of rates
@@ -194,17 +195,25 @@ def check_grid(size: int) -> None:
 
 
 def check_settings(methods: Sequence[Method], recipes: Sequence[Recipe], settings: Sequence[str]) -> None:
-    """Refuse a setting of the side that no method takes.
+    """Refuse a setting of the side that no method takes, and one that every grid chooses.
 
     Raises:
-        RecipeError: names the nearest field.
+        RecipeError: names the nearest field, or what chooses it.
     """
+    for one in filter(is_chosen, settings):
+        path = one.partition("=")[0]
+        raise RecipeError(f"{path} is given, and each method's grid chooses it. Leave it out")
     known = {name for recipe in recipes for name in type(recipe.side).model_fields}
     for one in settings:
         name = _side_field(one)
         if name is not None and name not in known:
             named = ", ".join(method.name for method in methods)
             raise RecipeError(f"no method of {named} has the setting side.{name}.{nearest(name, known)}")
+
+
+def is_chosen(setting: str) -> bool:
+    """Whether a ``part.field=value`` is of a field that every grid chooses."""
+    return setting.partition("=")[0] in CHOSEN
 
 
 def _side_field(setting: str) -> str | None:

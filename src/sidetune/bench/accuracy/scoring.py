@@ -144,7 +144,8 @@ def _right(row: Answered) -> NDArray[np.bool_] | None:
 def _point(method: Method, recipe: Recipe) -> dict[str, Any]:
     """What was chosen, for the table."""
     part = recipe.side.model_dump(mode="json") if method.solved else recipe.train.model_dump(mode="json")
-    names = ("l2", "pool", "taps") if method.solved else ("lr", "total_decay", "epochs")
+    decay = "total_decay" if recipe.train.weight_decay is None else "weight_decay"
+    names = ("l2", "pool", "taps") if method.solved else ("lr", decay, "epochs")
     share = {"ridge": recipe.head.ridge} if method.with_ridge else {}
     return {name: part[name] for name in names if name in part} | share
 
