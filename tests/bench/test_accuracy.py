@@ -418,7 +418,7 @@ def test_requests_that_cannot_be(suite, tmp_path):
     with pytest.raises(RequestError, match=r"no method named 'lossa'\. Did you mean 'losa'"):
         bench_accuracy(request(suite, tmp_path, "lossa", against=()))
     with pytest.raises(RecipeError, match=r"train\.lr is given, and each method's grid chooses it"):
-        bench_accuracy(request(suite, tmp_path, settings=["train.lr=0.1"]))
+        bench_accuracy(replace(request(suite, tmp_path), settings=("train.lr=0.1",)))
     with pytest.raises(RequestError, match="twice"):
         parse_methods("losa,losa")
     with pytest.raises(RequestError, match="NAME:SEEDS"):
