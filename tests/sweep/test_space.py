@@ -33,6 +33,13 @@ def test_the_default_space_has_the_sides_own_fields_and_holds_the_defaults_rate(
     check_space(space, recipe)
 
 
+def test_a_decay_that_is_given_is_not_searched():
+    recipe = toy_recipe("losa", "train.weight_decay=0.1")
+    space = default_space(recipe)
+    assert "train.total_decay" not in space
+    check_space(space, recipe)
+
+
 def test_a_regression_has_no_labels_to_smooth():
     recipe = toy_recipe("losa", "data.task=regress")
     assert "data.label_smoothing" not in default_space(recipe)

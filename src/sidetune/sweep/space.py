@@ -92,7 +92,7 @@ Space: TypeAlias = dict[str, Domain]
 
 
 def default_space(recipe: Recipe) -> Space:
-    """What is drawn unless a file says otherwise: rank, rate, decay, drop-path, smoothing.
+    """What is drawn unless a file says otherwise: rank, rate, decay if none is given, drop-path, smoothing.
 
     The rate's decades are those that the side networks' papers search (1e-4 .. 1e-2). Drop-path reaches past
     their values (0 .. 0.2), and decay from next to none to where networks no longer fit their images.
@@ -105,9 +105,10 @@ def default_space(recipe: Recipe) -> Space:
     space: Space = {
         "side.rank": Choice((4, 8, 16)),
         "train.lr": Range(1e-4, 1e-2, log=True),
-        "train.total_decay": Range(0.1, 10.0, log=True),
         "side.drop_path": Range(0.0, 0.3, log=False),
     }
+    if recipe.train.weight_decay is None:
+        space["train.total_decay"] = Range(0.1, 10.0, log=True)
     if recipe.data.task != "regress":
         space["data.label_smoothing"] = Range(0.0, 0.2, log=False)
     fields = type(recipe.side).model_fields
