@@ -109,12 +109,9 @@ def _set(side: str, *settings: str) -> Variant:
 
 def _decays(side: str, *rates: float) -> Iterator[Variant]:
     """A decay that adds up, at the usual rate and at others."""
-    for rate, total in itertools.product((None, *rates), (2, 6)):
-        settings = ("train.weight_decay=null", f"train.total_decay={total}")
-        if rate is None:
-            yield Variant(side, f"total_decay={total}", settings)
-        else:
-            yield Variant(side, f"lr={rate:g}, total_decay={total}", (*settings, f"train.lr={rate}"))
+    for given, total in itertools.product(((), *((f"train.lr={rate:g}",) for rate in rates)), (2, 6)):
+        variant = _set(side, *given, f"train.total_decay={total}")
+        yield replace(variant, settings=(*variant.settings, "train.weight_decay=null"))
 
 
 # In the order of what is asked first; those of one architecture (rate, drop-path) stand together: one bucket.

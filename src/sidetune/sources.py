@@ -26,7 +26,7 @@ from sidetune.features import Features, FinalNorm, Spec
 from sidetune.progress import Progress
 from sidetune.reader import AHEAD, Ahead, Layout
 from sidetune.store import DTYPES, DTypeName, Store
-from sidetune.summary import Statistic, Summary, concatenate, summarise
+from sidetune.summary import Statistic, Summary, gathered, summarise
 
 
 class Source(ABC):
@@ -80,7 +80,8 @@ class Source(ABC):
         key = (statistics, view)
         if key not in self._richer:
             batches = self.batches(np.arange(len(self.valid)), view=view)
-            self._richer[key] = concatenate([summarise(batch.to("cpu"), statistics) for batch in batches])
+            parts = (summarise(batch.to("cpu"), statistics) for batch in batches)
+            self._richer[key] = gathered(parts, len(self.valid))
         return self._richer[key]
 
     @cached_property
@@ -225,19 +226,22 @@ class LiveSource(Source):
         return Picture(self.files[row], self.views[view], self.keys[row])
 
     def _pass(self, view: int, quiet: bool) -> Summary:
-        parts = []
         animated: list[Path] = []
         pictures = [self._picture(row, view) for row in range(len(self.files))]
         with Progress("features", len(pictures), "images", quiet=quiet) as progress:
-            for first, images, bad in decoded(pictures, self.backbone.preprocess, self._pool, animated):
-                self.skipped |= {first + slot: reason for slot, reason in bad.items()}
-                with torch.no_grad():
-                    features = rounded(self.backbone(images), self.dtype, self.backbone.variant.precision)
-                parts.append(summarise(features.to("cpu")))
-                progress.advance(len(images))
+
+            def parts() -> Iterator[Summary]:
+                for first, images, bad in decoded(pictures, self.backbone.preprocess, self._pool, animated):
+                    self.skipped |= {first + slot: reason for slot, reason in bad.items()}
+                    with torch.no_grad():
+                        features = rounded(self.backbone(images), self.dtype, self.backbone.variant.precision)
+                    progress.advance(len(images))
+                    yield summarise(features.to("cpu"))
+
+            summary = gathered(parts(), len(pictures))
         frames = set(animated)
         self.animated = tuple(row for row, file in enumerate(self.files) if file in frames)
-        return concatenate(parts)
+        return summary
 
     def _run(self, images: Tensor) -> Features:
         with torch.no_grad():

@@ -7,7 +7,8 @@ statistics of the tokens are computed from features when they are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -45,10 +46,7 @@ class Summary:
 
     def rows(self, rows: Tensor) -> Summary:
         """Only these samples."""
-        mean = tuple(tensor[rows] for tensor in self.mean)
-        cls = tuple(tensor[rows] for tensor in self.cls)
-        more = {name: tuple(tensor[rows] for tensor in of_taps) for name, of_taps in self.more.items()}
-        return Summary(self.spec, mean, cls, self.mean_square[rows], more)
+        return self._map(lambda column: column[rows])
 
     def select(self, spec: Spec) -> Summary:
         """Only the taps of `spec`."""
@@ -74,6 +72,15 @@ class Summary:
         """rms(b_L) / rms(b_l) a tap: (taps,) float32. Taps differ by up to 50 times in scale."""
         rms = self.mean_square.double().mean(0).sqrt()
         return (rms[-1] / rms.clamp(min=1e-12)).float()
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Summary:
+        more = {name: tuple(map(change, of_taps)) for name, of_taps in self.more.items()}
+        mean, cls = tuple(map(change, self.mean)), tuple(map(change, self.cls))
+        return Summary(self.spec, mean, cls, change(self.mean_square), more)
+
+    def _columns(self) -> Iterator[Tensor]:
+        yield from (*self.mean, *self.cls, self.mean_square)
+        yield from itertools.chain(*self.more.values())
 
 
 def summarise(features: Features, statistics: Sequence[Statistic] = ()) -> Summary:
@@ -130,17 +137,23 @@ def _quadrants(tokens: Tensor, tap: Tap, mask: Tensor | None) -> Tensor:
 _STATISTICS = {"std": _std, "quadrants": _quadrants}
 
 
-def concatenate(parts: Sequence[Summary]) -> Summary:
-    """Summaries of several batches as one."""
-    spec = parts[0].spec
+def gathered(parts: Iterable[Summary], rows: int) -> Summary:
+    """Summaries of batches as one of all their rows, in order.
 
-    def column(of_parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        return tuple(torch.cat(tensors) for tensors in zip(*of_parts, strict=True))
+    Each part is copied to its place and let go. Kept until the last, a batch's few kilobytes would lie in the
+    heap between buffers of megabytes, which could then neither be joined nor given back.
 
-    return Summary(
-        spec,
-        column([part.mean for part in parts]),
-        column([part.cls for part in parts]),
-        torch.cat([part.mean_square for part in parts]),
-        {name: column([part.more[name] for part in parts]) for name in parts[0].more},
-    )
+    Args:
+        parts: one or more, of the same taps and statistics.
+        rows: of all parts together.
+    """
+    whole: Summary | None = None
+    first = 0
+    for part in parts:
+        if whole is None:
+            whole = part._map(lambda column: column.new_empty(rows, *column.shape[1:]))
+        for place, column in zip(whole._columns(), part._columns(), strict=True):
+            place[first : first + len(part)] = column
+        first += len(part)
+    assert whole is not None and first == rows, f"{first} of {rows} rows"
+    return whole

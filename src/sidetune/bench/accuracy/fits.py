@@ -139,8 +139,6 @@ def _train(ground: Ground, checkpoint: Path, fits: Mapping[str, Fit]) -> dict[st
 
 def _answer(member: Member, fit: Fit, trained: Trained, facts: dict[str, Any]) -> Entry:
     facts = {**facts, "epochs": member.epochs, "lr": member.recipe.train.lr}
-    if trained.history:
-        facts["epoch_seconds"] = min(epoch.seconds for epoch in trained.history)
     if trained.model is None:
         return Entry({**facts, "diverged": True})
     outputs = {name: row_outputs(one.job, trained.model, one.rows) for name, one in fit.asked.items()}
