@@ -41,7 +41,7 @@ Methods = Annotated[
         metavar="A,B",
         rich_help_panel=PROTOCOL,
         help="Rows: ridge-last, ridge, linear, side networks, baselines; lora:1 has one seed, lora-bf16 "
-        "trains under autocast, losa+ridge has shares of ridge in its grid.",
+        "trains under autocast, losa+ridge gives ridge a share in the answer.",
     ),
 ]
 Named = Annotated[

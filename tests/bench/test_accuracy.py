@@ -428,21 +428,19 @@ def test_requests_that_cannot_be(suite, tmp_path):
     assert not (tmp_path / "out" / "frozen.json").exists()
 
 
-def test_a_share_of_ridge_stands_in_the_grid_and_changes_the_answer(suite, tmp_path):
-    (plain, shared) = parse_methods("losa,losa+ridge")
-    assert [len(list(method.points(size))) for method in (plain, shared) for size in (1, 3, 4)] == [
-        1,
-        3,
-        4,
-    ] * 2
-    assert [point["ridge"] for point in shared.points(4)] == [0.6, 0.6, 0.0, 0.0]
-    assert {point["lr"] for point in shared.points(4)} == {1e-3, 3e-3}
-    report = bench_accuracy(
-        request(suite, tmp_path, "losa,losa+ridge", grid_size=1, equal_time=False, against=())
-    )
-    alone, both = (of(report, report.outcomes[0].task, name) for name in ("losa", "losa+ridge"))
-    assert both.point["ridge"] == 0.6 and "ridge" not in alone.point
+def test_ridge_gets_its_share_without_a_point_of_the_grid(suite, tmp_path, monkeypatch):
+    """The networks are those of the side alone: trained once, and the share is chosen beside them."""
+    plain, shared = parse_methods("losa,losa+ridge")
+    assert list(shared.points(4)) == list(plain.points(4))
+    monkeypatch.setattr("sidetune.bench.accuracy.voices.best_share", lambda *_: 0.4)
+    asked = request(suite, tmp_path, "losa,losa+ridge", grid_size=2, equal_time=False, against=())
+    report = bench_accuracy(replace(asked, reveal=True))
+    task = report.outcomes[0].task
+    alone, both = (of(report, task, name) for name in ("losa", "losa+ridge"))
+    assert both.point["ridge"] == 0.4 and "ridge" not in alone.point
     assert both.hashes != alone.hashes and both.recipe != alone.recipe
+    files = {path.name.partition("-")[0] for path in asked.out.joinpath(task, "losa+ridge").iterdir()}
+    assert files == {"ridge", "clock"}, "no network of its own"
 
 
 def test_a_share_that_is_chosen_after_training_is_no_point_of_a_grid(suite, tmp_path):

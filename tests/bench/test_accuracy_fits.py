@@ -3,15 +3,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from accuracy_requests import BASE, hashes, of, request
 from sidetune import build_backbone
 from sidetune.bench.accuracy import bench_accuracy, fits
-from sidetune.bench.accuracy.fits import run_fits
-from sidetune.bench.accuracy.grid import parse_methods
-from sidetune.bench.accuracy.ground import Opening, open_ground
+from sidetune.bench.accuracy.fits import Fit, run_fits
+from sidetune.bench.accuracy.grid import at, parse_methods
+from sidetune.bench.accuracy.ground import Images, Opening, open_ground
 from sidetune.bench.accuracy.protocol import choose, few_shots, finals, shot_fits
 from sidetune.bench.accuracy.tasks import find_tasks
+from sidetune.bench.accuracy.voices import answers, both_voices
+from sidetune.blend import best_share
 from sidetune.errors import DivergedError
 from sidetune.recipe import Recipe
 from vtab_tasks import make_suite
@@ -68,6 +71,37 @@ def test_fits_on_the_same_rows_are_one_fleet_and_taps_are_scaled_on_these(
     monkeypatch.setattr(fits, "open_fleet", open_fleet)
     finals(ground, method, recipe, range(2))
     assert opened == [(2, ground.rows.tolist(), ground.rows.tolist())]
+
+
+def test_two_voices_say_what_a_network_with_ridge_in_it_says(suite, stores, losa, tmp_path):
+    plain, recipe = losa
+    (both,) = parse_methods("losa+ridge")
+    ground = ground_of(suite, tmp_path, stores)
+    recipe = at(recipe, {"ridge": 0.4})
+    asked = [Fit("seed-0", recipe, ground.rows, ground.tests)]
+    (mixed,), (inside,) = answers(ground, both, asked), run_fits(ground, plain, asked)
+    (network,) = run_fits(ground, plain, [replace(asked[0], recipe=at(recipe, {"ridge": 0.0}))])
+    torch.testing.assert_close(mixed.outputs["test"], inside.outputs["test"], rtol=1e-4, atol=1e-4)
+    assert (mixed.outputs["test"] - network.outputs["test"]).abs().max() > 0.1
+    kept = (tmp_path / ground.name / both.name).iterdir()
+    assert {path.name.partition("-")[0] for path in kept} == {"ridge"}
+
+
+def test_the_share_is_the_one_with_the_least_loss_and_each_point_has_its_own(suite, stores, losa, tmp_path):
+    (both,) = parse_methods("losa+ridge")
+    ground = ground_of(suite, tmp_path, stores)
+    choice = choose(ground, both, losa[1], 2)
+    (held,) = ground.choosing.folds
+    target = ground.job.targets[held.held]
+    images = {"held": Images.of(ground.job, ground.keys, held.held)}
+    for point, score in choice.tried:
+        fit = Fit("choice", at(losa[1], point), held.train, images)
+        networks, ridges = both_voices(ground, both, [fit])
+        network, ridge = networks[0].outputs["held"], ridges[0].outputs["held"]
+        assert point["ridge"] == best_share(ground.job.task, network, ridge, target)
+        mixed = (1 - point["ridge"]) * network + point["ridge"] * ridge
+        assert score == pytest.approx((mixed.argmax(1) == target).float().mean().item())
+    assert choice.recipe.head.ridge in {point["ridge"] for point, _ in choice.tried}
 
 
 class Killed(BaseException):

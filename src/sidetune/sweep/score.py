@@ -136,7 +136,6 @@ class Choosing:
             fleet: that trains them.
             recipes: of the trials by number.
         """
-        order = np.argsort(np.concatenate([fold.held for fold in self.folds]), kind="stable")
         parts: dict[int, list[Tensor]] = {number: [] for number in recipes}
         for index, fold in enumerate(self.folds):
             names = {number: self.names(number)[index] for number in recipes}
@@ -144,7 +143,12 @@ class Choosing:
             for number, recipe in recipes.items():
                 task = self._task(recipe, fold)
                 parts[number].append(recoded(task, self.job.task, found[names[number]]))
-        return {number: torch.cat(some)[torch.from_numpy(order)] for number, some in parts.items()}
+        return {number: self.in_order(some) for number, some in parts.items()}
+
+    def in_order(self, parts: Sequence[Tensor]) -> Tensor:
+        """What each fold says of its held rows, as (n, K) in the order of `held`."""
+        order = np.argsort(np.concatenate([fold.held for fold in self.folds]), kind="stable")
+        return torch.cat(list(parts))[torch.from_numpy(order)]
 
     def score(self, outputs: Tensor) -> Score | None:
         """Of outputs (n, K) of the held rows; None where they are not finite."""

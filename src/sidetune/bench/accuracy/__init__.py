@@ -22,7 +22,6 @@ from sidetune.backbones import build_backbone
 from sidetune.backbones.base import Backbone
 from sidetune.bench import LOOKS
 from sidetune.bench.accuracy.budget import budgets, fill, find_budget, freeze_budget
-from sidetune.bench.accuracy.fits import run_fits
 from sidetune.bench.accuracy.grid import Method, check_grid, check_settings
 from sidetune.bench.accuracy.ground import Ground, Opening, add_test, live_ground, open_ground
 from sidetune.bench.accuracy.ledger import freeze
@@ -30,6 +29,7 @@ from sidetune.bench.accuracy.protocol import Choice, choose, clock, few_shots, f
 from sidetune.bench.accuracy.scoring import Answered, Answers, Table, answered, revealed
 from sidetune.bench.accuracy.table import Report
 from sidetune.bench.accuracy.tasks import TaskFolder
+from sidetune.bench.accuracy.voices import answers
 from sidetune.bench.rows import describe_machine
 from sidetune.blend import AUTO
 from sidetune.errors import RequestError
@@ -239,7 +239,7 @@ def _with_shots(
     frozen = freeze(request.out, _pairs(grounds, usual, f", {shots} shots"))
     for m, recipe in usual.items():
         fits = shot_fits(grounds[m], m, recipe, range(request.seeds), shots)
-        entries = run_fits(grounds[m], m, fits)
+        entries = answers(grounds[m], m, fits)
         found = Answers(m, recipe, entries, shots=shots)
         yield from answered(grounds[m], found, "shots", wanted=request.seeds, frozen=frozen)
 

@@ -29,7 +29,6 @@ DECAYS_OF_FULL = (0.05, 1e-3)  # AdamW's own: the backbone's weights are to stay
 CHOSEN = ("train.lr", "train.weight_decay", "train.total_decay")
 MOST_POINTS = len(RATES) * len(DECAYS)
 WITH_RIDGE = "+ridge"
-SHARES = (0.6, 0.0)  # of ridge in the answer, where a name ends so: they take the place of rates
 
 # Names of methods that are a side or a baseline with other fields than its own defaults.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -52,7 +51,7 @@ class Method:
         name: as it was typed.
         side: fields of `Recipe.side`.
         seeds: that it is trained with; None: as many as all others.
-        with_ridge: whether its grid has shares of ridge in the answer.
+        with_ridge: whether ridge has a share in what it answers.
         in_bf16: whether it trains under bf16 autocast on a CPU, too.
     """
 
@@ -141,7 +140,7 @@ class Method:
         return Recipe.build(fields, mine)
 
     def points(self, size: int) -> Iterator[dict[str, float]]:
-        """The grid: fields of `Recipe.train`, and ``ridge`` of its head; the usual point first.
+        """The grid: fields of `Recipe.train`, the usual point first. Ridge's share is chosen at each of them.
 
         Args:
             size: how many points.
@@ -151,9 +150,6 @@ class Method:
         every = [{"lr": rate, "total_decay": decay} for pair in pairs for decay in DECAYS for rate in pair]
         if self.side["name"] == "full":
             every = [{"lr": rate, "weight_decay": decay} for decay in DECAYS_OF_FULL for rate in rates]
-        if self.with_ridge:  # two shares at half of the rates: as many points
-            half = every[: -(-size // len(SHARES))]
-            every = [{**point, "ridge": share} for share in SHARES for point in half]
         yield from every[:size]
 
 

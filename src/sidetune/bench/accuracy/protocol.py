@@ -14,21 +14,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from sidetune.bench.accuracy.fits import Fit, run_fits
 from sidetune.bench.accuracy.grid import Method, at
 from sidetune.bench.accuracy.ground import Ground, Images
 from sidetune.bench.accuracy.ledger import Entry, digest
+from sidetune.bench.accuracy.voices import answers, held_answers
 from sidetune.recipe import Recipe
 from sidetune.side_fit import described, new_member, open_fleet, solo_epoch_seconds
 from sidetune.sides.linear import LinearRecipe
-from sidetune.sweep.score import Choosing, Rows, Score, best
+from sidetune.sweep.score import Choosing, Rows, best
 from sidetune.waves import member_bytes
 
 SHOTS_L2 = 1e-2  # of the linear probe where nothing can be chosen: the middle of what it tries elsewhere
+SHOTS_SHARE = 0.6  # of ridge likewise
 TIMED = 2  # epochs of one network alone, after one that warms up; the quickest counts
 
 
@@ -62,15 +60,15 @@ def choose(ground: Ground, method: Method, recipe: Recipe, grid_size: int) -> Ch
         return _choose_solved(ground, method, recipe)
     choosing = ground.choosing
     points = list(method.points(grid_size))
-    recipes = [at(recipe, point) for point in points]
     fits = [
         Fit(_named("choice", fold, choosing), one, part.train, {"held": _held(ground, part.held)})
-        for one in recipes
+        for one in [at(recipe, point) for point in points]
         for fold, part in enumerate(choosing.folds)
     ]
-    entries = run_fits(ground, method, fits)
-    per = len(choosing.folds)
-    scores = [_score(choosing, entries[i * per : (i + 1) * per]) for i in range(len(points))]
+    answered = held_answers(ground, method, fits)
+    if method.with_ridge:
+        points = [{**point, "ridge": share} for point, (share, _) in zip(points, answered, strict=True)]
+    scores = [None if held is None else choosing.score(held) for _, held in answered]
     tried = tuple(
         (point, None if score is None else score.headline)
         for point, score in zip(points, scores, strict=True)
@@ -79,7 +77,7 @@ def choose(ground: Ground, method: Method, recipe: Recipe, grid_size: int) -> Ch
     if not known:
         return Choice(method, None, None, tried)
     winner = best(known)
-    return Choice(method, recipes[winner], tried[winner][1], tried)
+    return Choice(method, at(recipe, points[winner]), tried[winner][1], tried)
 
 
 def finals(ground: Ground, method: Method, recipe: Recipe, seeds: Sequence[int]) -> list[Entry]:
@@ -91,14 +89,14 @@ def finals(ground: Ground, method: Method, recipe: Recipe, seeds: Sequence[int])
         recipe: chosen.
         seeds: of the networks; a solved method has no use for them and is solved once.
     """
-    return run_fits(ground, method, _final_fits(ground, method, recipe, seeds))
+    return answers(ground, method, _final_fits(ground, method, recipe, seeds))
 
 
 def few_shots(ground: Ground, method: Method, recipe: Recipe, shots: int) -> Recipe:
     """What a method is with k images a class, which leave none to choose on.
 
     So nothing is chosen: it has the first point of its grid and the epochs of all k images, ridge its penalty
-    by leaving one of the images out, the linear probe a fixed one.
+    by leaving one of the images out, the linear probe a fixed one, and so ridge its share.
 
     Args:
         ground: the task.
@@ -110,6 +108,8 @@ def few_shots(ground: Ground, method: Method, recipe: Recipe, shots: int) -> Rec
         side = recipe.side.model_copy(update={"pool": "mean", "l2": SHOTS_L2})
         return recipe.model_copy(update={"side": side})
     first = recipe if method.solved else at(recipe, next(method.points(1)))
+    if method.with_ridge:
+        first = at(first, {"ridge": SHOTS_SHARE})
     train = first.train.resolved(len(ground.shots(shots, 0)))
     return first.model_copy(update={"train": train})
 
@@ -196,12 +196,3 @@ def _named(name: str, fold: int, choosing: Choosing) -> str:
 
 def _held(ground: Ground, rows: Rows) -> Images:
     return Images.of(ground.job, ground.keys, rows)
-
-
-def _score(choosing: Choosing, entries: Sequence[Entry]) -> Score | None:
-    """Of the folds' held rows together; None where one diverged."""
-    if any(entry.diverged for entry in entries):
-        return None
-    order = np.argsort(np.concatenate([fold.held for fold in choosing.folds]), kind="stable")
-    outputs: Tensor = torch.cat([entry.outputs["held"] for entry in entries])
-    return choosing.score(outputs[torch.from_numpy(order)])
