@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from extracting import EXTRACT, FEW, bring, contents, in_shard_order, seal_again, toy
+from sidetune.backbones import build_backbone
 from sidetune.data import load_dataset, load_image
 from sidetune.data.notes import first_frames, other_files
 from sidetune.errors import DataError, StoreError
@@ -22,6 +23,7 @@ from sidetune.extract import extract, sample_keys
 from sidetune.features import Features
 from sidetune.files import sha256_file
 from sidetune.store import DTYPES, Store
+from tiny_vits import hub_folder
 
 Disk = namedtuple("Disk", "total used free")
 
@@ -114,6 +116,25 @@ def test_a_shard_is_bounded_in_bytes_too(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(EXTRACT, "SHARD_BYTES", 1)
     _, store = bring(pictures, tmp_path / "t")
     assert [len(shard) for shard in store.plan.shards] == [1] * FEW
+
+
+def test_a_streamed_backbone_gets_whole_calls_and_writes_the_same_features(pictures, tmp_path, monkeypatch):
+    """However small a shard would be, the blocks are read once a call's worth of images."""
+    folder = hub_folder(tmp_path / "hub", "vit_small_patch16_224")
+    eager, streamed = (
+        build_backbone("timm:vit_small_patch16_224", weights=folder, runtime=runtime)
+        for runtime in ("eager", "streamed")
+    )
+    assert streamed.fewest == 64
+    dataset, expected = bring(pictures, tmp_path / "eager", backbone=eager, dtype="fp16")
+    monkeypatch.setattr(EXTRACT, "SHARD_BYTES", 1)
+    streamed.fewest = 8
+    _, store = bring(pictures, tmp_path / "streamed", backbone=streamed, dtype="fp16")
+    assert [len(shard) for shard in store.plan.shards] == [8, 4]
+    assert store.plan.variant.runtime == "streamed"
+    keys = sample_keys(dataset)
+    for got, wanted in zip(store.features(keys).layers, expected.features(keys).layers, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)  # batches of 8 and of 12
 
 
 def test_identical_bytes_under_two_paths_are_two_samples(own, tmp_path):

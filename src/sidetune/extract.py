@@ -230,7 +230,7 @@ def _plan(folder: Path, backbone: Backbone, dtype: DTypeName, keys: Sequence[str
         check_free(folder)
     held = {key for shard in plan.shards for key in shard}
     missing = sorted({key for key in keys if key not in held}, key=place_by_hash)
-    size = max(1, min(SHARD_RECORDS, SHARD_BYTES // plan.record_bytes))
+    size = max(backbone.fewest, min(SHARD_RECORDS, SHARD_BYTES // plan.record_bytes), 1)
     new = tuple(tuple(missing[first : first + size]) for first in range(0, len(missing), size))
     return replace(plan, shards=plan.shards + new)
 
@@ -270,7 +270,8 @@ def _write_shards(
             animated: list[Path] = []
             parts: list[dict[str, Tensor]] = []
             reasons: dict[int, str] = {}
-            for first, images, bad in decoded(shown, backbone.preprocess, pool, animated):
+            few = backbone.fewest
+            for first, images, bad in decoded(shown, backbone.preprocess, pool, animated, fewest=few):
                 reasons |= {first + slot: reason for slot, reason in bad.items()}
                 parts.append(_stored(images, backbone, plan))
                 progress.advance(len(images))
@@ -312,6 +313,8 @@ def decoded(
     preprocess: Preprocess,
     pool: ThreadPoolExecutor,
     animated: list[Path] | None = None,
+    *,
+    fewest: int = 1,
 ) -> Iterator[tuple[int, Tensor, dict[int, str]]]:
     """Micro-batches of preprocessed images, the next one decoded while this one is used.
 
@@ -320,6 +323,7 @@ def decoded(
         preprocess: what the backbone reads.
         pool: decodes.
         animated: the files of which only the first frame or page is used are added to it, in any order.
+        fewest: pictures of a batch that is not the last, where `MICRO_BATCH` are fewer.
 
     Yields:
         The first picture's index, images (b, 3, size, size), and slot -> reason for each image that could
@@ -335,7 +339,8 @@ def decoded(
             animated.append(picture.file)
         return loaded.pixels
 
-    batches = [pictures[first : first + MICRO_BATCH] for first in range(0, len(pictures), MICRO_BATCH)]
+    size = max(MICRO_BATCH, fewest)
+    batches = [pictures[first : first + size] for first in range(0, len(pictures), size)]
     ahead = [pool.submit(one, picture) for picture in batches[0]] if batches else []
     for index in range(len(batches)):
         current = [future.result() for future in ahead]
@@ -344,7 +349,7 @@ def decoded(
         bad = {slot: item for slot, item in enumerate(current) if isinstance(item, str)}
         blank = torch.zeros(3, preprocess.size, preprocess.size)
         images = torch.stack([blank if isinstance(item, str) else item for item in current])
-        yield index * MICRO_BATCH, images, bad
+        yield index * size, images, bad
 
 
 def _stored(images: Tensor, backbone: Backbone, plan: Plan) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         SidetuneError: the disk is full, or the folder cannot be written.
     """
-    with _written(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+    with written(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
         stream.write(text)
 
 
@@ -107,7 +107,7 @@ def csv_text(rows: Sequence[Sequence[Any]]) -> str:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """A safetensors file, written as `write_text` does, with the same errors."""
-    with _written(path) as temporary:
+    with written(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
         temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets nobody else read its files
 
@@ -161,7 +161,7 @@ def _acquired(folder: Path) -> TextIO:
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[Path]:
+def written(path: Path) -> Iterator[Path]:
     """The temporary name to write under. What was written is synced and renamed, or gone."""
     temporary = path.with_name(f".{path.name}{TEMPORARY}")
     try:

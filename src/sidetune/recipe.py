@@ -7,29 +7,28 @@ part is; defaults that depend on the data are None here and filled by `TrainReci
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError
 
-from sidetune.backbones.base import Precision, canonical_json
+from sidetune.backbones.base import Precision, Runtime, canonical_json
 from sidetune.baselines import BASELINES, AnyBaselineRecipe
 from sidetune.data.dataset import TaskKind
 from sidetune.errors import RecipeError, nearest
 from sidetune.model import NormKind
+from sidetune.settings import complaint, not_a_setting, setting_value, shortened
 from sidetune.sides import SIDES, SOLVED, AnySideRecipe
 from sidetune.sides.losa import LosaRecipe
 from sidetune.store import DTypeName
 
-SHOWN = 200  # characters of a value that an error repeats
 METHODS = {*SIDES, *BASELINES}
 
+# what changes no number: where weights are is no part of what they are, and all forms compute the same
+UNHASHED = {"backbone": ("weights", "runtime"), "side": ("form",)}
 
 # settings that came after runs did: where they are left alone, a recipe's hash does not know them
 LATER = {
@@ -39,7 +38,6 @@ LATER = {
     "fleet": ("members", "folds", "ensemble", "own_order"),
     "side": ("statistics",),
 }
-
 
 TASK_OPTIONS = {"class_weights", "label_smoothing", "focal_gamma"}  # fields of `DataRecipe` about the loss
 
@@ -99,6 +97,7 @@ class BackboneRecipe(Part):
         size: side of the image in pixels; None: the backbone's own. ``--size``.
         taps: names of the taps to read; None: the embedding and every block.
         weights: a file, a folder, ``hub`` or ``random``; no part of the recipe's hash. ``--weights``.
+        runtime: ``streamed`` leaves the blocks on disk and reads one after another; no part of the hash.
         precision: ``bf16`` runs the backbone under autocast.
         resize: ``squash`` keeps all of the image, ``crop`` its aspect ratio; None: squash.
         seed: of a random start.
@@ -108,13 +107,14 @@ class BackboneRecipe(Part):
     size: int | None = Field(None, gt=0)
     taps: tuple[str, ...] | None = None
     weights: str | None = None
+    runtime: Runtime = "eager"
     precision: Precision = "fp32"
     resize: Literal["squash", "crop"] | None = None
     seed: int | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """Arguments of `build_backbone` that were asked for."""
-        return {name: value for name, value in self if name != "name" and value is not None}
+        """Arguments of `build_backbone` that were asked for; every backbone runs eagerly."""
+        return {name: value for name, value in self if name != "name" and value not in (None, "eager")}
 
 
 class FeaturesRecipe(Part):
@@ -252,21 +252,24 @@ class Recipe(Part):
         """
         for part, value in fields.items():
             if not isinstance(value, Mapping):
-                raise RecipeError(f"{part} is {_short(value)}, expected settings. Type: --set side.rank=16")
+                raise RecipeError(
+                    f"{part} is {shortened(value)}, expected settings. Type: --set side.rank=16"
+                )
         fields = {key: dict(value) for key, value in fields.items()}
         for setting in settings:
             path, separator, text = setting.partition("=")
             part, dot, field = path.partition(".")
             if not separator or not dot:
-                raise RecipeError(_not_a_setting(setting, path, text))
-            fields.setdefault(part, {})[field] = _value(setting, text)
+                raise RecipeError(not_a_setting(setting, path, text, cls().model_dump()))
+            fields.setdefault(part, {})[field] = setting_value(setting, text)
         name = fields.get("side", {}).setdefault("name", "losa") if "side" in fields else "losa"
         if not isinstance(name, str) or name not in METHODS:
-            raise RecipeError(f"no side named {_short(name)}.{nearest(str(name), SIDES)}")
+            raise RecipeError(f"no side named {shortened(name)}.{nearest(str(name), SIDES)}")
         try:
             recipe = cls.model_validate(fields)
         except ValidationError as error:
-            raise RecipeError(_message(error, cls.model_validate({"side": {"name": name}}))) from None
+            known = cls.model_validate({"side": {"name": name}}).model_dump()
+            raise RecipeError(complaint(error, known, METHODS)) from None
         if recipe.features.average_views and not recipe.features.views:
             raise RecipeError(
                 "features.average_views is true and features.views is 0: there is one view, nothing to "
@@ -285,8 +288,9 @@ class Recipe(Part):
         A setting that came later and is left to itself is left out: runs from before it keep their hash.
         """
         fields = self.model_dump(mode="json")
-        fields["backbone"].pop("weights")  # the weights themselves are in the backbone's identity
-        fields["side"].pop("form", None)  # all forms of a side compute the same
+        for part, names in UNHASHED.items():
+            for name in names:
+                fields[part].pop(name, None)
         for part, later in LATER.items():
             own = getattr(self, part)
             known = type(own).model_fields  # one side has a setting, another has not
@@ -325,75 +329,3 @@ def check_fleet(recipe: Recipe) -> None:
             f"side.name is {recipe.side.name!r}, which is solved, not trained: there are no members and no "
             "folds of it. Type: --side losa"
         )
-
-
-def _not_a_setting(setting: str, name: str, text: str) -> str:
-    """What to type for a setting without its part, or without a value."""
-    fields = Recipe().model_dump()
-    parts = [part for part, inside in fields.items() if name in inside]
-    example = f"{parts[0]}.{name}={text or '..'}" if parts else "side.rank=16"
-    return f"--set got {setting!r}, expected part.field=value. Type: --set {example}"
-
-
-def _value(setting: str, text: str) -> Any:  # noqa: ANN401 - any YAML value
-    try:
-        return yaml.load(text, Loader=NoAliases)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = _short(" ".join(str(error).split()))[1:-1]
-        raise RecipeError(
-            f"--set {_short(setting)}: the value is not YAML ({reason}). Type: --set side.rank=16"
-        ) from None
-
-
-class NoAliases(yaml.SafeLoader):
-    """YAML without aliases: nine lines of them stand for a billion values."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:  # noqa: ANN401 - as there
-        """As there, but for aliases."""
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias, *name, is not taken")
-        return super().compose_node(parent, index)
-
-
-def _short(value: Any) -> str:  # noqa: ANN401 - whatever was typed
-    text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]} .."
-
-
-def _message(error: ValidationError, example: Recipe) -> str:
-    """The first complaint in our words: the dotted key, what was got, what was expected."""
-    complaint = error.errors()[0]
-    location = [str(step) for step in complaint["loc"]]
-    if location[0] == "side" and len(location) > 1 and location[1] in METHODS:
-        location.pop(1)  # the union's tag is no part of the key
-    if location[:2] in (["side", "taps"], ["fleet", "folds"], ["head", "ridge"]):
-        location = location[:2]  # below it stand the branches of its type
-    if len(location) == 1 and isinstance(complaint["input"], dict):
-        location += list(complaint["input"])[:1]  # an unknown part: say the whole key that was typed
-    key = ".".join(location)
-    if complaint["type"] == "extra_forbidden":
-        known = [f"{part}.{field}" for part, fields in example.model_dump().items() for field in fields]
-        inside = [name for name in known if name.startswith(f"{location[0]}.")]
-        return f"no setting {key!r}.{_nearest_setting(key, known, inside)}"
-    got = _short(complaint["input"])
-    if key == "side.taps":
-        return f"{key} is {got}, expected all, last or a list. Type: --set side.taps=[block.12]"
-    if key == "fleet.folds":
-        return f"{key} is {got}, expected 2 or more, or column. Type: --folds 5"
-    if key == "head.ridge":
-        return f"{key} is {got}, expected 0 or more and below 1, or auto. Type: --set head.ridge=auto"
-    hint = ""
-    if complaint["type"] == "literal_error":
-        choices = re.findall(r"'([^']*)'", complaint["ctx"]["expected"])  # ``'a', 'b' or 'c'``
-        close = difflib.get_close_matches(str(complaint["input"])[:99], choices, n=1)
-        hint = f". Did you mean {close[0]!r}?" if close else ""
-    return f"{key} is {got}: {complaint['msg'][:1].lower()}{complaint['msg'][1:]}{hint}"
-
-
-def _nearest_setting(key: str, known: Sequence[str], inside: Sequence[str]) -> str:
-    """The nearest of all settings, then those of the same part, or the parts where there is no such part."""
-    close = difflib.get_close_matches(key[:99], known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    parts = sorted({name.partition(".")[0] for name in known})
-    listed = f"Known: {', '.join(sorted(inside))}" if inside else f"Parts: {', '.join(parts)}"
-    return f"{hint} {listed}."

@@ -24,7 +24,7 @@ from sidetune.checkpoint import Epoch
 from sidetune.data.dataset import Dataset
 from sidetune.errors import ArtifactError, RequestError, first_complaint
 from sidetune.files import csv_text, read_json, write_json, write_text
-from sidetune.recipe import Recipe
+from sidetune.recipe import UNHASHED, Recipe
 from sidetune.store import DTypeName, stores_root
 from sidetune.tasks import Task
 
@@ -204,7 +204,7 @@ def _field_differences(found: Mapping[str, Any], recipe: Recipe) -> Iterator[str
         if fields.get("name") != there.get("name"):
             names = ["name"]  # of two sides no other field can be compared
         for name in names:
-            if fields.get(name) != there.get(name) and name not in ("weights", "form"):  # no part of the hash
+            if fields.get(name) != there.get(name) and name not in UNHASHED.get(part, ()):
                 theirs, ours = (json.dumps(value.get(name)) for value in (there, fields))
                 yield f"{part}.{name} is {theirs} there and {ours} here"
 

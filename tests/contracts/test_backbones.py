@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sidetune.backbones.base import Identity, Variant, weights_digest
 from sidetune.backbones.demo import DemoBackbone, demo_weights
 from sidetune.backbones.hooked import HookedBackbone
+from sidetune.backbones.streamed import StreamedBackbone
 from sidetune.backbones.timm import TimmBackbone
 from sidetune.backbones.toy import ToyBackbone
 from sidetune.backbones.wrap import Wiring, WrappedBackbone
@@ -30,6 +31,7 @@ class Row:
     norm: Callable[[nn.Module, Tensor], Tensor] = lambda module, tokens: module.norm(tokens)
     block: Callable[[int], str] = lambda number: f"blocks.{number - 1}"
     no_seed: str = ""  # why its weights cannot be drawn anew
+    runtime: str = "eager"
 
 
 def conv_net(seed: int) -> nn.Module:
@@ -68,6 +70,13 @@ def local(architecture: str, sizes: tuple[int, int], **arguments: object) -> Row
     return Row(build, sizes)
 
 
+def streamed(architecture: str, sizes: tuple[int, int]) -> Row:
+    def build(*, seed=0, **more):
+        return StreamedBackbone(architecture, weights=folder(architecture, seed, img_size=sizes[0]), **more)
+
+    return Row(build, sizes, runtime="streamed")
+
+
 def random_start(name: str, sizes: tuple[int, int]) -> Row:
     return Row(lambda **more: TimmBackbone(name, weights=None, **{"size": sizes[0], **more}), sizes)
 
@@ -90,6 +99,8 @@ ROWS = {
     "eva02": local("eva02_tiny_patch14_224", (28, 56)),
     "dinov3": local("vit_small_patch16_dinov3", (32, 64), embed_dim=64),
     "beit": local("beit_base_patch16_224", (32, 64)),
+    "streamed": streamed("vit_small_patch14_reg4_dinov2", (56, 42)),
+    "streamed, rotary": streamed("eva02_tiny_patch14_224", (28, 56)),
     "demo": Row(
         lambda size=56, **more: DemoBackbone(size, **more), (56, 70), no_seed="its weights are one file"
     ),
@@ -302,7 +313,7 @@ def test_variant_says_how_it_was_run(row, backbone):
     variant = row.build(taps=["block.2", "embedding"], precision="bf16").variant
     assert variant.taps == ("embedding", "block.2")
     assert variant.precision == "bf16"
-    assert variant.runtime == "eager"
+    assert variant.runtime == row.runtime
     assert variant.versions["torch"] == torch.__version__
     assert Variant.from_json(variant.to_json()) == variant
     assert backbone.variant.precision == "fp32"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from sidetune.errors import BackboneError, nearest
 
 if TYPE_CHECKING:
-    from sidetune.backbones.base import Backbone, Precision, Resize
+    from sidetune.backbones.base import Backbone, Precision, Resize, Runtime
 
 
 def _demo(
@@ -34,11 +34,12 @@ def _demo(
     return DemoBackbone(size, taps=taps, precision=precision, resize=resize)
 
 
-def _timm(
+def _timm(  # noqa: PLR0913 - each is a field of the recipe
     model: str,
     /,
     *,
     weights: str | Path = "hub",
+    runtime: Runtime = "eager",
     size: int | None = None,
     taps: Sequence[str] | None = None,
     precision: Precision = "fp32",
@@ -49,6 +50,12 @@ def _timm(
     from sidetune.data.preprocess import check_torchvision
 
     check_torchvision()  # which timm needs
+    if runtime == "streamed":
+        from sidetune.backbones.streamed import StreamedBackbone
+
+        return StreamedBackbone(
+            model, weights=weights, size=size, taps=taps, precision=precision, resize=resize
+        )
     from sidetune.backbones.timm import TimmBackbone
 
     source = None if weights == "random" else weights
@@ -83,8 +90,8 @@ def build_backbone(name: str, **arguments: object) -> Backbone:
         name: ``demo``, ``toy``, or ``timm:MODEL`` (also ``timm/MODEL``) with any plain vision
             transformer that timm knows.
         **arguments: ``size``, ``taps``, ``precision``, ``resize``; ``seed`` (toy, timm); ``weights``
-            (timm): ``hub``, which is the default, ``random``, or a path. None stands for the
-            backbone's own default.
+            (timm): ``hub``, which is the default, ``random``, or a path; ``runtime`` (timm): ``eager``, or
+            ``streamed`` from a local path. None stands for the backbone's own default.
 
     Raises:
         BackboneError: an unknown name, an argument that this backbone does not take, or whatever

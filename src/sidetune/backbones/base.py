@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
@@ -25,6 +25,7 @@ from sidetune.features import Features, FinalNorm, Spec, Tap
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Resize = Literal["squash", "crop"]
+Runtime = Literal["eager", "streamed"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Variant:
     Args:
         taps: names of the taps that are read.
         precision: ``fp32``, or ``bf16`` or ``fp16`` by autocast.
-        runtime: ``eager`` is PyTorch itself.
+        runtime: ``eager`` is PyTorch itself; ``streamed`` reads block after block from disk.
         versions: of the libraries that computed the features.
     """
 
@@ -112,7 +113,12 @@ class Backbone(ABC):
     """A frozen feature source: images (B, 3, size, size) -> `Features`.
 
     Always in eval mode, never mutated, no autograd graph: calling runs under `torch.no_grad`.
+
+    Attributes:
+        fewest: images that a call should have, so that what every call costs is small beside them.
     """
+
+    fewest: int = 1
 
     spec: Spec
     preprocess: Preprocess
@@ -183,8 +189,13 @@ class Backbone(ABC):
 
 def weights_digest(module: nn.Module) -> str:
     """sha256 over every parameter and saved buffer in name order: name, dtype, shape, bytes."""
+    return tensors_digest(sorted(module.state_dict().items()))
+
+
+def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """The same over tensors that come one at a time, in name order."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in tensors:
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy().data)

@@ -51,6 +51,7 @@ class Parts:
         identity: what the backbone is.
         norm: the module's own final LayerNorm, if it has one.
         versions: of the libraries, beside torch, that compute the features.
+        runtime: as `Variant` has it.
     """
 
     module: nn.Module
@@ -60,6 +61,7 @@ class Parts:
     identity: Identity
     norm: FinalNorm | None
     versions: dict[str, str]
+    runtime: str = "eager"
 
 
 class HookedBackbone(Backbone):
@@ -96,7 +98,7 @@ class HookedBackbone(Backbone):
         self.variant = Variant(
             taps=self.spec.names,
             precision=precision,
-            runtime="eager",
+            runtime=parts.runtime,
             versions={"torch": torch.__version__, **parts.versions},
         )
         self.device = module_device(self.module)

@@ -98,7 +98,7 @@ def build_vit(
     Raises:
         BackboneError: as in `TimmBackbone`.
     """
-    architecture = _check_name(name)
+    architecture = known_architecture(name)
     start = keyed.generator(seed, f"backbones/timm/{architecture}").initial_seed()
     with torch.random.fork_rng(devices=[]):  # timm draws from the global generator
         torch.default_generator.manual_seed(start)
@@ -108,14 +108,18 @@ def build_vit(
             weights = Path(weights)
         if isinstance(weights, Path) and weights.is_dir():
             return _from_folder(architecture, weights)
-        model = _create(name)
+        model = create(name)
     if weights is not None:
         _load(model, architecture, weights)
     return model, {}
 
 
-def _check_name(name: str) -> str:
-    """The architecture that a name with or without a tag stands for."""
+def known_architecture(name: str) -> str:
+    """The architecture that a name with or without a tag stands for.
+
+    Raises:
+        BackboneError: timm does not know it, or it is no plain vision transformer.
+    """
     architecture, tag = split_model_name_tag(name)
     if not timm.is_model(architecture):
         close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
@@ -136,7 +140,12 @@ def _check_name(name: str) -> str:
     return architecture
 
 
-def _create(name: str, **arguments: Any) -> ViT:  # noqa: ANN401 - timm's own keywords
+def create(name: str, **arguments: Any) -> ViT:  # noqa: ANN401 - timm's own keywords
+    """A model with random weights and no classifier.
+
+    Raises:
+        BackboneError: timm cannot build it.
+    """
     try:
         model = timm.create_model(name, num_classes=0, **arguments)
     except RuntimeError as error:
@@ -150,35 +159,49 @@ def _from_hub(name: str) -> ViT:
         # With its classifier, because timm checks the names strictly only then.
         model = timm.create_model(name, pretrained=True)
     except (OSError, RuntimeError) as error:
-        raise BackboneError(
-            f"the weights of {name} cannot be had from the hub: {str(error).partition(chr(10))[0]} "
-            "Expected a network or a filled cache. Type: --weights PATH, a local .safetensors or .pth file"
-        ) from error
+        raise no_hub(name, error) from error
     assert isinstance(model, ViT)
     model.reset_classifier(0)
     return model
 
 
+def no_hub(name: str, error: Exception) -> BackboneError:
+    """What is said where the hub does not give a model's weights."""
+    return BackboneError(
+        f"the weights of {name} cannot be had from the hub: {str(error).partition(chr(10))[0]} "
+        "Expected a network or a filled cache. Type: --weights PATH, a local .safetensors or .pth file"
+    )
+
+
 def _from_folder(architecture: str, folder: Path) -> tuple[ViT, dict[str, Any]]:
     """A folder as on the hub: config.json says architecture, arguments and pixel statistics."""
     file = next((folder / file for file in HUB_FILES if (folder / file).is_file()), None)
-    config = _read_config(folder / "config.json")
+    config = hub_config(folder / "config.json")
     if file is None or config is None:
         raise BackboneError(
             f"weights {folder}: a folder needs {' or '.join(HUB_FILES)} and timm's config.json, as on "
             "the hub. Type: --weights with the path of the weights file itself"
         )
+    model = create_from(folder, config, architecture)
+    _load(model, architecture, file)
+    return model, dict(config.get("model_args") or {})
+
+
+def create_from(folder: Path, config: Mapping[str, Any], architecture: str, **arguments: Any) -> ViT:  # noqa: ANN401
+    """The model that a folder's config.json describes, with random weights.
+
+    Raises:
+        BackboneError: it is of another architecture.
+    """
     if config["architecture"] != architecture:
         raise BackboneError(
             f"weights {folder}: config.json says {config['architecture']}, got {architecture}. "
             f"Type: --backbone timm:{config['architecture']}"
         )
-    model = _create(f"local-dir:{folder}")
-    _load(model, architecture, file)
-    return model, dict(config.get("model_args") or {})
+    return create(f"local-dir:{folder}", **arguments)
 
 
-def _read_config(path: Path) -> dict[str, Any] | None:
+def hub_config(path: Path) -> dict[str, Any] | None:
     """The config.json of timm; None where there is none, or it is another library's."""
     if not path.is_file():
         return None

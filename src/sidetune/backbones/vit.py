@@ -46,8 +46,24 @@ def vit_parts(model: ViT, arguments: Mapping[str, Any], *, size: int | None, res
         BackboneError: a size that is no multiple of the patch size, or pixels we cannot prepare.
     """
     digest = weights_digest(model)  # before the position table is resampled
-    patch = _set_size(model, size)
-    _write_over(model)
+    set_size(model, size)
+    write_over(model)
+    return described(model, arguments, digest, resize)
+
+
+def described(model: ViT, arguments: Mapping[str, Any], digest: str, resize: Resize) -> Parts:
+    """What `vit_parts` gives, of a model that has its size.
+
+    Args:
+        model: as it will run.
+        arguments: that it was built with, beside size and patch.
+        digest: of its weights as loaded.
+        resize: ``squash`` or ``crop``.
+
+    Raises:
+        BackboneError: pixels we cannot prepare.
+    """
+    patch = model.patch_embed.img_size[0] // model.patch_embed.grid_size[0]
     preprocess = _preprocess(model, resize)
     identity = Identity(
         weights=digest,
@@ -92,7 +108,7 @@ class _Embed(nn.Module):
         return run_vit(self.model, images)
 
 
-def _write_over(model: ViT) -> None:
+def write_over(model: ViT) -> None:
     """Give each feed-forward branch an activation that writes over its input: the same numbers."""
     for block in model.blocks:
         mlp = getattr(block, "mlp", None)
@@ -113,8 +129,12 @@ class _OverGelu(nn.Module):
         return torch.ops.aten.gelu_(hidden)  # type: ignore[no-any-return]
 
 
-def _set_size(model: ViT, size: int | None) -> int:
-    """Bring the model to size x size pixels; returns the patch's side in pixels."""
+def set_size(model: ViT, size: int | None) -> None:
+    """Bring a model to size x size pixels.
+
+    Raises:
+        BackboneError: a size that is no multiple of the patch size.
+    """
     height, width = model.patch_embed.img_size
     patch = height // model.patch_embed.grid_size[0]
     if size is None and height != width:
@@ -127,7 +147,6 @@ def _set_size(model: ViT, size: int | None) -> int:
             # BEiT's bias tables: timm indexes in a way that torch deprecates; the result is right.
             warnings.filterwarnings("ignore", category=UserWarning, module=r"timm\.layers\.interpolate")
             model.set_input_size((size, size))
-    return int(patch)
 
 
 def _preprocess(model: ViT, resize: Resize) -> Preprocess:

@@ -1,0 +1,48 @@
+"""Random weights of any size, written tensor by tensor, for what a model costs: that needs no knowledge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sidetune import keyed
+from sidetune.backbones.timm import create, known_architecture
+from sidetune.backbones.weightfile import write_in_turn
+
+STD = 0.02  # of matrices and tables
+
+
+def write_random_weights(name: str, path: Path, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> int:
+    """Weights of a model of timm as a safetensors file, never more than one tensor of them in memory.
+
+    Matrices and tables are drawn, normal with a standard deviation of 0.02; scales are ones, biases zeros.
+
+    Args:
+        name: timm's name.
+        path: of the file.
+        dtype: of all tensors.
+        seed: of the draws, a generator a tensor.
+
+    Returns:
+        The number of parameters.
+
+    Raises:
+        BackboneError: an unknown or unsupported model.
+        SidetuneError: the disk is full, or the folder cannot be written.
+    """
+    known_architecture(name)
+    with torch.device("meta"):
+        shapes = {key: tensor.shape for key, tensor in create(name).state_dict().items()}
+
+    def tensors() -> Iterator[Tensor]:
+        for key, shape in shapes.items():
+            if len(shape) > 1:
+                yield STD * torch.randn(shape, generator=keyed.generator(seed, f"backbones/random/{key}"))
+            else:
+                yield (torch.ones if key.endswith(("weight", "gamma", "scale")) else torch.zeros)(shape)
+
+    write_in_turn(path, shapes, dtype, tensors())
+    return sum(shape.numel() for shape in shapes.values())
