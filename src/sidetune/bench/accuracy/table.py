@@ -16,7 +16,7 @@ from sidetune.bench.rows import Bench, Row, machine_lines
 from sidetune.figures import duration, size
 
 LINE = 80
-NAME = 14  # columns of a method's name
+NAME = 16  # columns of a method's name
 CELL = 9  # of a score
 MOST = (LINE - NAME) // CELL  # scores in a line
 OVER = "†"
