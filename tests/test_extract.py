@@ -128,7 +128,7 @@ def test_a_streamed_backbone_gets_whole_calls_and_writes_the_same_features(pictu
     assert streamed.fewest == 64
     dataset, expected = bring(pictures, tmp_path / "eager", backbone=eager, dtype="fp16")
     monkeypatch.setattr(EXTRACT, "SHARD_BYTES", 1)
-    streamed.fewest = 8
+    monkeypatch.setattr(type(streamed), "fewest", 8)
     _, store = bring(pictures, tmp_path / "streamed", backbone=streamed, dtype="fp16")
     assert [len(shard) for shard in store.plan.shards] == [8, 4]
     assert store.plan.variant.runtime == "streamed"

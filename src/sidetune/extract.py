@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sidetune.backbones.base import Backbone
+from sidetune.backbones.base import MICRO_BATCH, Backbone
 from sidetune.data.dataset import Dataset, sample_key
 from sidetune.data.preprocess import Preprocess
 from sidetune.data.views import PLAIN, Picture, View, place_by_hash
@@ -50,7 +50,6 @@ from sidetune.summary import summarise
 
 SHARD_BYTES = 256 * 2**20
 SHARD_RECORDS = 1024  # small features: a shard is still lost in seconds, not minutes
-MICRO_BATCH = 32
 DISK_LIMIT = 0.90  # of the disk, after the store is written
 DECODERS = 4
 UNREADABLE = "unreadable"  # stands for the sha256 of a file that cannot be read
@@ -270,8 +269,8 @@ def _write_shards(
             animated: list[Path] = []
             parts: list[dict[str, Tensor]] = []
             reasons: dict[int, str] = {}
-            few = backbone.fewest
-            for first, images, bad in decoded(shown, backbone.preprocess, pool, animated, fewest=few):
+            batches = decoded(shown, backbone.preprocess, pool, animated, fewest=backbone.fewest)
+            for first, images, bad in batches:
                 reasons |= {first + slot: reason for slot, reason in bad.items()}
                 parts.append(_stored(images, backbone, plan))
                 progress.advance(len(images))

@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sidetune.backbones.base import Backbone
+from sidetune.backbones.base import MICRO_BATCH, Backbone
 from sidetune.data.dataset import Dataset
 from sidetune.data.views import PLAIN, Picture, View
 from sidetune.errors import SidetuneError
-from sidetune.extract import DECODERS, MICRO_BATCH, decoded, rounded
+from sidetune.extract import DECODERS, decoded, rounded
 from sidetune.features import Features, FinalNorm, Spec
 from sidetune.progress import Progress
 from sidetune.reader import AHEAD, Ahead, Layout

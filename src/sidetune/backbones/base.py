@@ -27,6 +27,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Resize = Literal["squash", "crop"]
 Runtime = Literal["eager", "streamed"]
 
+MICRO_BATCH = 32  # images that go through a block at once
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -113,12 +115,7 @@ class Backbone(ABC):
     """A frozen feature source: images (B, 3, size, size) -> `Features`.
 
     Always in eval mode, never mutated, no autograd graph: calling runs under `torch.no_grad`.
-
-    Attributes:
-        fewest: images that a call should have, so that what every call costs is small beside them.
     """
-
-    fewest: int = 1
 
     spec: Spec
     preprocess: Preprocess
@@ -141,6 +138,11 @@ class Backbone(ABC):
     @abstractmethod
     def to(self, device: torch.device | str) -> Self:
         """Move the backbone to a device; returns itself."""
+
+    @property
+    def fewest(self) -> int:
+        """Images that a call should have, so that what every call costs is small beside them."""
+        return 1
 
     def reading(self, taps: Sequence[str]) -> Self:
         """The same network with other taps. Its weights are shared: be on the device before.

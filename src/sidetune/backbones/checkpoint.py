@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import safetensors
 import safetensors.torch
@@ -18,6 +19,7 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 Weights = Mapping[str, Tensor]
+AnyWeight = TypeVar("AnyWeight")  # a tensor, or where one stands
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -70,9 +72,9 @@ def load_weights(
         BackboneError: names are missing or unexpected, or shapes differ.
     """
     own = model.state_dict()
-    given = _without(weights, classifier)
+    given = without(weights, classifier)
     if given.keys() != own.keys() and rename is not None:
-        given = _without(rename(given, model), classifier)
+        given = without(rename(given, model), classifier)
     missing, unexpected = own.keys() - given.keys(), given.keys() - own.keys()
     if missing or unexpected:
         raise BackboneError(
@@ -105,7 +107,8 @@ def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in content.items()}
 
 
-def _without(weights: Weights, submodules: tuple[str, ...]) -> dict[str, Tensor]:
+def without(weights: Mapping[str, AnyWeight], submodules: tuple[str, ...]) -> dict[str, AnyWeight]:
+    """What is known by the names of weights, but for those of some submodules."""
     prefixes = tuple(f"{name}." for name in submodules)
     return {name: tensor for name, tensor in weights.items() if not name.startswith(prefixes)}
 

@@ -22,21 +22,19 @@ from huggingface_hub import snapshot_download
 from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
-from sidetune.backbones.base import Precision, Resize, Stages, tensors_digest
-from sidetune.backbones.checkpoint import load_weights
+from sidetune.backbones.base import MICRO_BATCH, Precision, Resize, Stages, tensors_digest
+from sidetune.backbones.checkpoint import load_weights, without
 from sidetune.backbones.hooked import HookedBackbone, check_choice
 from sidetune.backbones.timm import create, create_from, hub_config, known_architecture, no_hub
-from sidetune.backbones.vit import ViT, described, pretrained_config, run_vit, set_size, write_over
+from sidetune.backbones.vit import ViT, classifiers, described, run_vit, set_size, write_over
 from sidetune.backbones.weightfile import Stored, stored_tensors
 from sidetune.errors import BackboneError
-from sidetune.features import Spec
+from sidetune.store import DTYPES
 
-MICRO_BATCH = 32  # images that go through a block at once
 CALL_BYTES = 2**30  # of the taps of one call, in float32
 CALL_IMAGES = 64  # at most
 HUB_PATTERNS = ["config.json", "model*.safetensors", "model*.json"]
 BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
-TYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Block = Mapping[str, Stored]  # a parameter's name inside the block -> where it stands
 Loaded = dict[str, Tensor]
 
@@ -79,7 +77,7 @@ class StreamedBackbone(HookedBackbone):
         set_size(model, size)
         write_over(model)
         blocks = _blocks(tensors, model.blocks[0], weights)
-        self._stream = _Stream(model.blocks[0], blocks, TYPES[precision], micro_batch)
+        self._stream = _Stream(model.blocks[0], blocks, DTYPES[precision], micro_batch)
         model.patch_embed.proj = _InParts(model.patch_embed.proj, micro_batch)
         streamed = [_Streamed(self._stream, number) for number in range(len(blocks))]
         # timm calls a sequence of blocks as one, or one by one with what they take beside tokens
@@ -87,13 +85,11 @@ class StreamedBackbone(HookedBackbone):
         model.blocks = nn.Sequential(*streamed) if sequence else nn.ModuleList(streamed)
         parts = described(model, arguments, digest, resize)
         super().__init__(replace(parts, runtime="streamed"), taps=taps, precision=precision)
-        self.fewest = _images_of_a_call(self.spec)
 
-    def reading(self, taps: Sequence[str]) -> Self:
-        """See `Backbone.reading`."""
-        other = super().reading(taps)
-        other.fewest = _images_of_a_call(other.spec)
-        return other
+    @property
+    def fewest(self) -> int:
+        """So many images that reading the weights is little beside them, and that their taps fit."""
+        return max(1, min(CALL_IMAGES, CALL_BYTES // (self.spec.record_numel() * torch.float32.itemsize)))
 
     def _forward(self, images: Tensor) -> object:
         return run_vit(self.module, images)
@@ -117,7 +113,7 @@ class StreamedBackbone(HookedBackbone):
 
 
 @dataclass
-class Reader:
+class BlockReader:
     """Blocks one after another, the next one read on a thread while one is used.
 
     Args:
@@ -203,7 +199,7 @@ class _Stream:
             module = template.get_submodule(where)
             delattr(module, attribute)
             self._places[name] = module, attribute
-        self._reader = Reader(blocks, types, torch.device("cpu"))
+        self._reader = BlockReader(blocks, types, torch.device("cpu"))
 
     def run(self, number: int, tokens: Tensor, *arguments: Any, **named: Any) -> Tensor:  # noqa: ANN401 - timm's
         """Block `number` over all tokens, (B, N, D) -> (B, N, D), a micro-batch at a time."""
@@ -215,7 +211,7 @@ class _Stream:
     def to(self, device: torch.device) -> None:
         """Read to a device from now on."""
         self.template.to(device)  # buffers
-        self._reader = Reader(self._reader.blocks, self._reader.types, device)
+        self._reader = BlockReader(self._reader.blocks, self._reader.types, device)
 
 
 class _Streamed(nn.Module):
@@ -267,13 +263,7 @@ def _outline(name: str, weights: Path) -> tuple[ViT, dict[str, Any], dict[str, S
             f"{architecture} embeds images by a {type(model.patch_embed).__name__}, expected patches alone, "
             "to be streamed. Type: --set backbone.runtime=eager"
         )
-    heads = pretrained_config(model).get("classifier") or ()
-    heads = (heads,) if isinstance(heads, str) else tuple(heads)
-    stored = {
-        key: tensor
-        for key, tensor in stored_tensors(weights).items()
-        if not key.startswith(tuple(f"{head}." for head in heads))
-    }
+    stored = without(stored_tensors(weights), classifiers(model))
     given = {key: tensor.read() for key, tensor in stored.items() if _number(key) in (None, 0)}
     load_weights(model, given, f"weights {weights}")
     return model, dict((config or {}).get("model_args") or {}), stored
@@ -287,11 +277,6 @@ def _downloaded(name: str) -> Path:
     except (OSError, ValueError) as error:
         raise no_hub(name, error) from error
     return Path(folder)
-
-
-def _images_of_a_call(spec: Spec) -> int:
-    """So many that reading the weights is little beside them, and their taps fit."""
-    return max(1, min(CALL_IMAGES, CALL_BYTES // (spec.record_numel() * torch.float32.itemsize)))
 
 
 def _number(key: str) -> int | None:

@@ -22,7 +22,7 @@ from sidetune import keyed
 from sidetune.backbones.base import Precision, Resize, Stages
 from sidetune.backbones.checkpoint import HUB_FILES, load_weights, read_checkpoint
 from sidetune.backbones.hooked import HookedBackbone
-from sidetune.backbones.vit import ViT, pretrained_config, run_vit, vit_parts, vit_stages
+from sidetune.backbones.vit import ViT, classifiers, run_vit, vit_parts, vit_stages
 from sidetune.errors import BackboneError, nearest
 
 # timm's files whose models keep one width and one grid from the first block to the last.
@@ -187,7 +187,7 @@ def _from_folder(architecture: str, folder: Path) -> tuple[ViT, dict[str, Any]]:
     return model, dict(config.get("model_args") or {})
 
 
-def create_from(folder: Path, config: Mapping[str, Any], architecture: str, **arguments: Any) -> ViT:  # noqa: ANN401
+def create_from(folder: Path, config: Mapping[str, Any], architecture: str, **arguments: Any) -> ViT:  # noqa: ANN401 - as there
     """The model that a folder's config.json describes, with random weights.
 
     Raises:
@@ -214,12 +214,11 @@ def hub_config(path: Path) -> dict[str, Any] | None:
 
 def _load(model: ViT, architecture: str, weights: Path | Mapping[str, Tensor]) -> None:
     source = f"weights {weights}" if isinstance(weights, Path) else "the weights"
-    heads = pretrained_config(model).get("classifier") or ()
     load_weights(
         model,
         read_checkpoint(weights) if isinstance(weights, Path) else weights,
         source,
-        classifier=(heads,) if isinstance(heads, str) else tuple(heads),
+        classifier=classifiers(model),
         # Each of timm's files knows the names that its models' authors published under.
         rename=sys.modules[model_entrypoint(architecture).__module__].checkpoint_filter_fn,
     )

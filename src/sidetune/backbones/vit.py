@@ -197,3 +197,9 @@ def _norm(model: ViT) -> FinalNorm | None:
 def pretrained_config(model: ViT) -> dict[str, Any]:
     """What timm knows about the weights that a name stands for."""
     return cast("dict[str, Any]", model.pretrained_cfg)
+
+
+def classifiers(model: ViT) -> tuple[str, ...]:
+    """Names of the submodules that a published file has behind the last tap."""
+    names = pretrained_config(model).get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)

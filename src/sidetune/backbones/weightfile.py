@@ -17,11 +17,12 @@ import safetensors
 import torch
 from torch import Tensor
 
+from sidetune.backbones.checkpoint import HUB_FILES
 from sidetune.errors import BackboneError
-from sidetune.files import written
+from sidetune.files import read_json, written
 
 INDEX = "model.safetensors.index.json"  # of a folder that holds a model in several files
-WHOLE = "model.safetensors"
+WHOLE = HUB_FILES[0]
 TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 NAMES = {dtype: name for name, dtype in TYPES.items()}
 
@@ -93,9 +94,9 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
 def _files_of(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         try:
-            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            index = read_json(folder / INDEX)["weight_map"]
             return [folder / name for name in sorted(set(index.values()))]
-        except (ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise BackboneError(f"{folder / INDEX} is damaged: {error!r}") from error
     if not (folder / WHOLE).is_file():
         raise BackboneError(f"weights {folder}: expected {WHOLE} or {INDEX} in it")
