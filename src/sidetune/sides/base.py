@@ -108,6 +108,18 @@ class Side(nn.Module, ABC):
         """
         return token_shares(self.tokens(features), self.out, self.pool, features.mask)
 
+    def pooled_product(self, codes_MBNK: Tensor, up_MKD: Tensor, features: Features) -> Tensor:
+        """Pool(codes up), the codes pooled before the product: (M, B, width).
+
+        Args:
+            codes_MBNK: of every token.
+            up_MKD: K -> D.
+            features: that the codes are of.
+        """
+        pooled_MBW = pool_tokens(codes_MBNK, self.out, self.pool, features.mask)
+        halves_MBHK = pooled_MBW.unflatten(-1, (self.halves, -1))
+        return member_products(halves_MBHK, up_MKD).flatten(-2)
+
     def scaled(self, features: Features, name: str) -> Tensor:
         """A tap times its scale: (B, N, D), at least in the precision of the side."""
         tap, scale = features[name], self.tap_scale[self.spec.index(name)]
@@ -193,6 +205,23 @@ def normal_start(parameter: Tensor, member: int, fan_in: int, keyed: torch.Gener
     with torch.no_grad():
         draw = torch.randn(parameter.shape[1:], generator=keyed, dtype=torch.float32)
         parameter[member] = (draw * fan_in**-0.5).to(parameter)
+
+
+def member_products(x_MBNI: Tensor, weight_MIO: Tensor) -> Tensor:
+    """Every member's tokens times its own matrix: (M, B, N, O).
+
+    What all members share is one wide product. `torch.matmul` would copy it a member, and a matrix a sample.
+
+    Args:
+        x_MBNI: (M, B, N, I), or (1, B, N, I) that members share.
+        weight_MIO: (M, I, O).
+    """
+    members, width, out = weight_MIO.shape
+    _, batch, num_tokens, _ = x_MBNI.shape
+    if x_MBNI.shape[0] == members:
+        return torch.bmm(x_MBNI.flatten(1, 2), weight_MIO).view(members, batch, num_tokens, out)
+    wide = x_MBNI.flatten(0, 2) @ weight_MIO.transpose(0, 1).reshape(width, members * out)
+    return wide.view(batch, num_tokens, members, out).permute(2, 0, 1, 3)
 
 
 def pool_tokens(tokens: Tensor, tap: Tap, pool: Pool, mask: Tensor | None = None) -> Tensor:

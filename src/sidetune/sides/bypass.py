@@ -11,6 +11,10 @@ zero, as in every side. The paper's text weighs the two by lambda and 1 - lambda
 start x_L is therefore the sum of z_0 and all b_l: not the linear probe, unlike the other sides.
 
 Nothing mixes tokens: what an answer knows of the image beyond single tokens comes from the backbone.
+
+`tokens` is the textbook form. `forward` computes the same pooled, exactly, and never builds x_l: as in LoSA
+the state is a sum of taps that all members share, P_l = z_0 + b_1 + .. + b_l, and narrow codes C times their
+stacked W_up, so that x_l W_down = P_l W_down + C (W_up W_down).
 """
 
 from __future__ import annotations
@@ -30,8 +34,10 @@ from sidetune.sides.base import (
     Side,
     SideRecipe,
     kept_blocks,
+    member_products,
     need_embedding,
     normal_start,
+    pool_tokens,
 )
 
 
@@ -70,8 +76,28 @@ class Bypass(Side):
         self.lateral = nn.ModuleList(Adapter(members, width, rank) for _ in self.blocks)
         self.vertical = nn.ModuleList(Adapter(members, width, rank) for _ in self.blocks)
 
+    def forward(self, features: Features, draws: Draws | None = None) -> Tensor:
+        """See `Side.forward`."""
+        if self.pool == "tokens":
+            return super().forward(features, draws)
+        sum_BND = self.scaled(features, "embedding")  # P_l
+        codes: list[Tensor] = []
+        ups: list[Tensor] = []
+        for tap, lateral, vertical in zip(self.blocks, self.lateral, self.vertical, strict=True):
+            assert isinstance(lateral, Adapter) and isinstance(vertical, Adapter)
+            b_BND = self.scaled(features, tap.name)
+            down_MBNR = member_products(sum_BND[None], vertical.down_MDR)
+            if codes:
+                up_down_MKR = torch.bmm(torch.cat(ups, 1), vertical.down_MDR)
+                down_MBNR = down_MBNR + member_products(torch.cat(codes, -1), up_down_MKR)
+            codes += [F.gelu(member_products(b_BND[None], lateral.down_MDR)), F.gelu(down_MBNR)]
+            ups += [lateral.up_MRD, vertical.up_MRD]
+            sum_BND = sum_BND + b_BND
+        pooled_BW = pool_tokens(sum_BND, self.out, self.pool, features.mask)
+        return pooled_BW + self.pooled_product(torch.cat(codes, -1), torch.cat(ups, 1), features)
+
     def tokens(self, features: Features, draws: Draws | None = None) -> Tensor:
-        """x_L: (M, B, N, D)."""
+        """x_L: (M, B, N, D), in the textbook form."""
         x_MBND = self.scaled(features, "embedding")[None]
         for tap, lateral, vertical in zip(self.blocks, self.lateral, self.vertical, strict=True):
             x_MBND = lateral(self.scaled(features, tap.name)[None]) + vertical(x_MBND)
@@ -92,5 +118,5 @@ class Adapter(MemberModule):
 
     def forward(self, x_MBND: Tensor) -> Tensor:
         """(M or 1, B, N, D) -> (M, B, N, D)."""
-        code = F.gelu(torch.matmul(x_MBND, self.down_MDR[:, None]))
-        return x_MBND + torch.matmul(code, self.up_MRD[:, None])
+        code_MBNR = F.gelu(member_products(x_MBND, self.down_MDR))
+        return x_MBND + member_products(code_MBNR, self.up_MRD)

@@ -33,9 +33,11 @@ from sidetune.sides.base import (
     Side,
     SideRecipe,
     kept_blocks,
+    member_products,
     member_rates,
     need_embedding,
     normal_start,
+    pool_tokens,
 )
 
 LAYER_NORM_EPS = 1e-6
@@ -108,8 +110,23 @@ class Ladder(Side):
         self.norm = AffineNorm(members, narrow)
         self.up = Projection(members, narrow, width, zero=keep_last)
 
+    def forward(self, features: Features, draws: Draws | None = None) -> Tensor:
+        """See `Side.forward`. Up is linear: it meets what is pooled of s, not every token."""
+        if self.pool == "tokens":
+            return super().forward(features, draws)
+        up_MBW = self.pooled_product(self.state(features, draws), self.up.weight_MIO, features)
+        if not self.keep_last:
+            return up_MBW
+        b_BND = self.scaled(features, self.blocks[-1].name)
+        return pool_tokens(b_BND, self.out, self.pool, features.mask) + up_MBW
+
     def tokens(self, features: Features, draws: Draws | None = None) -> Tensor:
         """b_L + Up(LN(s)): (M, B, N, D)."""
+        up_MBND: Tensor = self.up(self.state(features, draws))
+        return self.scaled(features, self.blocks[-1].name) + up_MBND if self.keep_last else up_MBND
+
+    def state(self, features: Features, draws: Draws | None = None) -> Tensor:
+        """LN(s) behind the last block: (M, B, N, d)."""
         keep_JMB = self.branch_keep(self.drop_path, 2 * len(self.blocks), features, draws)
         s_MBNd = self.down[0](self.scaled(features, "embedding")[None])
         for layer, tap in enumerate(self.blocks):
@@ -118,8 +135,8 @@ class Ladder(Side):
             s_MBNd = m_M111 * s_MBNd + (1 - m_M111) * self.down[layer + 1](b_BND[None])
             keep = None if keep_JMB is None else keep_JMB[2 * layer : 2 * layer + 2, :, :, None, None]
             s_MBNd = self.block[layer](s_MBNd, features.mask, keep)
-        up_MBND: Tensor = self.up(self.norm(s_MBNd))
-        return b_BND + up_MBND if self.keep_last else up_MBND
+        normed: Tensor = self.norm(s_MBNd)
+        return normed
 
 
 class Projection(MemberModule):
@@ -137,7 +154,7 @@ class Projection(MemberModule):
 
     def forward(self, x_MBNI: Tensor) -> Tensor:
         """(M or 1, B, N, I) -> (M, B, N, O)."""
-        return torch.matmul(x_MBNI, self.weight_MIO[:, None])
+        return member_products(x_MBNI, self.weight_MIO)
 
 
 class AffineNorm(nn.Module):
