@@ -8,6 +8,7 @@ from extracting import EXTRACT, FEW
 from fitted_fleets import Fleet
 from fitted_runs import FittedRuns
 from images import make_folder
+from sidetune.data import pictures as decoding
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -49,4 +50,4 @@ def own(pictures: Path, tmp_path: Path) -> Path:
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five records a shard, two a micro-batch."""
     monkeypatch.setattr(EXTRACT, "SHARD_RECORDS", 5)
-    monkeypatch.setattr(EXTRACT, "MICRO_BATCH", 2)
+    monkeypatch.setattr(decoding, "MICRO_BATCH", 2)

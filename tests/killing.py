@@ -120,9 +120,10 @@ def serve():
 
     import sidetune.cli
     import sidetune.report  # noqa: F401
+    from sidetune.data import pictures
 
     extract = importlib.import_module("sidetune.extract")  # the package's attribute is the function
-    extract.SHARD_RECORDS, extract.MICRO_BATCH = SHARD, BATCH
+    extract.SHARD_RECORDS, pictures.MICRO_BATCH = SHARD, BATCH
     for module in ("sidetune.train", "sidetune.sweep.worker"):
         importlib.import_module(module).CHECKPOINT_SECONDS = 0.0
     torch.set_num_threads(1)

@@ -50,9 +50,8 @@ def folder(tmp_path_factory):
 def found_in(root):
     dataset = load_dataset(root)
     source = LiveSource(dataset, build_backbone("toy"), quiet=True)
-    files = [dataset.file(row) for row in range(len(dataset))]
     others = np.sort(np.concatenate([dataset.rows("val"), dataset.rows("test")]))
-    found = find_leaks(files, sample_keys(dataset), source.summary(), dataset.rows("train"), others)
+    found = find_leaks(dataset, sample_keys(dataset), source.summary(), dataset.rows("train"), others)
     names = {
         dataset.paths[pair.row].as_posix(): (dataset.paths[pair.train_row].as_posix(), pair)
         for pair in found.pairs
@@ -114,7 +113,7 @@ def test_nothing_to_compare_is_no_leak(folder):
     dataset = load_dataset(folder)
     source = LiveSource(dataset, build_backbone("toy"), quiet=True)
     none = np.zeros(0, np.int64)
-    found = find_leaks([], sample_keys(dataset), source.summary(), dataset.rows("train"), none)
+    found = find_leaks(dataset, sample_keys(dataset), source.summary(), dataset.rows("train"), none)
     assert found.pairs == () and found.num_others == 0
 
 

@@ -68,7 +68,7 @@ def test_the_default_side_is_losa():
         ("side.rank", "--set got 'side.rank', expected part.field=value. Type: --set side.rank=16"),
         ("side.rnk=16", "no setting 'side.rnk'. Did you mean 'side.rank'? Known: side.a, "),
         ("train.learning_rate=1", "no setting 'train.learning_rate'."),
-        ("trian.lr=1", "no setting 'trian.lr'. Did you mean 'train.lr'? Parts: backbone, data, "),
+        ("trian.lr=1", "no setting 'trian.lr'. Did you mean 'train.lr'? Parts: backbone, clips, data, "),
         ("side.heads=2", "no setting 'side.heads'."),  # LAST has it, LoSA has not
         (
             "side.name=losaa",
@@ -161,6 +161,7 @@ OTHERS = {
         "drop_path": 0.1,
         "form": "textbook",
     },
+    "clips": {"frames": 3, "stored": 8, "drawn": 4, "scored": 2},
     "head": {"norm": "none", "ridge": 0.5},
     "train": {
         "epochs": 7,
@@ -183,6 +184,9 @@ GIVEN = {
     "average_views": {"views": 2},  # one view has no average
     "ensemble": {"folds": 3},  # of one member there is none
     "own_order": {"members": "seed=0,1"},
+    "stored": {"frames": 2},  # of an image nothing else is read
+    "drawn": {"frames": 2},
+    "scored": {"frames": 2},
 }
 FIELDS = [
     (part, field) for part, fields in Recipe().model_dump(mode="json").items() for field in sorted(fields)

@@ -8,7 +8,7 @@ import torch
 
 from sidetune import sources
 from sidetune.backbones import build_backbone
-from sidetune.data import load_dataset
+from sidetune.data import load_dataset, pictures
 from sidetune.errors import RequestError, StoreError
 from sidetune.extract import extract, sample_keys
 from sidetune.sources import LiveSource, StoredSource
@@ -121,7 +121,7 @@ def test_a_live_source_holds_what_is_asked_for_and_once(both, monkeypatch):
     _, live = both
     rows = [0, 1, *range(5, 11)]
     whole = live.features(rows)
-    monkeypatch.setattr(EXTRACT, "MICRO_BATCH", 3)
+    monkeypatch.setattr(pictures, "MICRO_BATCH", 3)
     made, run = [], live._run
 
     def noted(images):

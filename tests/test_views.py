@@ -9,6 +9,7 @@ from fitted_runs import toy_recipe
 from sidetune import load_dataset
 from sidetune.backbones import build_backbone
 from sidetune.data.preprocess import open_image
+from sidetune.data.reading import Reading
 from sidetune.data.views import View, views
 from sidetune.errors import RequestError, SidetuneError
 from sidetune.extract import extract, sample_keys
@@ -30,8 +31,8 @@ def test_stored_views_are_the_live_ones(pictures, tmp_path):
     keys = sample_keys(dataset)
     store = extract(dataset, backbone, tmp_path / "s", dtype="fp32", views=chosen, quiet=True)
     assert store.num_records == 4 * len(dataset)
-    stored = StoredSource(store, keys, views=chosen)
-    live = LiveSource(dataset, backbone, keys=keys, views=chosen, quiet=True)
+    stored = StoredSource(store, keys, reading=Reading.of_images(chosen))
+    live = LiveSource(dataset, backbone, keys=keys, reading=Reading.of_images(chosen), quiet=True)
     rows, which = [3, 0, 7, 7], [0, 1, 2, 3]
     for source in (stored, live):
         mixed = source.features(rows, views=which)["block.4"]
@@ -60,7 +61,7 @@ def test_an_image_that_cannot_be_read_is_skipped_once(own, tmp_path):
     (own / "class0/0000.png").write_bytes(b"")
     dataset = load_dataset(own)
     store = extract(dataset, build_backbone("toy"), tmp_path / "s", views=views(2), quiet=True)
-    source = StoredSource(store, sample_keys(dataset), views=views(2))
+    source = StoredSource(store, sample_keys(dataset), reading=Reading.of_images(views(2)))
     assert source.skipped == {0: "the file is empty"}
     assert np.flatnonzero(~source.valid).tolist() == [0]
 
@@ -92,7 +93,7 @@ def test_answers_are_averages_of_outputs_over_the_views(run, image_folder):
     predictor = sidetune.load(run.folder)
     path = image_folder / "class1/0001.png"
     key = f"x@{sample_keys(load_dataset(image_folder))[20].rpartition('@')[2]}"
-    assert predictor.views == views(3)
+    assert predictor.reading == Reading.of_images(views(3), averaged=True)
     outputs = []
     with torch.inference_mode():
         for view in views(3):
@@ -157,7 +158,7 @@ def test_a_row_is_valid_only_if_all_its_views_are(pictures, tmp_path):
     store = extract(dataset, build_backbone("toy"), tmp_path / "s", views=views(1), quiet=True)
     keys = sample_keys(dataset)
     store.skipped[f"{keys[3]}#mirror"] = "needs more memory than there is"
-    source = StoredSource(store, keys, views=views(1))
+    source = StoredSource(store, keys, reading=Reading.of_images(views(1)))
     assert source.skipped == {3: "needs more memory than there is"}
     assert np.flatnonzero(~source.valid).tolist() == [3]
 

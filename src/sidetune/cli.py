@@ -30,6 +30,8 @@ from sidetune.usage import (
     Device,
     EnsembleOption,
     Folds,
+    Frames,
+    FramesStored,
     Json,
     Labels,
     Live,
@@ -105,6 +107,8 @@ def fit(
     labels: Labels = None,
     weights: Weights = None,
     live: Live = False,
+    frames: Frames = None,
+    frames_stored: FramesStored = None,
     more_views: MoreViews = 0,
     average_views: Annotated[
         bool,
@@ -146,7 +150,16 @@ def fit(
     }
     fleet = {"members": members, "folds": number_or_word(folds), "ensemble": ensemble, "own_order": own_order}
     recipe = build_recipe(
-        backbone, size, weights, settings, task=task, labels=labels, side=side, features=features, fleet=fleet
+        backbone,
+        size,
+        weights,
+        settings,
+        task=task,
+        labels=labels,
+        side=side,
+        features=features,
+        clips=(frames, frames_stored),
+        fleet=fleet,
     )
     if not quiet:
         say(choices(recipe, device))
@@ -184,6 +197,8 @@ def extract(
     task: Task = "classify",
     labels: Labels = None,
     weights: Weights = None,
+    frames: Frames = None,
+    frames_stored: FramesStored = None,
     more_views: MoreViews = 0,
     settings: Settings = None,
     device: Device = "auto",
@@ -195,18 +210,17 @@ def extract(
     import sidetune
     from sidetune.artifact import find_device
     from sidetune.data import load_datasets
-    from sidetune.data.views import views
     from sidetune.extract import sample_keys
 
+    features, clips = {"views": more_views}, (frames, frames_stored)
     recipe = build_recipe(
-        backbone, size, weights, settings, task=task, labels=labels, features={"views": more_views}
+        backbone, size, weights, settings, task=task, labels=labels, features=features, clips=clips
     )
-    dataset, *_ = load_datasets(  # nothing is drawn: splits are no part of a store
-        data, task=recipe.data.task, labels=recipe.data.labels, val_fraction=0.0, test_fraction=0.0
-    )
+    whole = {"val_fraction": 0.0, "test_fraction": 0.0}  # nothing is drawn: splits are no part of a store
+    dataset, *_ = load_datasets(data, **recipe.data_arguments() | whole)
     frozen = sidetune.build_backbone(recipe.backbone.name, **recipe.backbone.arguments())
     frozen.to(find_device(device))
-    keys, chosen = sample_keys(dataset), views(recipe.features.views, flip=recipe.features.flip)
+    keys, chosen = sample_keys(dataset), recipe.reading().stored
     dtype = recipe.features.dtype
     store = sidetune.extract(
         dataset, frozen, out, dtype=dtype, keys=keys, views=chosen, strict=strict, quiet=quiet

@@ -81,16 +81,17 @@ def predict(
 
     how: dict[str, Any] = {"num_views": views, "weights": weights, "precision": precision, "device": device}
     if holds_columns(run):
-        found = sidetune.load_columns_run(run, **how).predict(
-            list_images(images), abstain_below=abstain_below
-        )
+        together = sidetune.load_columns_run(run, **how)
+        files = list_images(images, clips=together.clips)
+        found = together.predict(files, abstain_below=abstain_below)
         lines, predictions = column_lines(found), next(iter(found.values()))
         said: dict[str, Any] = {
             "columns": {name: [asdict(item) for item in own] for name, own in found.items()}
         }
     else:
         predictor = sidetune.load(run, **how)
-        predictions = predictor.predict(list_images(images), abstain_below=abstain_below)
+        files = list_images(images, clips=predictor.clips)
+        predictions = predictor.predict(files, abstain_below=abstain_below)
         lines = prediction_lines(predictions, predictor.artifact.task.kind)
         said = {"predictions": [asdict(item) for item in predictions]}
     if as_json:

@@ -13,6 +13,8 @@ from sidetune.usage import (
     BackboneName,
     Data,
     Device,
+    Frames,
+    FramesStored,
     Json,
     Labels,
     MoreViews,
@@ -81,6 +83,8 @@ def sweep(
     task: Task = "classify",
     labels: Labels = None,
     weights: Weights = None,
+    frames: Frames = None,
+    frames_stored: FramesStored = None,
     more_views: MoreViews = 0,
     store: Store = None,
     settings: Settings = None,
@@ -94,7 +98,15 @@ def sweep(
 
     chosen = [*(settings or ()), *([] if epochs is None else [f"train.epochs={epochs}"])]
     recipe = build_recipe(
-        backbone, size, weights, chosen, task=task, labels=labels, side=side, features={"views": more_views}
+        backbone,
+        size,
+        weights,
+        chosen,
+        task=task,
+        labels=labels,
+        side=side,
+        features={"views": more_views},
+        clips=(frames, frames_stored),
     )
     if not quiet:
         say(choices(recipe, device))

@@ -51,13 +51,18 @@ class ColumnsPredictor:
     """Trained sides of several label columns on one backbone.
 
     Args:
-        predictors: column -> its own, all on one backbone object and with the same views.
+        predictors: column -> its own, all on one backbone object and of one reading.
     """
 
     def __init__(self, predictors: Mapping[str, Predictor]) -> None:
         assert len({id(one.backbone) for one in predictors.values()}) == 1
-        assert len({one.views for one in predictors.values()}) == 1
+        assert len({one.reading for one in predictors.values()}) == 1
         self.predictors = dict(predictors)
+
+    @property
+    def clips(self) -> bool:
+        """Whether they answer for clips."""
+        return next(iter(self.predictors.values())).clips
 
     def predict(
         self, paths: Sequence[str | Path], *, abstain_below: float | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sidetune.backbones.base import MICRO_BATCH, Backbone
+from sidetune.backbones.base import Backbone
+from sidetune.data.clips import Frame
 from sidetune.data.dataset import Dataset, sample_key
-from sidetune.data.preprocess import Preprocess
-from sidetune.data.views import PLAIN, Picture, View, place_by_hash
-from sidetune.errors import DataError, ImageError, StoreError, without_remedy
+from sidetune.data.pictures import DECODERS, Picture, decoded
+from sidetune.data.views import PLAIN, AnyView, place_by_hash
+from sidetune.errors import DataError, StoreError, without_remedy
 from sidetune.features import Features
 from sidetune.files import leftovers, locked
 from sidetune.progress import Progress, say
@@ -51,7 +52,6 @@ from sidetune.summary import summarise
 SHARD_BYTES = 256 * 2**20
 SHARD_RECORDS = 1024  # small features: a shard is still lost in seconds, not minutes
 DISK_LIMIT = 0.90  # of the disk, after the store is written
-DECODERS = 4
 UNREADABLE = "unreadable"  # stands for the sha256 of a file that cannot be read
 
 
@@ -62,7 +62,7 @@ def extract(  # noqa: PLR0913 - what, where, how; each has its option on the com
     *,
     dtype: DTypeName = "fp16",
     keys: Sequence[str] | None = None,
-    views: Sequence[View] = (PLAIN,),
+    views: Sequence[AnyView] = (PLAIN,),
     reads: Sequence[str] | None = None,
     strict: bool = False,
     quiet: bool = False,
@@ -186,7 +186,7 @@ def _complete(
     quiet: bool,
 ) -> tuple[Store, list[int]]:
     """Write every shard that is not written yet. Returns the store and the numbers of those shards."""
-    plan = _plan(folder, backbone, dtype, tuple(pictures))
+    plan = _plan(folder, backbone, dtype, pictures)
     todo = [number for number in plan.numbers if not is_written(folder, number, plan.claim(number))]
     if todo or not (folder / "manifest.json").exists() or norm_is_off(folder, plan):
         check_alike(folder, plan, backbone, todo)
@@ -211,8 +211,9 @@ def key_of(path: Path, file: Path) -> str:
         return f"{path.as_posix()}@{UNREADABLE}"
 
 
-def _plan(folder: Path, backbone: Backbone, dtype: DTypeName, keys: Sequence[str]) -> Plan:
+def _plan(folder: Path, backbone: Backbone, dtype: DTypeName, pictures: Mapping[str, Picture]) -> Plan:
     """The folder's plan, checked against the backbone and extended by the keys it lacks."""
+    keys = tuple(pictures)
     plan = Plan(
         backbone.identity,
         backbone.variant,
@@ -230,6 +231,9 @@ def _plan(folder: Path, backbone: Backbone, dtype: DTypeName, keys: Sequence[str
     held = {key for shard in plan.shards for key in shard}
     missing = sorted({key for key in keys if key not in held}, key=place_by_hash)
     size = max(backbone.fewest, min(SHARD_RECORDS, SHARD_BYTES // plan.record_bytes), 1)
+    view = pictures[missing[0]].view if missing else PLAIN
+    together = view.count if isinstance(view, Frame) else 1  # a clip that lies in two shards is decoded twice
+    size = max(size - size % together, together)
     new = tuple(tuple(missing[first : first + size]) for first in range(0, len(missing), size))
     return replace(plan, shards=plan.shards + new)
 
@@ -305,50 +309,6 @@ def _check_unchanged(folder: Path, shown: Sequence[Picture], pool: ThreadPoolExe
 
 def _digest(file: Path) -> str:
     return key_of(file, file).rpartition("@")[2]
-
-
-def decoded(
-    pictures: Sequence[Picture],
-    preprocess: Preprocess,
-    pool: ThreadPoolExecutor,
-    animated: list[Path] | None = None,
-    *,
-    fewest: int = 1,
-) -> Iterator[tuple[int, Tensor, dict[int, str]]]:
-    """Micro-batches of preprocessed images, the next one decoded while this one is used.
-
-    Args:
-        pictures: to decode.
-        preprocess: what the backbone reads.
-        pool: decodes.
-        animated: the files of which only the first frame or page is used are added to it, in any order.
-        fewest: pictures of a batch that is not the last, where `MICRO_BATCH` are fewer.
-
-    Yields:
-        The first picture's index, images (b, 3, size, size), and slot -> reason for each image that could
-        not be decoded (its pixels are zero).
-    """
-
-    def one(picture: Picture) -> Tensor | str:
-        try:
-            loaded = picture.load(preprocess)
-        except ImageError as error:
-            return error.reason
-        if loaded.animated and animated is not None:
-            animated.append(picture.file)
-        return loaded.pixels
-
-    size = max(MICRO_BATCH, fewest)
-    batches = [pictures[first : first + size] for first in range(0, len(pictures), size)]
-    ahead = [pool.submit(one, picture) for picture in batches[0]] if batches else []
-    for index in range(len(batches)):
-        current = [future.result() for future in ahead]
-        if index + 1 < len(batches):
-            ahead = [pool.submit(one, picture) for picture in batches[index + 1]]
-        bad = {slot: item for slot, item in enumerate(current) if isinstance(item, str)}
-        blank = torch.zeros(3, preprocess.size, preprocess.size)
-        images = torch.stack([blank if isinstance(item, str) else item for item in current])
-        yield index * size, images, bad
 
 
 def _stored(images: Tensor, backbone: Backbone, plan: Plan) -> dict[str, Tensor]:

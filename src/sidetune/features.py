@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -146,6 +146,17 @@ class Spec:
         wanted = {self.index(name) for name in names}
         return Spec(tuple(self.taps[i] for i in sorted(wanted)))
 
+    def of_clips(self, frames: int) -> Spec:
+        """The spec of clips whose frames each have the tokens of this one: T = frames, a prefix a frame.
+
+        Args:
+            frames: T of a clip, one or more.
+        """
+        taps = [
+            replace(tap, grid=(frames * tap.grid[0], *tap.grid[1:]), prefix_per="frame") for tap in self.taps
+        ]
+        return Spec(tuple(taps))
+
     def record_numel(self) -> int:
         """Numbers that one sample's features hold."""
         return sum(tap.num_tokens * tap.width for tap in self.taps)
@@ -205,6 +216,16 @@ class Features:
         """Only these taps, in running order."""
         spec = self.spec.select(names)
         return Features(tuple(self[name] for name in spec.names), spec, self.mask)
+
+    def of_clips(self, frames: int) -> Features:
+        """Features of frames as those of clips: (B * T, N, D) becomes (B, T * N, D).
+
+        Args:
+            frames: T of a clip, which follow one another.
+        """
+        layers = tuple(layer.unflatten(0, (-1, frames)).flatten(1, 2) for layer in self.layers)
+        mask = None if self.mask is None else self.mask.unflatten(0, (-1, frames)).flatten(1, 2)
+        return Features(layers, self.spec.of_clips(frames), mask)
 
     def rows(self, rows: Tensor | slice) -> Features:
         """Only these samples of the batch."""

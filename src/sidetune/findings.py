@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from sidetune.data.preprocess import open_image
 from sidetune.errors import ImageError
 from sidetune.evaluate import scores
 from sidetune.evidence import patch_evidence
@@ -67,8 +65,8 @@ def _leaks(job: Job, own: Row, leaks: Leaks, split: str) -> Json:
             "train_label": _label(job, pair.train_row),
             "similarity": pair.similarity,
             "identical": pair.identical,
-            "thumbnail": thumbnail(job.dataset.file(pair.row)),
-            "train_thumbnail": thumbnail(job.dataset.file(pair.train_row)),
+            "thumbnail": thumbnail(job, pair.row),
+            "train_thumbnail": thumbnail(job, pair.train_row),
         }
         for pair in leaks.pairs[:PAIRS]
     ]
@@ -112,7 +110,7 @@ def _suspect(job: Job, one: Suspect, row: int, *, picture: bool) -> Json:
         "suggested": _value(job, one.output, one.suggested),
         "p_label": one.p_label,
         "p_suggested": one.p_suggested,
-        "thumbnail": thumbnail(job.dataset.file(row)) if picture else None,
+        "thumbnail": thumbnail(job, row) if picture else None,
     }
 
 
@@ -142,7 +140,7 @@ def _answers(job: Job, own: Row, split: str) -> Json:
                 "label": _value(job, output, float(targets[at, output])),
                 "predicted": _value(job, output, float(guess > 0.5) if binary else guess),
                 "confidence": float(doubt[at, output]) if binary else None,
-                "thumbnail": thumbnail(job.dataset.file(row)),
+                "thumbnail": thumbnail(job, row),
                 "evidence": None,
             }
         )
@@ -189,18 +187,15 @@ def _pictures(
         features = job.source.features(rows.tolist(), model.side.spec).to(device)
         maps = patch_evidence(model, features, order[:, 0].to(device), order[:, 1].to(device))
     if maps is None:
-        return [(thumbnail(job.dataset.file(row)), None) for row in rows.tolist()]
+        return [(thumbnail(job, row), None) for row in rows.tolist()]
     shown = maps.cpu().view(-1, *tap.grid[1:])
-    return [
-        (_as_seen(job, job.dataset.file(row)), overlay(one))
-        for row, one in zip(rows.tolist(), shown, strict=True)
-    ]
+    return [(_as_seen(job, row), overlay(one)) for row, one in zip(rows.tolist(), shown, strict=True)]
 
 
-def thumbnail(file: Path) -> str | None:
-    """A small JPEG of an image file as a data URI; None where it cannot be read."""
+def thumbnail(job: Job, row: int) -> str | None:
+    """A small JPEG of a sample as a data URI; None where it cannot be read."""
     try:
-        image = open_image(file, at_least=2 * THUMBNAIL)
+        image = job.dataset.picture(row, at_least=2 * THUMBNAIL)
     except ImageError:
         return None
     image.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -215,11 +210,11 @@ def overlay(evidence: Tensor) -> str:
     return _uri(Image.fromarray(pixels, "LA"), "PNG", optimize=True)
 
 
-def _as_seen(job: Job, file: Path) -> str | None:
-    """The square that the backbone reads of an image file."""
+def _as_seen(job: Job, row: int) -> str | None:
+    """The square that the backbone reads of a sample."""
     preprocess = job.backbone.preprocess
     try:
-        seen = preprocess(open_image(file))
+        seen = preprocess(job.dataset.picture(row))
     except ImageError:
         return None
     std, mean = (torch.tensor(values)[:, None, None] for values in (preprocess.std, preprocess.mean))

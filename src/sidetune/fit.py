@@ -149,7 +149,7 @@ def _fit(data: Path, out: Path, recipe: Recipe, backbone: Backbone | None, how: 
     place = find_device(how.device)
     if how.store is not None:
         check_store(recipe, Path(how.store), out)
-    datasets = load_datasets(data, **recipe.data.arguments())
+    datasets = load_datasets(data, **recipe.data_arguments())
     recipe, backbone = ready_backbone(recipe, backbone, place)
     _check_members(recipe, datasets, backbone)
     store = default_store(backbone, recipe.features.dtype) if how.store is None else Path(how.store)

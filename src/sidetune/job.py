@@ -68,7 +68,7 @@ class Job:
     @property
     def scored_views(self) -> range:
         """Numbers of the views whose outputs are averaged where a split is scored."""
-        return range(len(self.source.views) if self.recipe.features.average_views else 1)
+        return range(self.source.reading.scored)
 
     @cached_property
     def targets(self) -> Tensor:

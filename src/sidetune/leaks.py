@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,9 +26,9 @@ from scipy.ndimage import uniform_filter
 from torch import Tensor
 from torch.nn import functional
 
-from sidetune.data.preprocess import open_image
+from sidetune.data.dataset import Dataset
+from sidetune.data.pictures import DECODERS
 from sidetune.errors import ImageError
-from sidetune.extract import DECODERS
 from sidetune.keyed import generator
 from sidetune.summary import Summary
 
@@ -90,7 +90,7 @@ class Leaks:
 
 
 def find_leaks(
-    files: Sequence[Path],
+    dataset: Dataset,
     keys: Sequence[str],
     summary: Summary,
     train: NDArray[np.int64],
@@ -99,7 +99,7 @@ def find_leaks(
     """Find validation and test images that have a near-duplicate in training.
 
     Args:
-        files: of every row.
+        dataset: whose pictures are compared; of a clip it is the one in its middle.
         keys: sample keys of every row: equal contents have equal sha256.
         summary: pooled taps of every row.
         train: rows that can be read.
@@ -113,7 +113,7 @@ def find_leaks(
         drawn = torch.randperm(len(left), generator=generator(0, "leaks"))[:most]
         left = np.sort(left[drawn.numpy()])
     candidates = _candidates(summary, train, left)
-    found |= {pair.row: pair for pair in _same_pictures(files, candidates)}
+    found |= {pair.row: pair for pair in _same_pictures(dataset, candidates)}
     return Leaks(_most_similar_first(found), len(train), num_identical + len(left))
 
 
@@ -163,14 +163,14 @@ def _features(summary: Summary) -> Tensor:
     return torch.cat(parts, -1) / math.sqrt(len(parts))
 
 
-def _same_pictures(files: Sequence[Path], candidates: Sequence[tuple[int, int]]) -> list[Pair]:
+def _same_pictures(dataset: Dataset, candidates: Sequence[tuple[int, int]]) -> list[Pair]:
     """The best candidate of each row, where their pictures are the same."""
     if not candidates:
         return []
     rows = sorted({row for pair in candidates for row in pair})
     own = np.empty((len(rows), SIDE * SIDE), np.float32)
     with ThreadPoolExecutor(DECODERS) as pool:
-        for place, picture in enumerate(pool.map(_picture, (files[row] for row in rows))):
+        for place, picture in enumerate(pool.map(partial(_picture, dataset), rows)):
             own[place] = picture
     training = np.flatnonzero(np.isin(rows, [twin for _, twin in candidates]))
     _take_out_common(own, training)
@@ -183,10 +183,10 @@ def _same_pictures(files: Sequence[Path], candidates: Sequence[tuple[int, int]])
     return list(best.values())
 
 
-def _picture(file: Path) -> Floats:
+def _picture(dataset: Dataset, row: int) -> Floats:
     """(SIDE * SIDE,) high-pass grey pixels of unit length; zeros where the file cannot be read."""
     try:
-        image = open_image(file, at_least=4 * SIDE)
+        image = dataset.picture(row, at_least=4 * SIDE)
     except ImageError:  # it could be read when features were extracted
         return np.zeros(SIDE * SIDE, np.float32)
     grey = np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32)

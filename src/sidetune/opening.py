@@ -23,7 +23,6 @@ from sidetune.baselines import BASELINES
 from sidetune.data import SPLITS
 from sidetune.data.dataset import Dataset
 from sidetune.data.notes import first_frames, other_files
-from sidetune.data.views import views
 from sidetune.errors import DataError, RequestError, naming
 from sidetune.extract import extract
 from sidetune.job import Job, Work, union
@@ -139,25 +138,26 @@ def _open_source(
     parts: Sequence[Part], backbone: Backbone, keys: Sequence[str], store: Path, quiet: bool
 ) -> Source:
     recipe, dataset = parts[0].recipe, parts[0].dataset
-    chosen = views(recipe.features.views, flip=recipe.features.flip)
+    reading = recipe.reading()
     if recipe.features.mode == "live":
         return LiveSource(
-            dataset, backbone, dtype=recipe.features.dtype, keys=keys, views=chosen, quiet=quiet
+            dataset, backbone, dtype=recipe.features.dtype, keys=keys, reading=reading, quiet=quiet
         )
     dtype = recipe.features.dtype
     say(f"features in {store} ({dtype})", quiet=quiet)
     read = reads(recipe, backbone, max(len(part.dataset.outputs) for part in parts))
     complete = extract(
-        dataset, backbone, store, dtype=dtype, keys=keys, views=chosen, reads=read, quiet=quiet
+        dataset, backbone, store, dtype=dtype, keys=keys, views=reading.stored, reads=read, quiet=quiet
     )
-    return StoredSource(complete, keys, backbone.spec, chosen)
+    return StoredSource(complete, keys, backbone.spec, reading)
 
 
 def reads(recipe: Recipe, backbone: Backbone, num_outputs: int) -> tuple[str, ...]:
     """Taps whose features any member reads. Solved sides read summaries, unless these lack something."""
+    spec = recipe.reading().spec(backbone.spec)
     with torch.device("meta"):
         built = [
-            build_model(one.recipe, backbone.spec, num_outputs, backbone.norm, backbone=backbone)
+            build_model(one.recipe, spec, num_outputs, backbone.norm, backbone=backbone)
             for one in variations(recipe)
         ]
     if recipe.side.name in SOLVED:
@@ -211,10 +211,9 @@ def look_for_leaks(work: Work, keys: Sequence[str]) -> list[Leaks]:
 
 def _find_leaks(job: Job, keys: Sequence[str]) -> Leaks:
     others = union([job.split["val"], job.split["test"]])
-    files = [job.dataset.file(row) for row in range(len(job.dataset))]
-    leaks = find_leaks(files, keys, job.summary, job.split["train"], others)
+    leaks = find_leaks(job.dataset, keys, job.summary, job.split["train"], others)
     if job.recipe.fleet.folds is not None:  # its networks train on validation, too
-        seen = find_leaks(files, keys, job.summary, job.split["val"], job.split["test"])
+        seen = find_leaks(job.dataset, keys, job.summary, job.split["val"], job.split["test"])
         leaks = leaks.joined(seen)
     if leaks.pairs:
         first = leaks.pairs[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,14 @@ from sidetune.artifact import Artifact, find_device
 from sidetune.backbones import BACKBONES, build_backbone
 from sidetune.backbones.base import Backbone
 from sidetune.data import Dataset
-from sidetune.data.views import Picture, View, pictures, views
+from sidetune.data.pictures import DECODERS, Picture, decoded, pictures
+from sidetune.data.reading import Reading
+from sidetune.data.views import views
 from sidetune.ensemble import Ensemble, Seat
 from sidetune.errors import ArtifactError, BackboneError, DataError, RequestError, without_remedy
 from sidetune.evaluate import Evaluation, evaluate
-from sidetune.extract import DECODERS, decoded, key_of
-from sidetune.recipe import BackboneRecipe
+from sidetune.extract import key_of
+from sidetune.recipe import BackboneRecipe, Recipe
 
 # largest difference of a tap's mean and std on the built-in image, in units of its std
 SAME_PRECISION_LIMIT = 2e-3
@@ -117,11 +119,11 @@ class Predictor:
         trained: an artifact, or an ensemble of them.
         backbone: must have the artifact's identity and give its taps.
         num_views: more views of each image, whose outputs are averaged with its own; None: as the run
-            was scored. See `sidetune.data.views`.
+            was scored. See `sidetune.data.views`. Clips are answered for as the run was scored.
 
     Raises:
         ArtifactError: another identity, missing taps, or other check values.
-        RequestError: fewer than no views.
+        RequestError: fewer than no views, or views of a clip.
     """
 
     def __init__(
@@ -132,13 +134,13 @@ class Predictor:
         self.ensemble = trained
         self.artifact, self.backbone = self.ensemble.artifact, backbone
         self._check()
-        features = self.artifact.recipe.features
-        if num_views is None:
-            num_views = features.views if features.average_views else 0
-        if num_views < 0:
-            raise RequestError(f"got --views {num_views}, expected 0 or more. Type: --views 4")
-        self.views = views(num_views, flip=features.flip)
+        self.reading = _scored(self.artifact.recipe, num_views)
         self.committee = self.ensemble.committee(backbone.device)
+
+    @property
+    def clips(self) -> bool:
+        """Whether it answers for clips."""
+        return self.reading.frames is not None
 
     def predict(self, paths: Sequence[str | Path], *, abstain_below: float | None = None) -> list[Prediction]:
         """One `Prediction` an image file, in order; unreadable files have an error instead.
@@ -288,35 +290,53 @@ class Predictor:
                 )
 
 
+def _scored(recipe: Recipe, num_views: int | None) -> Reading:
+    """What is read of every sample and averaged, and no more."""
+    if num_views is None:
+        reading = recipe.reading()
+        return replace(reading, views=reading.views[: reading.scored])
+    if recipe.clips.frames is not None:
+        raise RequestError(
+            f"got --views {num_views}, and the run is of clips: views are of images. Leave it out"
+        )
+    if num_views < 0:
+        raise RequestError(f"got --views {num_views}, expected 0 or more. Type: --views 4")
+    return Reading.of_images(views(num_views, flip=recipe.features.flip), averaged=True)
+
+
 def answer_together(
     predictors: Sequence[Predictor], files: Sequence[Path]
 ) -> tuple[list[Tensor], dict[int, str]]:
     """What predictors on one backbone say about images, in one pass over these.
 
     Args:
-        predictors: with the same backbone and views. None of them sees that there are others.
+        predictors: with the same backbone and reading. None of them sees that there are others.
         files: n images.
 
     Returns:
         Of each predictor its predictions (n, K) on the CPU; and number of a file -> why it could not be read.
     """
-    backbone, of_image = predictors[0].backbone, predictors[0].views
+    backbone, reading = predictors[0].backbone, predictors[0].reading
+    shown = _pictures(files, reading)
+    of_file = len(reading.views) * reading.together
     outputs = [
         [torch.zeros(len(one.committee.voices), 0, one.artifact.task.num_outputs)] for one in predictors
     ]
     unreadable: dict[int, str] = {}
     with ThreadPoolExecutor(DECODERS) as pool, torch.inference_mode():
-        for first, images, bad in decoded(_pictures(files, of_image), backbone.preprocess, pool):
-            features = backbone(images).to(backbone.device, torch.float32)
+        for first, images, bad in decoded(shown, backbone.preprocess, pool):
+            features = reading.joined(backbone(images)).to(backbone.device, torch.float32)
             for own, one in zip(outputs, predictors, strict=True):
                 own.append(one.committee.outputs(features))
             del features  # before the next are computed
-            unreadable |= {(first + slot) // len(of_image): reason for slot, reason in bad.items()}
-    averaged = [torch.cat(own, 1).unflatten(1, (len(files), len(of_image))).mean(2) for own in outputs]
+            unreadable |= {(first + slot) // of_file: reason for slot, reason in bad.items()}
+    averaged = [torch.cat(own, 1).unflatten(1, (len(files), len(reading.views))).mean(2) for own in outputs]
     return [one.committee.predictions(own) for one, own in zip(predictors, averaged, strict=True)], unreadable
 
 
-def _pictures(files: Sequence[Path], of_image: Sequence[View]) -> list[Picture]:
-    if len(of_image) == 1:
-        return [Picture(file) for file in files]
-    return pictures(files, [key_of(file, file) for file in files], of_image)
+def _pictures(files: Sequence[Path], reading: Reading) -> list[Picture]:
+    """Of every file in turn what is read of it; crops alone are drawn from its bytes."""
+    shown = [reading.stored[number] for view in reading.views for number in view]
+    drawn = reading.frames is None and len(shown) > 1
+    keys = [key_of(file, file) if drawn else "" for file in files]
+    return pictures(files, keys, shown)

@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationErro
 from sidetune.backbones.base import Precision, Runtime, canonical_json
 from sidetune.baselines import BASELINES, AnyBaselineRecipe
 from sidetune.data.dataset import TaskKind
+from sidetune.data.reading import Reading
+from sidetune.data.views import views
 from sidetune.errors import RecipeError, nearest
 from sidetune.model import NormKind
 from sidetune.settings import complaint, not_a_setting, setting_value, shortened
@@ -138,6 +140,22 @@ class FeaturesRecipe(Part):
     tap_scale: Literal["rms", "none"] = "rms"
 
 
+class ClipsRecipe(Part):
+    """Samples that are clips. See `sidetune.data.reading`.
+
+    Args:
+        frames: T, frames of a clip that a network reads at once; None: the samples are images. ``--frames``.
+        stored: frames of a clip that are stored, evenly spaced, T or more. ``--frames-stored``.
+        drawn: samplings of T among the stored that training draws from; 0: the evenly spaced one alone.
+        scored: evenly spaced samplings whose outputs are averaged for validation, test and predict.
+    """
+
+    frames: int | None = Field(None, ge=1)
+    stored: int = Field(16, ge=1)
+    drawn: int = Field(32, ge=0)
+    scored: int = Field(1, ge=1)
+
+
 class HeadRecipe(Part):
     """The common norm before the head. See `sidetune.model`.
 
@@ -224,10 +242,22 @@ class Recipe(Part):
     data: DataRecipe = DataRecipe()
     backbone: BackboneRecipe = BackboneRecipe()
     features: FeaturesRecipe = FeaturesRecipe()
+    clips: ClipsRecipe = ClipsRecipe()
     side: Annotated[AnySideRecipe | AnyBaselineRecipe, Discriminator("name")] = LosaRecipe()
     head: HeadRecipe = HeadRecipe()
     train: TrainRecipe = TrainRecipe()
     fleet: FleetRecipe = FleetRecipe()
+
+    def data_arguments(self) -> dict[str, Any]:
+        """Arguments of `load_datasets`."""
+        return {**self.data.arguments(), "clips": self.clips.frames is not None}
+
+    def reading(self) -> Reading:
+        """What is stored of a sample, and what a network reads of it at once."""
+        clips, features = self.clips, self.features
+        if clips.frames is not None:
+            return Reading.of_clips(clips.frames, clips.stored, drawn=clips.drawn, scored=clips.scored)
+        return Reading.of_images(views(features.views, flip=features.flip), averaged=features.average_views)
 
     def weight_decay(self, steps: int) -> float:
         """AdamW's: what was given, else what adds up to the total decay over the whole training.
@@ -275,6 +305,7 @@ class Recipe(Part):
                 "features.average_views is true and features.views is 0: there is one view, nothing to "
                 "average. Type: --views 4 --average-views"
             )
+        check_clips(recipe)
         own, total = recipe.train.weight_decay, recipe.train.total_decay
         if own is not None and total != TrainRecipe().total_decay:
             raise RecipeError(f"train.weight_decay is {own:g} and train.total_decay {total:g}. Leave one out")
@@ -299,7 +330,32 @@ class Recipe(Part):
                     fields[part].pop(field)
         if not fields["fleet"]:
             fields.pop("fleet")
+        if self.clips == ClipsRecipe():
+            fields.pop("clips")
         return hashlib.sha256(canonical_json(fields).encode()).hexdigest()
+
+
+def check_clips(recipe: Recipe) -> None:
+    """Refuse what does not go together for clips.
+
+    Raises:
+        RecipeError: it does not.
+    """
+    clips, asked = recipe.clips, recipe.features
+    if clips.frames is None:
+        if clips != ClipsRecipe():
+            raise RecipeError("clips are described and clips.frames is not given. Type: --frames 8")
+        return
+    if clips.frames > clips.stored:
+        raise RecipeError(
+            f"clips.frames is {clips.frames} and clips.stored {clips.stored}, expected as many or more. "
+            f"Type: --frames-stored {clips.frames}"
+        )
+    if asked.views or asked.average_views:
+        raise RecipeError(
+            f"features.views is {asked.views} and the samples are clips: views are of images. Leave it out; "
+            "for the mean over several samplings of a clip type: --set clips.scored=3"
+        )
 
 
 BEST_OF_FOLDS = "train.select is 'best' and there are folds: the epoch would be chosen on what scores it"

@@ -186,7 +186,8 @@ def _choose_split(
     """The data with the splits they name, or with the run's own drawing where those are asked for."""
     recipe = artifact.recipe.data
     labels = recipe.labels if labels is None else labels
-    read = partial(load_dataset, data, task=recipe.task, labels=labels, to_train=False)
+    clips = artifact.recipe.clips.frames is not None
+    read = partial(load_dataset, data, task=recipe.task, labels=labels, to_train=False, clips=clips)
     whole = read(val_fraction=0.0, test_fraction=0.0)
     if split == "all" or (split == "auto" and len(whole.rows("test"))):
         return whole, "all" if split == "all" else "test"

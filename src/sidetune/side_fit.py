@@ -243,7 +243,7 @@ def _window(job: Job, layout: Layout | None, asked: int | None) -> int | None:
 
 
 def _inputs(job: Job, rows: Sequence[int], spec: Spec, draws: Draws) -> Features:
-    num_views = len(job.source.views)
+    num_views = len(job.source.reading.views)
     return job.source.features(rows, spec, draws.views(num_views, len(rows)) if num_views > 1 else 0)
 
 

@@ -19,14 +19,16 @@ from torch import Tensor
 
 from sidetune.backbones.base import MICRO_BATCH, Backbone
 from sidetune.data.dataset import Dataset
-from sidetune.data.views import PLAIN, Picture, View
+from sidetune.data.pictures import DECODERS, Picture, decoded
+from sidetune.data.reading import IMAGES, Reading
+from sidetune.data.views import PLAIN
 from sidetune.errors import SidetuneError
-from sidetune.extract import DECODERS, decoded, rounded
+from sidetune.extract import rounded
 from sidetune.features import Features, FinalNorm, Spec
 from sidetune.progress import Progress
 from sidetune.reader import AHEAD, Ahead, Layout
 from sidetune.store import DTYPES, DTypeName, Store
-from sidetune.summary import Statistic, Summary, gathered, summarise
+from sidetune.summary import Statistic, Summary, gathered, over_time, summarise
 
 
 class Source(ABC):
@@ -37,7 +39,7 @@ class Source(ABC):
         final_norm: the backbone's, None where it has none.
         valid: (n,) bool, False where an image could not be decoded.
         skipped: row -> why it is not valid.
-        views: of every image, the image itself first.
+        reading: of every sample: what is stored, and what is read at once.
         animated: rows whose files hold more frames or pages than the first, which is the one that counts.
         ahead: batches to read ahead of their use, on a thread of their own; 0: none.
     """
@@ -46,7 +48,7 @@ class Source(ABC):
     final_norm: FinalNorm | None
     valid: NDArray[np.bool_]
     skipped: dict[int, str]
-    views: tuple[View, ...]
+    reading: Reading
     animated: tuple[int, ...]
     ahead: int = 0
 
@@ -61,7 +63,7 @@ class Source(ABC):
         Args:
             rows: B rows of the dataset.
             spec: the taps to give, a subset of this source's; None: all.
-            views: number of the view of each row, or of all of them.
+            views: number of the view of each row, or of all of them; of `Reading.views`.
         """
 
     @abstractmethod
@@ -90,7 +92,8 @@ class Source(ABC):
 
     def batches(self, rows: NDArray[np.int64], spec: Spec | None = None, view: int = 0) -> Iterator[Features]:
         """The features of a view of many rows, a micro-batch at a time, in order."""
-        parts = (rows[first : first + MICRO_BATCH].tolist() for first in range(0, len(rows), MICRO_BATCH))
+        size = max(1, MICRO_BATCH // self.reading.together)
+        parts = (rows[first : first + size].tolist() for first in range(0, len(rows), size))
         with Ahead(parts, partial(self.features, spec=spec, views=view), ahead=self.ahead) as batches:
             yield from batches
 
@@ -105,8 +108,8 @@ class StoredSource(Source):
     Args:
         store: complete.
         keys: the dataset's sample keys, in row order.
-        spec: the taps to read; None: all of the store's.
-        views: to read, of every image; the store holds them.
+        spec: the taps to read, of a picture; None: all of the store's.
+        reading: of every sample; the store holds what it asks for.
 
     Raises:
         StoreError: the store lacks samples.
@@ -120,13 +123,13 @@ class StoredSource(Source):
         store: Store,
         keys: Sequence[str],
         spec: Spec | None = None,
-        views: tuple[View, ...] = (PLAIN,),
+        reading: Reading = IMAGES,
     ) -> None:
-        self.store, self.views = store, views
-        self.keys = [[view.key(key) for key in keys] for view in views]
+        self.store, self.reading = store, reading
+        self.keys = [[view.key(key) for key in keys] for view in reading.stored]
         for view_keys in self.keys:
             store.require(view_keys)
-        self.spec = store.plan.spec if spec is None else store.plan.spec.select(spec.names)
+        self.spec = reading.spec(store.plan.spec if spec is None else store.plan.spec.select(spec.names))
         self.final_norm = store.final_norm
         self.skipped = {
             row: store.skipped[key]
@@ -142,16 +145,27 @@ class StoredSource(Source):
     ) -> Features:
         """See `Source.features`."""
         chosen = [views] * len(rows) if isinstance(views, int) else views
-        keys = [self.keys[view][row] for row, view in zip(rows, chosen, strict=True)]
-        return self.store.features(keys, self.spec if spec is None else spec)
+        keys = [
+            self.keys[stored][row]
+            for row, view in zip(rows, chosen, strict=True)
+            for stored in self.reading.views[view]
+        ]
+        return self.reading.joined(self.store.features(keys, self._of_pictures(spec)))
 
     def layout(self, rows: NDArray[np.int64], spec: Spec | None = None) -> Layout | None:
         """See `Source.layout`. The views of an image stand beside it, unless they were asked for later."""
-        return self.store.layout([self.keys[0][row] for row in rows], self.spec if spec is None else spec)
+        return self.store.layout([self.keys[0][row] for row in rows], self._of_pictures(spec))
 
     def summary(self, view: int = 0) -> Summary:
         """See `Source.summary`."""
-        return self.store.summary(self.keys[view]).select(self.spec)
+        pictures = self._of_pictures(None)
+        shown = self.reading.views[view]
+        parts = [self.store.summary(self.keys[stored]).select(pictures) for stored in shown]
+        return parts[0] if self.reading.frames is None else over_time(parts, self.spec)
+
+    def _of_pictures(self, spec: Spec | None) -> Spec:
+        """The store's taps of these names."""
+        return self.store.plan.spec.select((self.spec if spec is None else spec).names)
 
 
 class LiveSource(Source):
@@ -167,7 +181,7 @@ class LiveSource(Source):
         backbone: frozen; runs under no_grad.
         dtype: of features. A store's: then the same numbers reach the side as from one, in half the memory.
         keys: the dataset's sample keys, which crops are drawn from; needed for more views than one.
-        views: of every image.
+        reading: of every sample.
         quiet: no progress for the first pass.
 
     Raises:
@@ -181,16 +195,16 @@ class LiveSource(Source):
         *,
         dtype: DTypeName = "fp32",
         keys: Sequence[str] | None = None,
-        views: tuple[View, ...] = (PLAIN,),
+        reading: Reading = IMAGES,
         quiet: bool = False,
     ) -> None:
         self.files = [dataset.file(row) for row in range(len(dataset))]
         self.keys = [""] * len(dataset) if keys is None else list(keys)
-        assert views == (PLAIN,) or keys is not None, "crops are drawn from the sample keys"
-        self.backbone, self.views = backbone, views
+        assert reading.stored == (PLAIN,) or keys is not None, "crops are drawn from the sample keys"
+        self.backbone, self.reading = backbone, reading
         self.dtype: DTypeName = dtype
         self._giving = backbone.giving(DTYPES[dtype])
-        self.spec, self.final_norm = backbone.spec, backbone.norm
+        self.spec, self.final_norm = reading.spec(backbone.spec), backbone.norm
         self.skipped = {}
         self._pool = ThreadPoolExecutor(DECODERS)
         self._summaries = {0: self._pass(0, quiet)}
@@ -201,12 +215,12 @@ class LiveSource(Source):
     ) -> Features:
         """See `Source.features`."""
         chosen = [views] * len(rows) if isinstance(views, int) else views
-        pictures = [self._picture(row, view) for row, view in zip(rows, chosen, strict=True)]
+        pictures = [one for row, view in zip(rows, chosen, strict=True) for one in self._pictures(row, view)]
         spec = self.spec if spec is None else self.spec.select(spec.names)
         parts: list[list[Tensor]] = [[] for _ in spec.taps]
         for first, images, bad in decoded(pictures, self.backbone.preprocess, self._pool):
             for slot, reason in bad.items():
-                if self.valid[rows[first + slot]]:
+                if self.valid[rows[(first + slot) // self.reading.together]]:
                     raise SidetuneError(
                         f"{pictures[first + slot].file}: {reason}; it could be read when the run began. "
                         "Put it back, then type the same command: it resumes"
@@ -222,30 +236,33 @@ class LiveSource(Source):
             self._summaries[view] = self._pass(view, quiet=True)
         return self._summaries[view]
 
-    def _picture(self, row: int, view: int) -> Picture:
-        return Picture(self.files[row], self.views[view], self.keys[row])
+    def _pictures(self, row: int, view: int) -> list[Picture]:
+        shown = [self.reading.stored[stored] for stored in self.reading.views[view]]
+        return [Picture(self.files[row], one, self.keys[row]) for one in shown]
 
     def _pass(self, view: int, quiet: bool) -> Summary:
         animated: list[Path] = []
-        pictures = [self._picture(row, view) for row in range(len(self.files))]
+        pictures = [one for row in range(len(self.files)) for one in self._pictures(row, view)]
+        together = self.reading.together
         with Progress("features", len(pictures), "images", quiet=quiet) as progress:
 
             def parts() -> Iterator[Summary]:
                 for first, images, bad in decoded(pictures, self.backbone.preprocess, self._pool, animated):
-                    self.skipped |= {first + slot: reason for slot, reason in bad.items()}
+                    self.skipped |= {(first + slot) // together: reason for slot, reason in bad.items()}
                     with torch.no_grad():
                         features = rounded(self.backbone(images), self.dtype, self.backbone.variant.precision)
                     progress.advance(len(images))
-                    yield summarise(features.to("cpu"))
+                    yield summarise(self.reading.joined(features).to("cpu"))
 
-            summary = gathered(parts(), len(pictures))
+            summary = gathered(parts(), len(self.files))
         frames = set(animated)
         self.animated = tuple(row for row, file in enumerate(self.files) if file in frames)
         return summary
 
     def _run(self, images: Tensor) -> Features:
         with torch.no_grad():
-            return self._giving(images).to(self.backbone.device, DTYPES[self.dtype])
+            features = self._giving(images).to(self.backbone.device, DTYPES[self.dtype])
+            return self.reading.joined(features)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

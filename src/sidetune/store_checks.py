@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sidetune.backbones.base import Backbone
-from sidetune.data.views import Picture, View, split_key
+from sidetune.data.pictures import Picture
+from sidetune.data.views import parse_view, split_key
 from sidetune.errors import RequestError, StoreError, without_remedy
 from sidetune.shards import entry_path, is_written, shard_path
 from sidetune.store import DTypeName, Plan, Store, read_norm
@@ -132,7 +133,7 @@ def other_views(folder: Path, pictures: Mapping[str, Picture]) -> dict[str, Pict
     for keys in Plan.read(folder).shards:
         for key in keys:
             sample, name = split_key(key)
-            view = View.parse(name)
+            view = parse_view(name)
             if key not in pictures and sample in pictures and view is not None:
                 found[key] = Picture(pictures[sample].file, view, sample)
     return found

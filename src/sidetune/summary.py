@@ -113,6 +113,20 @@ def summarise(features: Features, statistics: Sequence[Statistic] = ()) -> Summa
     )
 
 
+def over_time(frames: Sequence[Summary], spec: Spec) -> Summary:
+    """The summary of clips, of those of their frames: every mean is over as many tokens.
+
+    Args:
+        frames: of the first frame of every clip, of the second, and so on; without more statistics.
+        spec: of the clips.
+    """
+    mean, cls = (
+        tuple(torch.stack(of_tap).mean(0) for of_tap in zip(*columns, strict=True))
+        for columns in ([one.mean for one in frames], [one.cls for one in frames])
+    )
+    return Summary(spec, mean, cls, torch.stack([one.mean_square for one in frames]).mean(0))
+
+
 def _std(tokens: Tensor, tap: Tap, mask: Tensor | None) -> Tensor:
     """Of the patch tokens, a channel at a time: (B, D)."""
     centred = tokens - pool_tokens(tokens, tap, "mean", mask)[:, None]

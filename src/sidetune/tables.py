@@ -35,6 +35,8 @@ def choices(recipe: Recipe, device: str) -> str:
     train, features = recipe.train, recipe.features
     size = "the backbone's own" if recipe.backbone.size is None else f"{recipe.backbone.size} px"
     kept = "live" if features.mode == "live" else f"stored, {features.dtype}"
+    if recipe.clips.frames is not None:
+        kept += f", {recipe.clips.frames} of {recipe.clips.stored} frames of each clip"
     if features.views:
         kept += f", {features.views} more views{', averaged' if features.average_views else ''}"
     epochs = "10 to 100, by the number of images" if train.epochs is None else train.epochs

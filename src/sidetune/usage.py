@@ -129,6 +129,24 @@ MoreViews = Annotated[
         help="More views of each image in the store: mirrored, then seeded crops.",
     ),
 ]
+Frames = Annotated[
+    int | None,
+    typer.Option(
+        "--frames",
+        metavar="N",
+        rich_help_panel=IMAGES,
+        help="The samples are clips, and a network reads N frames of each at once.",
+    ),
+]
+FramesStored = Annotated[
+    int | None,
+    typer.Option(
+        "--frames-stored",
+        metavar="N",
+        rich_help_panel=BACKBONE,
+        help="Frames of a clip in the store, evenly spaced. [default: 16]",
+    ),
+]
 Views = Annotated[
     int | None,
     typer.Option(
@@ -199,9 +217,10 @@ def build_recipe(  # noqa: PLR0913 - one a option that every command with a reci
     labels: str | None,
     side: str = "losa",
     features: dict[str, Any] | None = None,
+    clips: tuple[int | None, int | None] = (None, None),
     fleet: dict[str, Any] | None = None,
 ) -> Any:  # noqa: ANN401 - Recipe, imported late so that --help is quick
-    """The recipe that options ask for.
+    """The recipe that options ask for; of clips the frames that are read, and that are stored.
 
     Raises:
         RecipeError: an unknown setting, or a value that does not fit.
@@ -212,6 +231,9 @@ def build_recipe(  # noqa: PLR0913 - one a option that every command with a reci
         "data": {"task": task, "labels": columns(labels)},
         "backbone": {"name": backbone, "size": size, "weights": weights},
         "features": features or {},
+        "clips": {
+            name: given for name, given in zip(("frames", "stored"), clips, strict=True) if given is not None
+        },
         "side": {"name": side},
         "fleet": fleet or {},
     }

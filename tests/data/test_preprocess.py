@@ -288,7 +288,7 @@ def test_no_memory_left_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def full(image: Image.Image) -> Image.Image:
         raise MemoryError
 
-    monkeypatch.setattr(MODULE, "_to_rgb", full)
+    monkeypatch.setattr(MODULE, "to_rgb", full)
     Image.new("RGB", (4, 4)).save(tmp_path / "image.png")
     with pytest.raises(ImageError, match="needs more memory than there is"):
         open_image(tmp_path / "image.png")

@@ -3,8 +3,9 @@ import torch
 from PIL import Image
 
 from sidetune.data import load_dataset
+from sidetune.data.pictures import Picture, load_pictures, pictures
 from sidetune.data.preprocess import Preprocess, load_image
-from sidetune.data.views import AREA, ASPECT, PLAIN, Picture, View, pictures, views
+from sidetune.data.views import AREA, ASPECT, PLAIN, View, views
 from sidetune.extract import sample_keys
 
 
@@ -65,9 +66,11 @@ def test_pictures_are_every_view_of_every_file_side_by_side(image_folder) -> Non
         (dataset.file(0), "crop1"),
         (dataset.file(1), ""),
     ]
-    plain, mirrored, crop = (picture.load(preprocess).pixels for picture in shown[:3])
+    plain, mirrored, crop = (loaded.pixels for loaded in load_pictures(shown[:3], preprocess))
     assert torch.equal(plain, load_image(dataset.file(0), preprocess))
     assert torch.allclose(mirrored.flip(-1), plain, atol=1e-5)
     assert not torch.allclose(crop, plain, atol=0.1)
     moved = Picture(dataset.file(0), View(crop=1), f"elsewhere/{keys[0]}")
-    assert torch.equal(moved.load(preprocess).pixels, crop), "a file that has moved keeps its crops"
+    assert torch.equal(load_pictures([moved], preprocess)[0].pixels, crop), (
+        "a file that has moved keeps its crops"
+    )

@@ -43,6 +43,7 @@ def load_dataset(  # noqa: PLR0913 - each is a field of the recipe
     val_fraction: float = 0.2,
     test_fraction: float = 0.2,
     to_train: bool = True,
+    clips: bool = False,
 ) -> Dataset:
     """Read a dataset: a folder in VTAB's layout, another folder of class folders, or a CSV file.
 
@@ -67,6 +68,7 @@ def load_dataset(  # noqa: PLR0913 - each is a field of the recipe
         test_fraction: the same for test.
         to_train: refuse a label column that teaches nothing, as one that is 0 in every row of train; False
             where the data are only scored.
+        clips: the samples are videos, animations or folders of frames, not images.
 
     Raises:
         DataError: the data is not there, or is not what the task needs.
@@ -75,9 +77,8 @@ def load_dataset(  # noqa: PLR0913 - each is a field of the recipe
         raise DataError(f"no task named {task!r}.{nearest(task, get_args(TaskKind))}")
     carving = Carving(val=val_fraction, test=test_fraction, seed=split_seed)
     if path.suffix.lower() == ".csv" and path.is_file():
-        table = read_csv_table(
-            path, task=task, labels=labels, split_by=split_by, carving=carving, to_train=to_train
-        )
+        how: dict[str, Any] = {"split_by": split_by, "carving": carving, "to_train": to_train, "clips": clips}
+        table = read_csv_table(path, task=task, labels=labels, **how)
         return replace(table, name=path.stem)
     if not path.is_dir():
         found = "a file that is no .csv" if path.exists() else "nothing there"
@@ -97,11 +98,13 @@ def load_dataset(  # noqa: PLR0913 - each is a field of the recipe
             f"{path} is a folder, got data.split_by={split_by}; its splits are stratified by its classes. "
             "Leave it out, or give a table: sidetune fit TABLE.csv"
         )
-    dataset = read_vtab(path) if is_vtab(path) else read_folders(path, carving=carving)
+    if is_vtab(path) and not clips:
+        return replace(read_vtab(path), name=path.resolve().name)
+    dataset = read_folders(path, carving=carving, clips=clips)
     return replace(dataset, name=path.resolve().name)
 
 
-def load_columns(
+def load_columns(  # noqa: PLR0913 - each is a field of the recipe
     path: Path,
     *,
     labels: Sequence[str],
@@ -110,6 +113,7 @@ def load_columns(
     val_fraction: float = 0.2,
     test_fraction: float = 0.2,
     to_train: bool = True,
+    clips: bool = False,
 ) -> tuple[Dataset, ...]:
     """Read several class columns of one CSV file: a `Dataset` a column, all of the same rows and splits.
 
@@ -124,6 +128,7 @@ def load_columns(
         val_fraction: share of the training rows, before anything is carved, that becomes val.
         test_fraction: the same for test.
         to_train: refuse a class that is not in train, and a column without a class in val.
+        clips: the samples are clips.
 
     Returns:
         In the order of `labels`, each with the classes of its column, named ``table/column``.
@@ -137,7 +142,8 @@ def load_columns(
             f"Type: sidetune fit TABLE.csv --labels {','.join(labels)}"
         )
     carving = Carving(val=val_fraction, test=test_fraction, seed=split_seed)
-    datasets = read_csv_columns(path, labels=labels, split_by=split_by, carving=carving, to_train=to_train)
+    how: dict[str, Any] = {"split_by": split_by, "carving": carving, "to_train": to_train, "clips": clips}
+    datasets = read_csv_columns(path, labels=labels, **how)
     names = [f"{path.stem}/{label.strip()}" for label in labels]
     return tuple(replace(dataset, name=name) for dataset, name in zip(datasets, names, strict=True))
 

@@ -81,6 +81,14 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder; no name is too odd to ask."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def read_table(file: Path, *, required: Sequence[str], optional: Sequence[str] = ()) -> Table:
     """Read a CSV file with a header line: UTF-8, or UTF-16 with a byte-order mark.
 

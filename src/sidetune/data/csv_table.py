@@ -7,11 +7,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sidetune.data.csv_file import Table, is_file, quoted, read_table
+from sidetune.data.clips import CLIP_SUFFIXES, is_clip
+from sidetune.data.csv_file import Table, is_file, is_folder, quoted, read_table
 from sidetune.data.dataset import SPLIT_WORDS, Dataset, Split, TaskKind
 from sidetune.data.splits import Carving, carve
 from sidetune.errors import DataError, nearest
@@ -30,6 +32,7 @@ def read_csv_table(
     split_by: str | None = None,
     carving: Carving,
     to_train: bool = True,
+    clips: bool = False,
 ) -> Dataset:
     """Read a CSV file, as `read_table` takes it.
 
@@ -38,18 +41,17 @@ def read_csv_table(
     (integers, or empty where a row has none). Spaces around a cell do not count. classify takes the text of
     one column, and declares the classes of the training rows, sorted by name; multilabel takes 0/1,
     true/false, yes/no; regress takes numbers. An empty cell is unlabelled. `load_dataset` says which splits
-    are carved, and what `split_by` and `to_train` are.
+    are carved, and what `split_by`, `to_train` and `clips` are.
 
     Raises:
         DataError: with the line number where there is one.
     """
     columns = _label_columns(task, labels)
     if task == "classify":
-        return read_csv_columns(file, labels=columns, split_by=split_by, carving=carving, to_train=to_train)[
-            0
-        ]
+        how: dict[str, Any] = {"split_by": split_by, "carving": carving, "to_train": to_train, "clips": clips}
+        return read_csv_columns(file, labels=columns, **how)[0]
     table = read_table(file, required=_needed(columns, split_by), optional=RESERVED)
-    bare = _bare(table, task)
+    bare = _bare(table, task, clips)
     targets = _numbers(table, columns, task)
     if split_by is None:
         dataset = replace(bare, targets=targets, outputs=columns)
@@ -69,6 +71,7 @@ def read_csv_columns(
     split_by: str | None = None,
     carving: Carving,
     to_train: bool = True,
+    clips: bool = False,
 ) -> tuple[Dataset, ...]:
     """Read class columns of a CSV file: a `Dataset` a column, of the same rows and splits.
 
@@ -81,7 +84,7 @@ def read_csv_columns(
     columns = _distinct(labels)
     split_by = columns[0] if split_by is None else split_by.strip()
     table = read_table(file, required=_needed(columns, split_by), optional=RESERVED)
-    bare = _bare(table, "classify")
+    bare = _bare(table, "classify", clips)
     drawn, strata = _carved_by(table, bare, split_by, carving)
     datasets = []
     for column in columns:
@@ -116,9 +119,9 @@ def _carved_by(
     return carve(by_class, missing=_missing(bare), carving=carving), strata
 
 
-def _bare(table: Table, task: TaskKind) -> Dataset:
+def _bare(table: Table, task: TaskKind, clips: bool) -> Dataset:
     """Everything but targets."""
-    paths, split = _paths(table), _splits(table)
+    paths, split = _paths(table, clips), _splits(table)
     return Dataset(
         root=table.file.parent,
         paths=paths,
@@ -128,6 +131,7 @@ def _bare(table: Table, task: TaskKind) -> Dataset:
         split=split,
         group=_groups(table, split),
         fold=_folds(table),
+        clips=clips,
     )
 
 
@@ -158,22 +162,28 @@ def _distinct(labels: Sequence[str]) -> tuple[str, ...]:
     return columns
 
 
-def _paths(table: Table) -> tuple[Path, ...]:
-    """Paths as written; two spellings of one path are the same image."""
+def _paths(table: Table, clips: bool) -> tuple[Path, ...]:
+    """Paths as written; two spellings of one path are the same sample. A clip may be a folder of frames."""
     root = table.file.parent
     first: dict[str, int] = {}
     missing: list[int] = []
     for row, text in enumerate(table.columns["path"]):
         if not text:
-            raise table.error(row, "path is empty; expected the path of an image")
+            raise table.error(row, f"path is empty; expected the path of {'a clip' if clips else 'an image'}")
         normal = os.path.normpath(root / text)
         if normal in first:
             raise table.error(
                 row, f"{quoted(text)} is on line {table.lines[first[normal]]} already; keep one of the two"
             )
         first[normal] = row
-        if not is_file(root / text):
+        if not (is_file(root / text) or (clips and is_folder(root / text))):
             missing.append(row)
+        elif clips and not is_clip(root / text):
+            raise table.error(
+                row,
+                f"{quoted(text)} is no clip, expected a folder of frames or a file "
+                f"({' '.join(sorted(CLIP_SUFFIXES))}). For images leave --frames out",
+            )
     if missing:
         raise table.error(
             missing[0],

@@ -7,13 +7,16 @@ and splits are never part of a feature store: relabelling a dataset does not re-
 from __future__ import annotations
 
 import hashlib
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
+
+from sidetune.data.clips import folder_digest, middle_frame
+from sidetune.data.preprocess import is_regular, open_image
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -44,6 +47,7 @@ class Dataset:
         fold: (n,) fold numbers as the CSV gives them, -1 where a cell is empty. None where there are none.
         carved: the splits that the data did not have and that were drawn from its training samples.
         ignored: visible files beside the images that were left out because they are no images.
+        clips: the samples are clips: videos, animations, or folders of frames. Else images.
         name: what people call it: the folder's name, or the table's without its ending; of one of several
             label columns ``table/column``.
         labelled: (n,) classify: which samples have a class in this label column. None: all.
@@ -61,6 +65,7 @@ class Dataset:
     fold: NDArray[np.int64] | None = None
     carved: tuple[Split, ...] = ()
     ignored: int = 0
+    clips: bool = False
     name: str = ""
     labelled: NDArray[np.bool_] | None = None
     strata: NDArray[np.int64] | None = None
@@ -71,6 +76,19 @@ class Dataset:
     def file(self, index: int) -> Path:
         """The full path of a sample."""
         return self.root / self.paths[index]
+
+    def picture(self, index: int, *, at_least: int | None = None) -> Image.Image:
+        """A sample as people see it: the image, or the picture in the middle of a clip.
+
+        Args:
+            index: of the sample.
+            at_least: pixels of an image's shorter side; see `open_image`.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        file = self.file(index)
+        return middle_frame(file) if self.clips else open_image(file, at_least=at_least)
 
     def rows(self, split: Split | Literal["all"]) -> NDArray[np.int64]:
         """Indices of a split's samples, or of all, ascending; without those that are not `labelled`."""
@@ -87,22 +105,16 @@ class Dataset:
         return digest.hexdigest()
 
 
-def is_regular(file: Path) -> bool:
-    """Whether a file can be read to its end; a folder can be opened at least, and then says what it is.
-
-    Raises:
-        OSError: there is nothing there.
-    """
-    mode = file.stat().st_mode
-    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
-
-
 def sample_key(path: Path, file: Path) -> str:
     """``relative/path.jpg@<sha256 of the file's bytes>``: an edited image has another key.
+
+    A folder of frames has the sha256 over names and bytes of them all.
 
     Raises:
         OSError: the file cannot be read.
     """
+    if file.is_dir():
+        return f"{path.as_posix()}@{folder_digest(file)}"
     if not is_regular(file):
         raise OSError(f"{file} is a pipe, a socket or a device, not a file")
     with file.open("rb") as stream:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sidetune.data.clips import CLIP_SUFFIXES, is_clip
 from sidetune.data.dataset import SPLIT_WORDS, Dataset, Split
 from sidetune.data.splits import Carving, carve
 from sidetune.errors import DataError, nearest
@@ -29,8 +30,10 @@ class _Listing:
     ignored: int
 
 
-def read_folders(root: Path, *, carving: Carving) -> Dataset:
+def read_folders(root: Path, *, carving: Carving, clips: bool = False) -> Dataset:
     """Read class folders. Classes are sorted by name, files by POSIX path.
+
+    With `clips` a sample is a video, an animation, or a folder below its class's that holds frames itself.
 
     Hidden files and folders are passed over; other files that are not images are counted in
     `Dataset.ignored`. Linked files and folders are followed, each folder once a class.
@@ -41,7 +44,9 @@ def read_folders(root: Path, *, carving: Carving) -> Dataset:
     """
     splits = _split_folders(root)
     given = splits or {"train": root}
-    listings = [_list_class(root, split, one) for split, folder in given.items() for one in _folders(folder)]
+    listings = [
+        _list_class(root, split, one, clips) for split, folder in given.items() for one in _folders(folder)
+    ]
     outputs = _classes(root, listings)
     index = {name: k for k, name in enumerate(outputs)}
     samples = sorted(
@@ -56,6 +61,7 @@ def read_folders(root: Path, *, carving: Carving) -> Dataset:
         outputs=outputs,
         split=np.array([split for _, _, split in samples], dtype="<U5"),
         ignored=sum(one.ignored for one in listings),
+        clips=clips,
     )
     missing: list[Split] = [name for name in ("val", "test") if name not in given]
     return carve(dataset, missing=missing, carving=carving)
@@ -89,7 +95,8 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(visible, key=lambda one: one.name)
 
 
-def _list_class(root: Path, split: Split, folder: Path) -> _Listing:
+def _list_class(root: Path, split: Split, folder: Path, clips: bool) -> _Listing:
+    suffixes = CLIP_SUFFIXES if clips else IMAGE_SUFFIXES
     images: list[Path] = []
     ignored = 0
     seen = {os.path.realpath(folder)}
@@ -99,15 +106,34 @@ def _list_class(root: Path, split: Split, folder: Path) -> _Listing:
             name for name in sorted(below) if not name.startswith(".") and _is_new(Path(parent, name), seen)
         ]
         visible = [Path(parent, name) for name in names if not name.startswith(".")]
-        found = [file.relative_to(root) for file in visible if file.suffix.lower() in IMAGE_SUFFIXES]
+        if clips and Path(parent) != folder and is_clip(Path(parent)):
+            images.append(Path(parent).relative_to(root))  # a folder of frames
+            below.clear()
+            continue
+        found = [file.relative_to(root) for file in visible if file.suffix.lower() in suffixes]
         images += found
         ignored += len(visible) - len(found)
     if not images:
-        raise DataError(
-            f"class {folder.name!r} is empty: no image in {folder}. Add images "
-            f"({' '.join(sorted(IMAGE_SUFFIXES))}), or remove the folder"
-        )
+        raise _is_empty(folder, clips)
     return _Listing(split, folder.name, images, ignored)
+
+
+def _is_empty(folder: Path, clips: bool) -> DataError:
+    """What is said of a class without a sample; the other kind may be what lies there."""
+    kinds = {True: CLIP_SUFFIXES, False: IMAGE_SUFFIXES}
+    others = sum(file.suffix.lower() in kinds[not clips] - kinds[clips] for file in folder.rglob("[!.]*"))
+    wanted = "clip" if clips else "image"
+    endings = f"({' '.join(sorted(kinds[clips]))})"
+    if others:
+        there, remedy = ("images", "leave --frames out") if clips else ("clips", "type: --frames 8")
+        return DataError(
+            f"class {folder.name!r} is empty: no {wanted} in {folder} {endings}, and {others} {there}. For "
+            f"{there} {remedy}"
+        )
+    return DataError(
+        f"class {folder.name!r} is empty: no {wanted} in {folder}. Add {wanted}s {endings}, or remove the "
+        "folder"
+    )
 
 
 def _check_names(parent: str, names: list[str]) -> None:
@@ -122,8 +148,12 @@ def _check_names(parent: str, names: list[str]) -> None:
             ) from None
 
 
-def list_images(paths: Sequence[Path]) -> list[Path]:
+def list_images(paths: Sequence[Path], *, clips: bool = False) -> list[Path]:
     """Files as they are, and of each folder its images, those of folders below too, by name.
+
+    Args:
+        paths: files and folders.
+        clips: a folder of frames is a clip, and of another folder its clips are listed.
 
     Raises:
         DataError: a folder holds no image.
@@ -131,6 +161,9 @@ def list_images(paths: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         inside = sorted(path.rglob("[!.]*")) if path.is_dir() else []
+        if clips and path.is_dir():
+            files += [path] if is_clip(path) else [file for file in inside if is_clip(file)]
+            continue
         images = [file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES]
         if path.is_dir() and not images:
             raise DataError(

@@ -6,10 +6,11 @@ Pillow decodes, torchvision's v2 transforms resize, crop and scale.
 from __future__ import annotations
 
 import math
+import stat
 import struct
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from sidetune.data.dataset import is_regular
 from sidetune.errors import ImageError, SidetuneError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -129,6 +129,16 @@ def check_torchvision() -> None:
         ) from error
 
 
+def is_regular(file: Path) -> bool:
+    """Whether a file can be read to its end; a folder can be opened at least, and then says what it is.
+
+    Raises:
+        OSError: there is nothing there.
+    """
+    mode = file.stat().st_mode
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+
+
 def load_image(path: Path, preprocess: Preprocess) -> Tensor:
     """An image file as the backbone reads it: (3, size, size) float32.
 
@@ -138,30 +148,41 @@ def load_image(path: Path, preprocess: Preprocess) -> Tensor:
     return load_noted(path, preprocess).pixels
 
 
-def load_noted(
-    path: Path, preprocess: Preprocess, view: Callable[[Image.Image], Image.Image] | None = None
-) -> Loaded:
+def load_noted(path: Path, preprocess: Preprocess) -> Loaded:
     """As `load_image`, and whether frames or pages were left out.
+
+    Raises:
+        ImageError: as `open_image`.
+    """
+    return load_views(path, preprocess, [lambda image: image])[0]
+
+
+def load_views(
+    path: Path, preprocess: Preprocess, views: Sequence[Callable[[Image.Image], Image.Image]]
+) -> list[Loaded]:
+    """An image file, decoded once, in several views.
 
     Args:
         path: of the file.
         preprocess: what the backbone reads.
-        view: makes another picture of the decoded one, before it is resized.
+        views: each makes a picture of the decoded one, before it is resized, and leaves that as it is.
 
     Raises:
         ImageError: as `open_image`.
     """
     with ExitStack() as held:
-        image, animated = _decode(path, held)
-        if view is not None:
-            image = view(image)
-        if preprocess.num_resized(image.width, image.height) > LONGEST:
-            raise ImageError(
-                path,
-                f"{image.width} x {image.height} pixels: too long and narrow to crop its middle. "
-                "Remove it, or type: --set backbone.resize=squash",
-            )
-        return Loaded(preprocess(image), animated)
+        whole, animated = _decode(path, held)
+        return [Loaded(_prepared(path, view(whole), preprocess), animated) for view in views]
+
+
+def _prepared(path: Path, image: Image.Image, preprocess: Preprocess) -> Tensor:
+    if preprocess.num_resized(image.width, image.height) > LONGEST:
+        raise ImageError(
+            path,
+            f"{image.width} x {image.height} pixels: too long and narrow to crop its middle. "
+            "Remove it, or type: --set backbone.resize=squash",
+        )
+    return preprocess(image)
 
 
 def open_image(path: Path, *, at_least: int | None = None) -> Image.Image:
@@ -198,7 +219,7 @@ def _decode(path: Path, held: ExitStack, at_least: int | None = None) -> tuple[I
                 held.enter_context(_LARGE)
             ImageOps.exif_transpose(image, in_place=True)
             image.load()
-            return _to_rgb(image), _is_animated(image)
+            return to_rgb(image), _is_animated(image)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -246,7 +267,8 @@ def _is_animated(image: Image.Image) -> bool:
         return True  # a GIF is asked for its second frame: there is one, and it is damaged
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of a decoded picture: transparent pixels over white, 16-bit grey scaled."""
     if image.mode.startswith("I"):  # "I;16", its byte orders, and "I": Pillow itself would clip at 255
         return Image.fromarray(_scaled_grey(image)).convert("RGB")
     if image.mode == "F":

@@ -1,4 +1,6 @@
-"""Views of an image: itself, its mirror image, and seeded crops. They are stored like images.
+"""Views of a sample: of an image itself, its mirror image and seeded crops; of a clip its frames.
+
+They are stored like images.
 
 A view is a pure function of the file's bytes and the view's name, so a store can hold it for ever and
 every run that asks for it gets the same one.
@@ -9,15 +11,12 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
 
-from sidetune.data.preprocess import Loaded, Preprocess, load_noted
+from sidetune.data.clips import Frame
 from sidetune.keyed import generator
 
 # Of a crop: share of the image's area, and width over height. Another crop needs another name in
@@ -63,6 +62,12 @@ class View:
 
 
 PLAIN = View()
+AnyView = View | Frame
+
+
+def parse_view(name: str) -> AnyView | None:
+    """The view of a name, of an image or of a clip; None where it is none that this version knows."""
+    return View.parse(name) or Frame.parse(name)
 
 
 def split_key(key: str) -> tuple[str, str]:
@@ -90,34 +95,6 @@ def views(num_more: int, *, flip: bool = True) -> tuple[View, ...]:
     crops = num_more - flip if num_more else 0
     more = [View(0, mirror=True)] * (flip and num_more > 0)
     return (PLAIN, *more, *(View(k, flip and k % 2 == 0) for k in range(1, crops + 1)))
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A view of an image file, to be decoded.
-
-    Args:
-        file: of the image.
-        view: of it.
-        key: of the sample, ``path@sha256``; a crop is drawn from it.
-    """
-
-    file: Path
-    view: View = PLAIN
-    key: str = ""
-
-    def load(self, preprocess: Preprocess) -> Loaded:
-        """As the backbone reads it.
-
-        Raises:
-            ImageError: as `open_image`.
-        """
-        return load_noted(self.file, preprocess, partial(self.view, content=self.key.rpartition("@")[2]))
-
-
-def pictures(files: Sequence[Path], keys: Sequence[str], chosen: Sequence[View]) -> list[Picture]:
-    """Every view of every file, the views of a file side by side."""
-    return [Picture(file, view, key) for file, key in zip(files, keys, strict=True) for view in chosen]
 
 
 def _box(width: int, height: int, seed: str) -> tuple[int, int, int, int]:

@@ -108,7 +108,7 @@ def sweep(  # noqa: PLR0913 - what, where, how; each has its option on the comma
     place = find_device(device)
     if store is not None:
         check_store(recipe, Path(store), out)
-    dataset = load_dataset(Path(data), **recipe.data.arguments())
+    dataset = load_dataset(Path(data), **recipe.data_arguments())
     recipe, backbone = ready_backbone(recipe, backbone, place)
     space = _space(recipe, backbone, None if search is None else Path(search))
     build_model(recipe, backbone.spec, len(dataset.outputs), backbone.norm)  # a wrong side is refused here

@@ -1,0 +1,110 @@
+"""Clips: pictures at instants of a video file, an animation, or a folder of frames.
+
+    frames_at(file, instants)     the picture that is shown at each instant
+    Frame(3, 16)                  the fourth of sixteen that are evenly spaced over a clip's time
+
+An instant is a share of the clip's length, so clips of any frame rate and duration are sampled alike, and
+so is one whose frames stand unevenly in time: what counts is what is shown. A clip of one frame shows it
+at every instant.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from sidetune.data.decoders import ANIMATIONS, PICTURES, animation, folder_of_frames, frame_files, video
+from sidetune.errors import ImageError
+
+VIDEOS = frozenset({".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv"})
+CLIP_SUFFIXES = VIDEOS | ANIMATIONS
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One of some frames that are evenly spaced over a clip's time: the one shown in the middle of its part.
+
+    Args:
+        number: from 0.
+        count: of all.
+    """
+
+    number: int
+    count: int
+
+    @property
+    def name(self) -> str:
+        """``frame03of16``: names sort as the frames do."""
+        return f"frame{self.number:0{len(str(self.count - 1))}}of{self.count}"
+
+    @property
+    def instant(self) -> float:
+        """Where in the clip: 0 is its begin, 1 its end."""
+        return (self.number + 0.5) / self.count
+
+    @classmethod
+    def parse(cls, name: str) -> Frame | None:
+        """The frame of a name; None where it is none."""
+        found = re.fullmatch(r"frame(\d{1,6})of([1-9]\d{0,5})", name)
+        frame = None if found is None else cls(int(found[1]), int(found[2]))
+        known = frame is not None and frame.name == name and frame.number < frame.count
+        return frame if known else None
+
+    def key(self, sample_key: str) -> str:
+        """The key of this frame of a sample: ``path@sha256#name``."""
+        return f"{sample_key}#{self.name}"
+
+
+def is_clip(file: Path) -> bool:
+    """Whether a path is a clip's by its ending, or is a folder that holds frames itself."""
+    if file.is_dir():
+        return any(one.suffix.lower() in PICTURES for one in file.iterdir() if not one.name.startswith("."))
+    return file.suffix.lower() in CLIP_SUFFIXES
+
+
+def frames_at(file: Path, instants: Sequence[float]) -> Iterator[Image.Image]:
+    """The pictures shown at some instants, 8-bit RGB, upright, each as soon as it is decoded.
+
+    Args:
+        file: a video, an animation, or a folder of frames, which are taken in the order of their names.
+        instants: ascending, each from 0 to less than 1.
+
+    Raises:
+        ImageError: the file is missing, empty, cut short, holds no pictures, or is none that is read.
+        SidetuneError: it is a video, and there is no library that decodes it.
+    """
+    assert list(instants) == sorted(instants) and all(0 <= one < 1 for one in instants), instants
+    if file.is_dir():
+        return folder_of_frames(file, instants)
+    if not file.exists():
+        raise ImageError(file, "there is no such file")
+    if not file.stat().st_size:
+        raise ImageError(file, "the file is empty")
+    return (animation if file.suffix.lower() in ANIMATIONS else video)(file, instants)
+
+
+def middle_frame(file: Path) -> Image.Image:
+    """The picture shown in the middle of a clip: what people see of it.
+
+    Raises:
+        ImageError: as `frames_at`.
+    """
+    return next(iter(frames_at(file, [Frame(0, 1).instant])))
+
+
+def folder_digest(folder: Path) -> str:
+    """sha256 over names and bytes of a folder's frames: another frame makes another clip.
+
+    Raises:
+        OSError: one cannot be read.
+    """
+    digest = hashlib.sha256()
+    for file in frame_files(folder):
+        with file.open("rb") as stream:
+            digest.update(f"{file.name}|{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,125 @@
+"""Pictures to be decoded, and micro-batches of them, ahead of their use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sidetune.backbones.base import MICRO_BATCH
+from sidetune.data.clips import Frame, frames_at
+from sidetune.data.preprocess import Loaded, Preprocess, load_views
+from sidetune.data.views import PLAIN, AnyView, View
+from sidetune.errors import ImageError
+
+DECODERS = 4
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A view of an image file, or a frame of a clip, to be decoded.
+
+    Args:
+        file: of the sample.
+        view: of it.
+        key: of the sample, ``path@sha256``; a crop is drawn from it.
+    """
+
+    file: Path
+    view: AnyView = PLAIN
+    key: str = ""
+
+
+def load_pictures(of_file: Sequence[Picture], preprocess: Preprocess) -> list[Loaded | ImageError]:
+    """Pictures of one file, which is decoded once, as the backbone reads them; or why it cannot be read.
+
+    Args:
+        of_file: one or more, all of one file.
+        preprocess: what the backbone reads.
+    """
+    try:
+        frames = [picture.view for picture in of_file if isinstance(picture.view, Frame)]
+        if frames:
+            return _load_frames(of_file[0].file, frames, preprocess)
+        views = [
+            partial(picture.view, content=picture.key.rpartition("@")[2])
+            for picture in of_file
+            if isinstance(picture.view, View)
+        ]
+        return [*load_views(of_file[0].file, preprocess, views)]
+    except ImageError as error:
+        return [error] * len(of_file)
+
+
+def _load_frames(file: Path, frames: Sequence[Frame], preprocess: Preprocess) -> list[Loaded | ImageError]:
+    """In any order, and a frame may be asked for twice."""
+    instants = sorted({frame.instant for frame in frames})
+    shown = zip(instants, frames_at(file, instants), strict=True)
+    at = {instant: Loaded(preprocess(image), False) for instant, image in shown}
+    return [at[frame.instant] for frame in frames]
+
+
+def by_file(shown: Sequence[Picture]) -> Iterator[list[Picture]]:
+    """Pictures of one file that follow one another."""
+    return (list(group) for _, group in groupby(shown, key=lambda picture: picture.file))
+
+
+def pictures(files: Sequence[Path], keys: Sequence[str], chosen: Sequence[AnyView]) -> list[Picture]:
+    """Every view of every file, the views of a file side by side."""
+    return [Picture(file, view, key) for file, key in zip(files, keys, strict=True) for view in chosen]
+
+
+def decoded(
+    pictures: Sequence[Picture],
+    preprocess: Preprocess,
+    pool: ThreadPoolExecutor,
+    animated: list[Path] | None = None,
+    *,
+    fewest: int = 1,
+) -> Iterator[tuple[int, Tensor, dict[int, str]]]:
+    """Micro-batches of preprocessed pictures, the next one decoded while this one is used.
+
+    A file's pictures that follow one another are decoded together where a batch holds them.
+
+    Args:
+        pictures: to decode.
+        preprocess: what the backbone reads.
+        pool: decodes.
+        animated: the files of which only the first frame or page is used are added to it, in any order.
+        fewest: pictures of a batch that is not the last, where `MICRO_BATCH` are fewer.
+
+    Yields:
+        The first picture's index, images (b, 3, size, size), and slot -> reason for each that could not be
+        decoded (its pixels are zero).
+    """
+
+    def begun(batch: Sequence[Picture]) -> list[Future[list[Loaded | ImageError]]]:
+        return [pool.submit(load_pictures, of_file, preprocess) for of_file in by_file(batch)]
+
+    size = batch_size(pictures, fewest)
+    batches = [pictures[first : first + size] for first in range(0, len(pictures), size)]
+    ahead = begun(batches[0]) if batches else []
+    for index, batch in enumerate(batches):
+        current = [item for future in ahead for item in future.result()]
+        if index + 1 < len(batches):
+            ahead = begun(batches[index + 1])
+        bad = {slot: item.reason for slot, item in enumerate(current) if isinstance(item, ImageError)}
+        blank = torch.zeros(3, preprocess.size, preprocess.size)
+        images = torch.stack([blank if isinstance(item, ImageError) else item.pixels for item in current])
+        if animated is not None:
+            of_batch = zip(batch, current, strict=True)
+            animated += [one.file for one, item in of_batch if isinstance(item, Loaded) and item.animated]
+        yield index * size, images, bad
+
+
+def batch_size(pictures: Sequence[Picture], fewest: int = 1) -> int:
+    """Pictures of a batch: no fewer than `MICRO_BATCH` and `fewest`, and whole clips of their frames."""
+    size = max(MICRO_BATCH, fewest)
+    frames = len(next(by_file(pictures), [])) if pictures and isinstance(pictures[0].view, Frame) else 1
+    return -(-size // frames) * frames

@@ -1,0 +1,180 @@
+import sys
+
+import av
+import pytest
+
+from clips import grey, level, write_frames, write_gif, write_sound, write_video
+from sidetune.data import decoders
+from sidetune.data.clips import CLIP_SUFFIXES, Frame, frames_at, is_clip, middle_frame
+from sidetune.data.dataset import sample_key
+from sidetune.errors import ImageError, SidetuneError
+
+LEVELS = [20 + 10 * number for number in range(20)]
+NEAR = 4.0  # levels that coding may cost
+MIDDLES = [Frame(number, 5).instant for number in range(5)]  # of five parts of four frames each
+
+
+def made(path):
+    pictures = list(map(grey, LEVELS))
+    if path.suffix == ".gif":
+        return write_gif(path, pictures, [100] * len(pictures))
+    return write_video(path, pictures) if path.suffix else write_frames(path, pictures)
+
+
+def levels(file, instants=MIDDLES):
+    return [level(picture) for picture in frames_at(file, instants)]
+
+
+def reason(file, instants=MIDDLES):
+    with pytest.raises(ImageError) as caught:
+        levels(file, instants)
+    assert caught.value.path == file
+    return caught.value.reason
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.avi", "a.mkv", "a.webm", "a.gif", "frames"])
+def test_pictures_are_those_shown_in_the_middle_of_each_part(tmp_path, name):
+    file = made(tmp_path / name)
+    assert is_clip(file)
+    assert levels(file) == pytest.approx([LEVELS[number] for number in (2, 6, 10, 14, 18)], abs=NEAR)
+    assert level(middle_frame(file)) == pytest.approx(LEVELS[10], abs=NEAR)
+
+
+@pytest.mark.parametrize("rate", [5, 24, 60])
+def test_a_clip_of_another_rate_shows_the_same(tmp_path, rate):
+    """Two seconds that grow lighter, however many frames they have."""
+    pictures = [grey(20 + 200 * (number + 0.5) / (2 * rate)) for number in range(2 * rate)]
+    found = levels(write_video(tmp_path / "a.mp4", pictures, rate=rate))
+    assert found == pytest.approx([20 + 200 * instant for instant in MIDDLES], abs=NEAR + 100 / (2 * rate))
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.gif"])
+def test_frames_that_stand_unevenly_in_time_count_as_long_as_they_are_shown(tmp_path, name):
+    """Nine frames in the first second, the tenth for nine seconds."""
+    delays = [111] * 9 + [9000]
+    pictures = list(map(grey, LEVELS[:10]))
+    if name == "a.gif":
+        file = write_gif(tmp_path / name, pictures, delays)
+    else:
+        times = [sum(delays[:number]) / 1000 for number in range(10)]
+        file = write_video(tmp_path / name, [*pictures, pictures[-1]], times=[*times, 9.9])
+    assert levels(file) == pytest.approx([LEVELS[9]] * 5, abs=NEAR)
+    assert levels(file, [0.0, 0.05]) == pytest.approx([LEVELS[0], LEVELS[4]], abs=NEAR)
+
+
+def test_a_clip_of_one_frame_shows_it_at_every_instant(tmp_path):
+    for name in ("a.mp4", "a.avi", "a.webm"):
+        assert levels(write_video(tmp_path / name, [grey(90)])) == pytest.approx([90] * 5, abs=NEAR)
+    assert levels(write_frames(tmp_path / "frames", [grey(90)])) == pytest.approx([90] * 5)
+
+
+def test_what_is_far_ahead_is_sought_and_is_the_same(tmp_path, monkeypatch):
+    pictures = [grey(20 + number) for number in range(200)]
+    file = write_video(tmp_path / "a.mp4", pictures, group=10)
+    decoded, stamp = [], decoders._stamp
+    monkeypatch.setattr(decoders, "_stamp", lambda frame: decoded.append(frame.pts) or stamp(frame))
+    found = levels(file)
+    assert found == pytest.approx([20 + number for number in (20, 60, 100, 140, 180)], abs=NEAR)
+    assert len(set(decoded)) < 60, "of 200"
+    alone = [levels(file, [instant])[0] for instant in MIDDLES]
+    assert alone == found
+
+
+def test_a_turned_clip_stands_upright(tmp_path):
+    """Phones write the picture as the sensor lies, and how it is to be turned."""
+    file = tmp_path / "a.mp4"
+    left_white = grey(20)
+    left_white.paste(grey(230).crop((0, 0, 24, 48)), (0, 0))
+    write_video(file, [left_white] * 3)
+    content = bytearray(file.read_bytes())
+    at = content.index(b"tkhd") + 4 + 40  # the matrix of the track header, version 0
+    one = (1 << 16).to_bytes(4, "big")
+    assert content[at : at + 4] == one
+    turned = [0, 1 << 16, 0, -(1 << 16), 0, 0, 48 << 16, 0, 1 << 30]  # a quarter, clockwise
+    content[at : at + 36] = b"".join(number.to_bytes(4, "big", signed=True) for number in turned)
+    file.write_bytes(content)
+    shown = middle_frame(file)
+    assert level(shown.crop((0, 0, 48, 20))) > 200 and level(shown.crop((0, 28, 48, 48))) < 50
+
+
+def test_bad_files_say_why(tmp_path):
+    empty = tmp_path / "empty.mp4"
+    empty.touch()
+    assert reason(empty) == "the file is empty"
+    assert reason(tmp_path / "none.mp4") == "there is no such file"
+    text = tmp_path / "text.mp4"
+    text.write_text("no video at all\n" * 100)
+    assert reason(text).startswith("not a video that is read, or damaged (")
+    assert reason(write_sound(tmp_path / "sound.mp4")) == "has no moving pictures: sound alone, or a cover"
+    (tmp_path / "folder").mkdir()
+    assert reason(tmp_path / "folder").startswith("a folder without a frame (.bmp .jpeg")
+    gif = tmp_path / "text.gif"
+    gif.write_text("no animation")
+    assert reason(gif) == "not an animation that Pillow reads"
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.avi", "a.mkv"])
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_a_clip_that_is_cut_short_is_refused_or_whole(tmp_path, name, share):
+    """What is read of a cut file shows what the whole one shows, at every instant that is asked for."""
+    pictures = [grey(40 + number) for number in range(150)]
+    file = write_video(tmp_path / name, pictures)
+    whole = levels(file)
+    content = file.read_bytes()
+    file.write_bytes(content[: int(share * len(content))])
+    try:
+        found = levels(file)
+    except ImageError:
+        return
+    assert found == pytest.approx(whole, abs=NEAR + 15)
+
+
+def test_a_frame_in_a_folder_that_cannot_be_read_is_named(tmp_path):
+    folder = write_frames(tmp_path / "frames", list(map(grey, LEVELS)))
+    (folder / "010.png").write_bytes(b"")
+    assert reason(folder) == "010.png: the file is empty"
+    assert len(levels(folder, [0.0, 0.9])) == 2
+
+
+def test_a_playlist_in_a_videos_clothes_opens_no_other_file(tmp_path):
+    other = made(tmp_path / "other.mkv")
+    playlist = tmp_path / "a.mp4"
+    playlist.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{other}\n#EXT-X-ENDLIST\n")
+    assert "not a video that is read" in reason(playlist)
+    playlist.write_text(f"ffconcat version 1.0\nfile {other.name}\n")
+    assert "not a video that is read" in reason(playlist)
+
+
+def test_without_a_library_it_says_what_to_type(tmp_path, monkeypatch):
+    file = made(tmp_path / "a.mp4")
+    decoders._library.cache_clear()
+    monkeypatch.setitem(sys.modules, "torchcodec", None)
+    assert decoders.decoding() == f"PyAV {av.__version__}"
+    decoders._library.cache_clear()
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(SidetuneError, match=r"Type: pip install 'sidetune\[video\]'"):
+        levels(file)
+    assert len(levels(made(tmp_path / "a.gif"))) == 5, "which Pillow reads"
+
+
+def test_names_of_frames_sort_as_frames_do():
+    frames = [Frame(number, 16) for number in range(16)]
+    assert [frame.name for frame in frames] == sorted(frame.name for frame in frames)
+    assert frames[3].name == "frame03of16" and Frame.parse("frame03of16") == frames[3]
+    assert [Frame.parse(name) for name in ("frame3of16", "frame16of16", "mirror", "")] == [None] * 4
+
+
+def test_a_folder_of_frames_has_a_key_of_all_its_bytes(tmp_path):
+    folder = write_frames(tmp_path / "frames", [grey(1), grey(2)])
+    key = sample_key(folder.relative_to(tmp_path), folder)
+    assert key.startswith("frames@") and key == sample_key(folder.relative_to(tmp_path), folder)
+    grey(3).save(folder / "001.png")
+    changed = sample_key(folder.relative_to(tmp_path), folder)
+    (folder / "001.png").rename(folder / "002.png")
+    assert len({key, changed, sample_key(folder.relative_to(tmp_path), folder)}) == 3
+
+
+def test_what_is_a_clip(tmp_path):
+    assert {".mp4", ".avi", ".mkv", ".webm", ".gif"} <= CLIP_SUFFIXES
+    (tmp_path / "nothing").mkdir()
+    assert not is_clip(tmp_path / "nothing") and not is_clip(tmp_path / "a.jpg")
