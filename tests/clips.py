@@ -10,6 +10,7 @@ from PIL import Image
 
 CODECS = {".mp4": "libx264", ".mov": "libx264", ".avi": "mpeg4", ".mkv": "libx264", ".webm": "libvpx"}
 SIDE = 48
+CLIPS, LENGTH = 12, 9  # a class; frames of a clip
 
 
 def grey(level: float) -> Image.Image:
@@ -79,3 +80,27 @@ def write_frames(folder: Path, pictures: Sequence[Image.Image]) -> Path:
 def level(picture: Image.Image) -> float:
     """The mean of a picture."""
     return float(np.asarray(picture, np.float32).mean())
+
+
+def picture(kind: int, number: int, time: int) -> Image.Image:
+    """A square that goes right in one class and left in the other, over noise."""
+    noise = np.random.default_rng([kind, number, time])
+    pixels = noise.integers(0, 60, (SIDE, SIDE, 3), dtype=np.uint8)
+    left = 4 * (time if kind else LENGTH - 1 - time)
+    pixels[16:32, left : left + 12, kind] = 250
+    return Image.fromarray(pixels)
+
+
+def make_clips(root: Path) -> Path:
+    """Videos, animations and folders of frames of two classes."""
+    for kind, name in enumerate(("left", "right")):
+        for number in range(CLIPS):
+            shown = [picture(kind, number, time) for time in range(LENGTH)]
+            if number % 4 == 0:
+                (root / name).mkdir(parents=True, exist_ok=True)
+                write_gif(root / name / f"{number:02d}.gif", shown, [80] * LENGTH)
+            elif number % 4 == 1:
+                write_frames(root / name / f"{number:02d}", shown)
+            else:
+                write_video(root / name / f"{number:02d}.{'mp4' if number % 4 == 2 else 'mkv'}", shown)
+    return root

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from clips import make_clips
 from images import make_folder
 from sidetune import cli
 from tiny_vits import hub_folder
@@ -158,6 +159,15 @@ def photos(folder: Path, images: Path) -> None:
     Image.open(images / "class0" / "0000.png").save(folder / "new.jpg")
 
 
+def clips(folder: Path, images: Path) -> None:
+    """24 clips of 2 classes in clips/, clips.csv with their folds, and new.mp4."""
+    make_clips(folder / "clips")
+    files = sorted((folder / "clips").glob("*/*"))
+    lines = [f"{file.relative_to(folder)},{file.parent.name},{n % 3}" for n, file in enumerate(files)]
+    (folder / "clips.csv").write_text("\n".join(["path,label,fold", *lines]) + "\n")
+    shutil.copy(folder / "clips/left/02.mp4", folder / "new.mp4")
+
+
 def leaves(folder: Path, images: Path) -> None:
     """leaves/CLASS/DAY_PLANT_NUMBER.jpg, 57 images of 19 plants, and 3 more in new/."""
     (folder / "new").mkdir()
@@ -213,6 +223,7 @@ def tasks(folder: Path, images: Path) -> None:
 
 FIXTURES: dict[str, Callable[[Path, Path], None]] = {
     "photos": photos,
+    "clips": clips,
     "leaves": leaves,
     "eight": eight,
     "scans": scans,

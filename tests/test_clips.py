@@ -2,14 +2,12 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from typer.testing import CliRunner
 
 import sidetune
-from clips import SIDE, write_frames, write_gif, write_video
+from clips import make_clips, picture, write_video
 from fitted_runs import read_csv
 from sidetune.backbones import build_backbone
 from sidetune.cli import app
@@ -22,33 +20,8 @@ from sidetune.recipe import Recipe
 from sidetune.sources import LiveSource, StoredSource
 from sidetune.summary import summarise
 
-CLIPS, LENGTH = 12, 9  # a class; frames of a clip
 READING = Reading.of_clips(2, 4, drawn=3)
 SETTINGS = ("clips.frames=2", "clips.stored=4", "train.epochs=4", "features.dtype=fp32")
-
-
-def picture(kind, number, time):
-    """A square that goes right in one class and left in the other, over noise."""
-    noise = np.random.default_rng([kind, number, time])
-    pixels = noise.integers(0, 60, (SIDE, SIDE, 3), dtype=np.uint8)
-    left = 4 * (time if kind else LENGTH - 1 - time)
-    pixels[16:32, left : left + 12, kind] = 250
-    return Image.fromarray(pixels)
-
-
-def make_clips(root):
-    """Videos, animations and folders of frames of two classes."""
-    for kind, name in enumerate(("left", "right")):
-        for number in range(CLIPS):
-            shown = [picture(kind, number, time) for time in range(LENGTH)]
-            if number % 4 == 0:
-                (root / name).mkdir(parents=True, exist_ok=True)
-                write_gif(root / name / f"{number:02d}.gif", shown, [80] * LENGTH)
-            elif number % 4 == 1:
-                write_frames(root / name / f"{number:02d}", shown)
-            else:
-                write_video(root / name / f"{number:02d}.{'mp4' if number % 4 == 2 else 'mkv'}", shown)
-    return root
 
 
 @pytest.fixture(scope="module")

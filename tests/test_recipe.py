@@ -159,6 +159,7 @@ OTHERS = {
         "a": 2.0,
         "every": 2,
         "drop_path": 0.1,
+        "time": "joint",
         "form": "textbook",
     },
     "clips": {"frames": 3, "stored": 8, "drawn": 4, "scored": 2},

@@ -149,18 +149,8 @@ def fit(
         "average_views": average_views,
     }
     fleet = {"members": members, "folds": number_or_word(folds), "ensemble": ensemble, "own_order": own_order}
-    recipe = build_recipe(
-        backbone,
-        size,
-        weights,
-        settings,
-        task=task,
-        labels=labels,
-        side=side,
-        features=features,
-        clips=(frames, frames_stored),
-        fleet=fleet,
-    )
+    asked: dict[str, Any] = {"features": features, "clips": (frames, frames_stored), "fleet": fleet}
+    recipe = build_recipe(backbone, size, weights, settings, task=task, labels=labels, side=side, **asked)
     if not quiet:
         say(choices(recipe, device))
     found = (sidetune.fit_columns if recipe.data.columns else sidetune.fit)(

@@ -38,7 +38,7 @@ LATER = {
     "head": ("ridge",),
     "train": ("shuffle_window", "order_seed", "total_decay"),
     "fleet": ("members", "folds", "ensemble", "own_order"),
-    "side": ("statistics",),
+    "side": ("statistics", "time"),
 }
 
 TASK_OPTIONS = {"class_weights", "label_smoothing", "focal_gamma"}  # fields of `DataRecipe` about the loss

@@ -122,9 +122,9 @@ def fit_sides(work: Work) -> list[Fitted]:
     fleet = open_work(work, [member.recipe for member in members], work.rows("train"))
     for job, member in zip(work.jobs, members, strict=True):
         name, recipe = member.recipe.side.name, member.recipe.train
-        parameters = described(job, member.recipe, job.task.num_outputs).num_parameters()
-        form = getattr(job.recipe.side, "form", None)
-        how = name if form is None else f"{name}, {form} form"
+        model = described(job, member.recipe, job.task.num_outputs)
+        parameters = model.num_parameters()
+        how = f"{name}, {model.side.form} form" if hasattr(job.recipe.side, "form") else name
         job.say(
             f"training {how}: {parameters:,} parameters, {len(member.rows):,} images, {recipe.epochs} epochs"
         )

@@ -144,7 +144,7 @@ FramesStored = Annotated[
         "--frames-stored",
         metavar="N",
         rich_help_panel=BACKBONE,
-        help="Frames of a clip in the store, evenly spaced. [default: 16]",
+        help="Frames of a clip in the store, evenly spaced; default: 16.",
     ),
 ]
 Views = Annotated[

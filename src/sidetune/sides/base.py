@@ -21,6 +21,7 @@ from sidetune.keyed import Draws, generator
 
 Pool = Literal["mean", "cls", "cls+mean", "all", "tokens"]
 Form = Literal["fast", "textbook"]
+Time = Literal["divided", "joint"]
 
 
 class SideRecipe(BaseModel):
@@ -315,6 +316,28 @@ def known_form(form: Form) -> Form:
     if form not in get_args(Form):
         raise SideError(f"form is {form!r}.{nearest(form, get_args(Form))} Type: --set side.form=fast")
     return form
+
+
+def divided_frames(tap: Tap, time: Time) -> int | None:
+    """T where space and time are mixed one after the other; None of an image, or where they are joint.
+
+    Args:
+        tap: whose tokens they are.
+        time: as asked for.
+
+    Raises:
+        SideError: there is no such way, or a clip's prefix tokens belong to no frame.
+    """
+    if time not in get_args(Time):
+        raise SideError(f"time is {time!r}.{nearest(time, get_args(Time))} Type: --set side.time=divided")
+    if time == "joint" or tap.grid[0] == 1:
+        return None
+    if tap.num_prefix and tap.prefix_per == "clip":
+        raise SideError(
+            f"tap {tap.name} has {tap.num_prefix} prefix tokens a clip, which are of no frame, and "
+            "side.time=divided mixes those of a frame. Type: --set side.time=joint"
+        )
+    return tap.grid[0]
 
 
 def kept_blocks(spec: Spec, every: int, side: str) -> tuple[Tap, ...]:

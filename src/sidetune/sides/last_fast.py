@@ -37,7 +37,8 @@ class Frozen:
     """What a call reads and does not train. I modules, one a tap.
 
     Args:
-        taps: z_0 .. z_L (B, N, D), each with its scale, in any floating type.
+        taps: z_0 .. z_L (B, N, D), each with its scale, in any floating type; None where a module adds none.
+        frames: T of clips, whose modules attend over space and over time in turn; None: over all tokens.
         pool_QPN: weights of pooling over tokens, Q = 1 or B.
         bias_B11N: -inf at tokens that are no keys, else 0; None where all are.
         keep_IMB: what drop-path multiplies a module's output by; None without.
@@ -46,7 +47,8 @@ class Frozen:
         keep_last: whether z_L is part of the final tokens.
     """
 
-    taps: Sequence[tuple[Tensor, float]]
+    taps: Sequence[tuple[Tensor, float] | None]
+    frames: int | None
     pool_QPN: Tensor
     bias_B11N: Tensor | None
     keep_IMB: Tensor | None
@@ -60,7 +62,7 @@ class Matrices(NamedTuple):
 
     Args:
         qkv_MIDS: W', S = 3R columns; those of q with the scale of the attention.
-        bias_MIS: b, likewise.
+        bias_MIS: b, likewise; of clips (M, I, T, S), with what the places in time add.
         centred_MIRD: W_out less its mean over D: what v sees.
         out_MIRD: W_out: what the final tokens see.
     """
@@ -100,8 +102,10 @@ def pooled_last(side: Last, features: Features, keep_IMB: Tensor | None, eps: fl
         keep_IMB: what drop-path multiplies a module's output by; None without.
         eps: of the layer norms.
     """
+    taps = frozen_taps(side, features, ["embedding", *(tap.name for tap in side.blocks)])
     frozen = Frozen(
-        taps=frozen_taps(side, features, ["embedding", *(tap.name for tap in side.blocks)]),
+        taps=taps if side.frames is None else [one for tap in taps for one in (tap, None)],
+        frames=side.frames,
         pool_QPN=pool_weights(side.spec.last, side.pool, features.mask, like=side.tap_scale),
         bias_B11N=None if features.mask is None else _bias(features.mask, side.tap_scale),
         keep_IMB=keep_IMB,
@@ -119,15 +123,20 @@ def _bias(mask_BN: Tensor, like: Tensor) -> Tensor:
 
 
 def _matrices(side: Last) -> Matrices:
-    qkv_MIDS = torch.stack(every(side.attention, "qkv_MDR"), 1)
-    gamma_MID = torch.stack(every(side.attention, "norm_weight_MD"), 1)
-    beta_MID = torch.stack(every(side.attention, "norm_bias_MD"), 1)
-    out_MIRD = torch.stack(every(side.attention, "out_MRD"), 1)
+    qkv_MIDS = torch.stack(every(side.in_order, "qkv_MDR"), 1)
+    gamma_MID = torch.stack(every(side.in_order, "norm_weight_MD"), 1)
+    beta_MID = torch.stack(every(side.in_order, "norm_bias_MD"), 1)
+    out_MIRD = torch.stack(every(side.in_order, "out_MRD"), 1)
     rank = out_MIRD.shape[2]
     scale_S = out_MIRD.new_ones(3 * rank)
     scale_S[:rank] = (rank // side.heads) ** -0.5
     qkv_MIDS = qkv_MIDS * scale_S
-    bias_MIS = (beta_MID[:, :, None] @ qkv_MIDS)[:, :, 0]
+    if side.frames is None:
+        bias_MIS = (beta_MID[:, :, None] @ qkv_MIDS)[:, :, 0]
+    else:
+        places_TD = places_in_time(side.frames, gamma_MID.shape[-1], like=gamma_MID)
+        of_module = torch.stack([torch.zeros_like(places_TD), places_TD]).repeat(len(side.attention), 1, 1)
+        bias_MIS = (beta_MID[:, :, None] + of_module) @ qkv_MIDS
     centred_MIRD = out_MIRD - out_MIRD.mean(-1, keepdim=True)
     return Matrices(gamma_MID[..., None] * qkv_MIDS, bias_MIS, centred_MIRD, out_MIRD)
 
@@ -140,7 +149,7 @@ class CachedLast(torch.autograd.Function):
         """`tensors` are the fields of `Matrices`."""
         matrices = Matrices(*tensors)
         (members, modules, rank, width) = matrices.out_MIRD.shape
-        batch, num_tokens, _ = frozen.taps[0][0].shape
+        batch, num_tokens, _ = _first(frozen).shape
         new, tokens = matrices.out_MIRD.new_empty, (members, modules, batch, num_tokens)
         log_sum_MIBHN = new(members, modules, batch, frozen.heads, num_tokens)
         kept = Kept(new(*tokens, 3 * rank), new(*tokens, rank), new(*tokens), log_sum_MIBHN)
@@ -188,12 +197,17 @@ class _Chunk:
 
     def __init__(self, frozen: Frozen, matrices: Matrices, kept: Kept, rows: slice, member: int) -> None:
         self.frozen = frozen
-        self.qkv_IDS, self.bias_IS, self.centred_IRD, self.out_IRD = (one[member] for one in matrices)
+        self.qkv_IDS, bias, self.centred_IRD, self.out_IRD = (one[member] for one in matrices)
         self.qkv_ICNS, self.mixed_ICNR, self.rstd_ICN, self.log_sum_ICHN = kept.of(rows, member)
-        self.taps = [(tap[rows], scale) for tap, scale in frozen.taps]
-        self.size, (_, num_tokens, self.width) = rows.stop - rows.start, frozen.taps[0][0].shape
+        self.taps = [None if one is None else (one[0][rows], one[1]) for one in frozen.taps]
+        self.size, (_, num_tokens, self.width) = rows.stop - rows.start, _first(frozen).shape
         self.pool_CPN = of_rows(frozen.pool_QPN, 0, rows).expand(self.size, -1, -1)
-        self.bias_C11N = None if frozen.bias_B11N is None else frozen.bias_B11N[rows]
+        # of a clip each frame's tokens have their own
+        self.bias_INS = (
+            bias[:, None] if bias.ndim == 2 else bias.repeat_interleave(num_tokens // bias.shape[1], 1)
+        )
+        bias_C11N = None if frozen.bias_B11N is None else frozen.bias_B11N[rows]
+        self.biases = self._biases(bias_C11N)
         self.keep_IC = None if frozen.keep_IMB is None else frozen.keep_IMB[:, member, rows]
         self.z_CND = matrices.out_MIRD.new_empty(self.size, num_tokens, self.width)
 
@@ -202,10 +216,10 @@ class _Chunk:
         v_CND = torch.zeros_like(self.z_CND)
         v_XD = v_CND.flatten(0, 1)
         q, k, v = self._queries_keys_values()
-        mixed, log_sum = self._heads(self.mixed_ICNR), self.log_sum_ICHN.unbind()
+        mixed, log_sum = self._heads(self.mixed_ICNR), self._log_sums()
         weights_SD, biases, up_DR = (
             self.qkv_IDS.mT.unbind(),
-            self.bias_IS.unbind(),
+            self.bias_INS.unbind(),
             self.centred_IRD.mT.unbind(),
         )
         for i, (qkv_CNS, rstd_CN) in enumerate(zip(self.qkv_ICNS, self.rstd_ICN, strict=True)):
@@ -214,14 +228,14 @@ class _Chunk:
             torch.rsqrt(squares_CN.div_(self.width).add_(self.frozen.eps), out=rstd_CN)
             product_CNS = times_transposed(v_XD, weights_SD[i]).view_as(qkv_CNS)
             torch.addcmul(biases[i], product_CNS, rstd_CN[..., None], out=qkv_CNS)
-            mixed_CHNE, log_sum_CHN = attend(q[i], k[i], v[i], self.bias_C11N)
-            mixed[i].copy_(mixed_CHNE)
-            log_sum[i].copy_(log_sum_CHN)
+            mixed_CHNE, log_sum_CHN = attend(_whole(q[i]), _whole(k[i]), _whole(v[i]), self.biases[i % 2])
+            mixed[i].copy_(mixed_CHNE.view_as(mixed[i]))
+            log_sum[i].copy_(log_sum_CHN.view_as(log_sum[i]))
             v_XD += times_transposed(self._dropped(i, self.mixed_ICNR[i]).flatten(0, 1), up_DR[i])
         pooled_ICPR = self.pool_CPN @ self._dropped(slice(None), self.mixed_ICNR)
         out_CPD = pooled_ICPR.movedim(0, 2).flatten(2) @ self.out_IRD.flatten(0, 1)
         if self.frozen.keep_last:
-            tap, scale = self.taps[-1]
+            tap, scale = next(one for one in reversed(self.taps) if one is not None)
             out_CPD += torch.bmm(self.pool_CPN, self.z_CND.copy_(tap)).mul_(scale)
         return out_CPD
 
@@ -242,9 +256,10 @@ class _Chunk:
         for i in reversed(range(len(self.taps))):
             d_ups.append(times_transposed(mixed_IRX[i], d_v_DX))
             d_mixed_IXR[i].add_(times_transposed(d_v_XD, self.centred_IRD[i]))
-            d_mixed_CHNE = self._dropped(i, d_heads[i])
-            d_qkv_CNS = _joined(attend_backward(d_mixed_CHNE, *attention[i], self.bias_C11N))
-            d_biases.append(d_qkv_CNS.sum((0, 1)))
+            d_mixed_CHNE = _whole(self._dropped(i, d_heads[i]))
+            of_heads = attend_backward(d_mixed_CHNE, *attention[i], self.biases[i % 2])
+            d_qkv_CNS = self._joined(i, of_heads)
+            d_biases.append(self._bias_gradient(d_qkv_CNS))
             by_rstd_CNS, rstd_CN1 = norms[i]
             d_v_CND.addcmul_(v_ICND[i], (by_rstd_CNS * d_qkv_CNS).sum(-1, keepdim=True))
             d_product_XS = (d_qkv_CNS * rstd_CN1).flatten(0, 1)
@@ -254,8 +269,12 @@ class _Chunk:
         return [d_qkv_ISD.mT, d_bias_IS, d_centred_IRD, d_out_IRD]
 
     def _add_tap(self, i: int, v_CND: Tensor, into_CND: Tensor) -> None:
-        """Add z_i, centred over D."""
-        tap, scale = self.taps[i]
+        """Add z_i, centred over D, where module i has one."""
+        if (own := self.taps[i]) is None:
+            if into_CND is not v_CND:
+                into_CND.copy_(v_CND)
+            return
+        tap, scale = own
         self.z_CND.copy_(tap)
         self.z_CND.sub_(self.z_CND.mean(-1, keepdim=True))
         torch.add(v_CND, self.z_CND, alpha=scale, out=into_CND)
@@ -280,9 +299,29 @@ class _Chunk:
         return tensor * keep.view(*keep.shape, *[1] * (tensor.ndim - keep.ndim))
 
     def _heads(self, tensor_ICNR: Tensor) -> Sequence[Tensor]:
-        """A (C, heads, N, R / heads) a module."""
+        """A (C, heads, N, R / heads) a module; of clips (C, T, heads, S, ..) or (C, S, heads, T, ..)."""
         heads: Tensor = tensor_ICNR.unflatten(-1, (self.frozen.heads, -1)).transpose(2, 3)
-        return heads.unbind()
+        return self._in_turn(heads)
+
+    def _log_sums(self) -> Sequence[Tensor]:
+        """A (C, heads, N) a module; of clips likewise."""
+        return [one[..., 0] for one in self._in_turn(self.log_sum_ICHN[..., None])]
+
+    def _in_turn(self, heads_ICHNE: Tensor) -> Sequence[Tensor]:
+        """Each module's, of the tokens that it attends over."""
+        if self.frozen.frames is None:
+            return heads_ICHNE.unbind()
+        clips_ICHTSE = heads_ICHNE.unflatten(3, (self.frozen.frames, -1))
+        space = clips_ICHTSE[::2].permute(0, 1, 3, 2, 4, 5)
+        time = clips_ICHTSE[1::2].permute(0, 1, 4, 2, 3, 5)
+        return [one for pair in zip(space, time, strict=False) for one in pair]
+
+    def _biases(self, bias_C11N: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Of modules with even and with odd numbers."""
+        if bias_C11N is None or self.frozen.frames is None:
+            return bias_C11N, bias_C11N
+        bias_CTS = bias_C11N[:, 0, 0].unflatten(1, (self.frozen.frames, -1))
+        return bias_CTS.flatten(0, 1)[:, None, None], bias_CTS.mT.flatten(0, 1)[:, None, None]
 
     def _queries_keys_values(self) -> list[Sequence[Tensor]]:
         return [self._heads(part) for part in self.qkv_ICNS.chunk(3, -1)]
@@ -290,8 +329,26 @@ class _Chunk:
     def _attention(self) -> list[tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]]:
         """What `attend` got and gave, of each module."""
         q, k, v = self._queries_keys_values()
-        mixed, log_sum = self._heads(self.mixed_ICNR), self.log_sum_ICHN.unbind()
-        return [((q[i], k[i], v[i]), (mixed[i], log_sum[i])) for i in range(len(q))]
+        mixed, log_sum = self._heads(self.mixed_ICNR), self._log_sums()
+        return [
+            ((_whole(q[i]), _whole(k[i]), _whole(v[i])), (_whole(mixed[i]), _whole(log_sum[i], 3)))
+            for i in range(len(q))
+        ]
+
+    def _joined(self, i: int, of_heads: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """What a module's attention gives for q, k and v as one (C, N, S)."""
+        if self.frozen.frames is None:
+            return _joined(of_heads)
+        clips = [one.unflatten(0, (self.size, -1)) for one in of_heads]  # (C, T or N / T, heads, ..)
+        order = (0, 3, 1, 2, 4) if i % 2 else (0, 1, 3, 2, 4)
+        return torch.cat([one.permute(*order).flatten(3).flatten(1, 2) for one in clips], -1)
+
+    def _bias_gradient(self, d_qkv_CNS: Tensor) -> Tensor:
+        """(S,), or (T, S) of clips."""
+        if self.frozen.frames is None:
+            return d_qkv_CNS.sum((0, 1))
+        of_frames: Tensor = d_qkv_CNS.unflatten(1, (self.frozen.frames, -1))
+        return of_frames.sum((0, 2))
 
     def _norms(self) -> list[tuple[Tensor, Tensor]]:
         """Of each module what the gradient of q, k, v meets on its way to v by r, (C, N, S); and r itself.
@@ -299,9 +356,29 @@ class _Chunk:
         The gradient of |v|^2 is -r^2 / (2D) sum_S (qkv - b) d_qkv, and that of v is 2v times as much.
         """
         rstd_ICN1 = self.rstd_ICN[..., None]
-        unbiased_ICNS = self.qkv_ICNS - self.bias_IS[:, None, None]
+        unbiased_ICNS = self.qkv_ICNS - self.bias_INS[:, None]
         by_rstd_ICNS = unbiased_ICNS.mul_(rstd_ICN1.square().div_(-self.width))
         return list(zip(by_rstd_ICNS.unbind(), rstd_ICN1.unbind(), strict=True))
+
+
+def places_in_time(frames: int, width: int, *, like: Tensor) -> Tensor:
+    """Sines and cosines of T places, in waves of 1 to 10,000 frames: (T, D)."""
+    waves = torch.arange(0, width, 2, dtype=torch.float64) / width
+    angles_TW = torch.arange(frames, dtype=torch.float64)[:, None] * 10_000.0**-waves
+    places_TD = torch.stack([angles_TW.sin(), angles_TW.cos()], -1).flatten(1)[:, :width]
+    places: Tensor = places_TD.to(like)
+    return places
+
+
+def _first(frozen: Frozen) -> Tensor:
+    """The embedding."""
+    assert frozen.taps[0] is not None, "the first module adds the embedding"
+    return frozen.taps[0][0]
+
+
+def _whole(heads: Tensor, ndim: int = 4) -> Tensor:
+    """(C, .., heads, N, R / heads) with one axis of sequences: a copy where these do not lie evenly."""
+    return heads if heads.ndim == ndim else heads.flatten(0, 1)
 
 
 def _joined(of_heads: tuple[Tensor, Tensor, Tensor]) -> Tensor:

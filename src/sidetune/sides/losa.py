@@ -7,12 +7,19 @@
     T_l(X) = a * Wt_up GELU(Wt_down X)                         mixes tokens
     h = b_l + y_{l-1};  c = C_l(h);  t = T_l(h + c);  g_l(h) = c + t
 
+Of a clip, h (B, T, S, D), what mixes tokens is two: Space is T_l over the S tokens of a frame, and Time mixes
+frames at the width of the bottleneck,
+
+    Time(X) = a * (Wt_up GELU(Wt_down (X Wd_down))) Wd_up      Wt_down (R', T)  Wt_up (T, R')  R' = min(R, T)
+    c = C(h);  s = Space(h + c);  u = Time(h + c + s);  g_l(h) = c + s + u
+
 b_l (B, N, D) is the frozen pre-norm output of block l. No official code is public: this is a
 reconstruction, and each uncertain choice is a switch (docs/explanation/design.md has the evidence).
 The recursion is read in a third party's code; that both mixers alternate is stated; their order and
-composition are inferred. Up-projections start at zero, so the side starts as the linear probe.
+composition are inferred, and of a clip all but that space and time are divided. Up-projections start at
+zero, so the side starts as the linear probe; of the two of Time the last one does.
 
-Here stands the textbook form, one line an equation. `forward` computes the same in the fast form of
+Here stands the textbook form, one line an equation. Of images `forward` computes the same in the fast form of
 `sidetune.sides.losa_fast`, exactly, unless ``form`` is ``textbook``.
 """
 
@@ -35,6 +42,8 @@ from sidetune.sides.base import (
     Pool,
     Side,
     SideRecipe,
+    Time,
+    divided_frames,
     kept_blocks,
     known_form,
     member_rates,
@@ -59,13 +68,15 @@ class LosaRecipe(SideRecipe):
     a: float = 1.0
     every: int = Field(1, ge=1)
     drop_path: float = Field(0.0, ge=0, lt=1)
+    time: Time = "divided"
     form: Form = "fast"
 
 
 class Losa(Side):
     """LoSA over the block taps.
 
-    Parameters a member: 2 * R * L * (D + N); without token mixing 2 * R * L * D.
+    Parameters a member: 2 * R * L * (D + N); without token mixing 2 * R * L * D. Of clips, S tokens a frame:
+    2 * R * L * (2 * D + S) + 2 * L * T * min(R, T).
 
     Args:
         spec: taps of one width and grid.
@@ -78,7 +89,9 @@ class Losa(Side):
         a: scale of both mixers.
         every: read every k-th block, counted back from L.
         drop_path: probability that a sample skips a layer's g_l in training.
-        form: ``fast`` or ``textbook``: the same outputs and gradients.
+        time: of clips: ``divided`` into space and time, or ``joint``: one mixer of all their tokens.
+        form: ``fast`` or ``textbook``: the same outputs and gradients. Where space and time are divided there
+            is the textbook form alone.
 
     `drop_path` may be one rate a member.
 
@@ -100,22 +113,28 @@ class Losa(Side):
         a: float = 1.0,
         every: int = 1,
         drop_path: float | Sequence[float] = 0.0,
+        time: Time = "divided",
         form: Form = "fast",
     ) -> None:
         super().__init__(spec, members=members, pool=pool)
         self.blocks = kept_blocks(spec, every, "losa")
         self.order, self.first_state, self.a = order, first_state, a
         self.drop_path = member_rates(drop_path, members)
-        self.form, self.scratches = known_form(form), Scratches()
+        self.frames = divided_frames(spec.last, time) if mix_tokens else None
+        self.form: Form = known_form(form) if self.frames is None else "textbook"
+        self.scratches = Scratches()
         if first_state == "z_0" and "embedding" not in spec.names:
             raise SideError(
                 "first_state z_0 needs the tap 'embedding', which is not read. "
                 "Type: --set side.first_state=b_L"
             )
-        width, num_tokens = self.blocks[0].width, self.blocks[0].num_tokens
+        width, num_tokens = self.blocks[0].width, self.blocks[0].num_tokens // (self.frames or 1)
         self.channel = nn.ModuleList(ChannelMixer(members, width, rank, a) for _ in self.blocks)
         self.token = nn.ModuleList(
             TokenMixer(members, num_tokens, rank, a) for _ in self.blocks if mix_tokens
+        )
+        self.time = nn.ModuleList(
+            TimeMixer(members, self.frames, width, rank, a) for _ in self.blocks if self.frames
         )
 
     def forward(self, features: Features, draws: Draws | None = None) -> Tensor:
@@ -155,16 +174,26 @@ class Losa(Side):
         channel = self.channel[layer]
         if not self.token:
             return channel(h_MBND)  # type: ignore[no-any-return]
-        token = self.token[layer]
         if self.order == "channel->token":
             c_MBND = channel(h_MBND)
-            t_MBND = token(h_MBND + c_MBND, mask)
+            t_MBND = self._mix_tokens(layer, h_MBND + c_MBND, mask)
         elif self.order == "token->channel":
-            t_MBND = token(h_MBND, mask)
+            t_MBND = self._mix_tokens(layer, h_MBND, mask)
             c_MBND = channel(h_MBND + t_MBND)
         else:
-            c_MBND, t_MBND = channel(h_MBND), token(h_MBND, mask)
+            c_MBND, t_MBND = channel(h_MBND), self._mix_tokens(layer, h_MBND, mask)
         return c_MBND + t_MBND  # type: ignore[no-any-return]
+
+    def _mix_tokens(self, layer: int, x_MBND: Tensor, mask: Tensor | None) -> Tensor:
+        """T_l; of a clip Space, then Time on what that leaves."""
+        if self.frames is None:
+            return self.token[layer](x_MBND, mask)  # type: ignore[no-any-return]
+        x_MBTSD = x_MBND.unflatten(2, (self.frames, -1))
+        mask_BTS = None if mask is None else mask.unflatten(1, (self.frames, -1))
+        by_frame = None if mask_BTS is None else mask_BTS.flatten(0, 1)
+        s_MBTSD = self.token[layer](x_MBTSD.flatten(1, 2), by_frame).view_as(x_MBTSD)
+        seen_MBTSD = x_MBTSD if self.order == "parallel" else x_MBTSD + s_MBTSD
+        return (s_MBTSD + self.time[layer](seen_MBTSD, mask_BTS)).flatten(2, 3)  # type: ignore[no-any-return]
 
 
 class ChannelMixer(MemberModule):
@@ -205,3 +234,31 @@ class TokenMixer(MemberModule):
             x_MBND = x_MBND * mask[:, :, None].to(x_MBND.dtype)
         code = self.a * F.gelu(torch.matmul(self.down_MRN[:, None], x_MBND))
         return torch.matmul(self.up_MNR[:, None], code)
+
+
+class TimeMixer(MemberModule):
+    """Time(X) = a * (Wt_up GELU(Wt_down (X Wd_down))) Wd_up: frames are mixed R channels wide. Tied to T."""
+
+    def __init__(self, members: int, frames: int, width: int, rank: int, a: float) -> None:
+        super().__init__()
+        self.a, over_time = a, min(rank, frames)
+        self.down_MDR = nn.Parameter(torch.zeros(members, width, rank))
+        self.time_down_MQT = nn.Parameter(torch.zeros(members, over_time, frames))
+        self.time_up_MTQ = nn.Parameter(torch.zeros(members, frames, over_time))
+        self.up_MRD = nn.Parameter(torch.zeros(members, rank, width))
+
+    def start_member(self, member: int, keyed: torch.Generator) -> None:
+        """All normal with std 1/sqrt(fan in) but the last up, which is zero: with two nothing would learn."""
+        for parameter in (self.down_MDR, self.time_down_MQT, self.time_up_MTQ):
+            fan_in = parameter.shape[1 if parameter is self.down_MDR else 2]
+            normal_start(parameter, member, fan_in, keyed)
+
+    def forward(self, x_MBTSD: Tensor, mask: Tensor | None) -> Tensor:
+        """(M, B, T, S, D) -> (M, B, T, S, D); masked tokens are read as zero."""
+        if mask is not None:
+            x_MBTSD = x_MBTSD * mask[..., None].to(x_MBTSD.dtype)
+        z_MBTSR = torch.bmm(x_MBTSD.flatten(1, 3), self.down_MDR).unflatten(1, x_MBTSD.shape[1:4])
+        code_MBQX = F.gelu(torch.matmul(self.time_down_MQT[:, None], z_MBTSR.flatten(3)))
+        u_MBTX = self.a * torch.matmul(self.time_up_MTQ[:, None], code_MBQX)
+        u_MXR = u_MBTX.unflatten(3, (-1, z_MBTSR.shape[-1])).flatten(1, 3)
+        return torch.bmm(u_MXR, self.up_MRD).view_as(x_MBTSD)
