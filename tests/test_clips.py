@@ -19,6 +19,7 @@ from sidetune.extract import extract, sample_keys
 from sidetune.recipe import Recipe
 from sidetune.sources import LiveSource, StoredSource
 from sidetune.summary import summarise
+from sidetune.upkeep import collect_garbage, wanted_keys
 
 READING = Reading.of_clips(2, 4, drawn=3)
 SETTINGS = ("clips.frames=2", "clips.stored=4", "train.epochs=4", "features.dtype=fp32")
@@ -169,3 +170,14 @@ def make_videos(root):
     for name in ("left", "right"):
         write_video(root / name / "a.mp4", [picture(0, 0, time) for time in range(3)])
     return root
+
+
+def test_garbage_is_what_no_clip_needs(clips, tmp_path):
+    store = tmp_path / "store"
+    extract(load_dataset(clips, clips=True), build_backbone("toy"), store, views=READING.stored, quiet=True)
+    assert collect_garbage(store, wanted=wanted_keys([clips], "classify", None)).samples == 0
+    others = wanted_keys([make_videos(tmp_path / "videos")], "classify", None)
+    with pytest.raises(RequestError, match="none of the 96 samples"):
+        collect_garbage(store, wanted=others)
+    with pytest.raises(DataError, match="nothing there"):
+        wanted_keys([tmp_path / "none"], "classify", None)

@@ -9,7 +9,7 @@ import typer
 
 from sidetune.cli_accuracy import bench_accuracy, bench_vtab
 from sidetune.progress import say
-from sidetune.usage import Json, Quiet, print_json
+from sidetune.usage import BackboneName, Device, Json, Out, Quiet, Size, Weights, print_json
 
 if TYPE_CHECKING:
     from sidetune.bench.rows import Bench
@@ -186,6 +186,32 @@ def bench_cost(
     )
     chosen = DEFAULT if cases is None else _words(cases)
     _print(run(setting, chosen, growth=_words(growth or ""), quiet=quiet), as_json)
+
+
+@bench_app.command("order")
+def bench_order(
+    out: Out,
+    backbone: BackboneName = "demo",
+    size: Size = 112,
+    weights: Weights = None,
+    scenes: Annotated[
+        int, typer.Option(metavar="COUNT", rich_help_panel=SIZES, help="To train on, six clips each.")
+    ] = 60,
+    sides: Annotated[
+        str, typer.Option(metavar="A,B", help="To train, beside ridge and the linear probe.")
+    ] = "attentive,losa,last",
+    seeds: Annotated[int, typer.Option(metavar="N", help="Networks a side and rate.")] = 3,
+    epochs: Annotated[int, typer.Option(metavar="E", help="Of every training.")] = 30,
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Whether side networks see the order of frames: clips whose classes differ in nothing else."""
+    from sidetune.bench.order import OrderSetting
+    from sidetune.bench.order import bench_order as run
+
+    setting = OrderSetting(backbone, size, weights, scenes, tuple(_words(sides)), seeds, epochs, device)
+    _print(run(setting, out, quiet=quiet), as_json)
 
 
 def _words(text: str) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from sidetune.data import load_dataset
 from sidetune.data.dataset import TaskKind
 from sidetune.data.views import split_key
-from sidetune.errors import RequestError, StoreError
+from sidetune.errors import DataError, RequestError, StoreError
 from sidetune.extract import sample_keys
 from sidetune.files import leftovers, locked, write_json
 from sidetune.shards import file_size, is_written, read_json_object, shard_defect
@@ -144,11 +144,23 @@ def collect_garbage(
 
 
 def wanted_keys(data: Sequence[Path], task: TaskKind, labels: Sequence[str] | None) -> set[str]:
-    """The sample keys of datasets, as `load_dataset` reads them: every image is hashed."""
-    sets = [
-        load_dataset(path, task=task, labels=labels, val_fraction=0.0, test_fraction=0.0) for path in data
-    ]
-    return {key for dataset in sets for key in sample_keys(dataset)}
+    """The sample keys of datasets, as `load_dataset` reads them as images or as clips: every file is hashed.
+
+    Raises:
+        DataError: one is neither.
+    """
+    whole: dict[str, Any] = {"task": task, "labels": labels, "val_fraction": 0.0, "test_fraction": 0.0}
+    keys: set[str] = set()
+    for path in data:
+        refused: list[DataError] = []
+        for clips in (False, True):  # frames in folders are either; what any reading needs is kept
+            try:
+                keys.update(sample_keys(load_dataset(path, clips=clips, **whole)))
+            except DataError as error:
+                refused.append(error)
+        if len(refused) == 2:
+            raise refused[0]
+    return keys
 
 
 def remove_file(path: Path) -> None:

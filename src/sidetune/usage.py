@@ -180,6 +180,7 @@ EXAMPLES = {
     "bench": "sidetune bench side",
     "bench cost": "sidetune bench cost --cases losa,lora",
     "bench accuracy": "sidetune bench accuracy tasks/ --out runs/accuracy",
+    "bench order": "sidetune bench order --out runs/order",
     "bench vtab": "sidetune bench vtab vtab-1k/ --out runs/vtab",
     "store": "sidetune store ls",
     "store gc": "sidetune store gc features/photos",
