@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 
 import torch
@@ -85,7 +86,8 @@ def decoded(
 ) -> Iterator[tuple[int, Tensor, dict[int, str]]]:
     """Micro-batches of preprocessed pictures, the next one decoded while this one is used.
 
-    A file's pictures that follow one another are decoded together where a batch holds them.
+    A file's pictures that follow one another are decoded together where a batch holds them. A batch of clips has
+    few files, so that several batches are decoded ahead, or decoders would stand still.
 
     Args:
         pictures: to decode.
@@ -104,11 +106,13 @@ def decoded(
 
     size = batch_size(pictures, fewest)
     batches = [pictures[first : first + size] for first in range(0, len(pictures), size)]
-    ahead = begun(batches[0]) if batches else []
+    files = len(list(by_file(batches[0]))) if batches else 1
+    depth = -(-DECODERS // files)
+    waiting = iter(batches)
+    ahead = deque(map(begun, islice(waiting, depth)))
     for index, batch in enumerate(batches):
-        current = [item for future in ahead for item in future.result()]
-        if index + 1 < len(batches):
-            ahead = begun(batches[index + 1])
+        current = [item for future in ahead.popleft() for item in future.result()]
+        ahead.extend(map(begun, islice(waiting, depth - len(ahead))))
         bad = {slot: item.reason for slot, item in enumerate(current) if isinstance(item, ImageError)}
         blank = torch.zeros(3, preprocess.size, preprocess.size)
         images = torch.stack([blank if isinstance(item, ImageError) else item.pixels for item in current])
