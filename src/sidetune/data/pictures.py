@@ -86,8 +86,8 @@ def decoded(
 ) -> Iterator[tuple[int, Tensor, dict[int, str]]]:
     """Micro-batches of preprocessed pictures, the next one decoded while this one is used.
 
-    A file's pictures that follow one another are decoded together where a batch holds them. A batch of clips has
-    few files, so that several batches are decoded ahead, or decoders would stand still.
+    A file's pictures that follow one another are decoded together where a batch holds them. A batch of clips
+    has few files, so that several batches are decoded ahead, or decoders would stand still.
 
     Args:
         pictures: to decode.
