@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from sidetune.threads import one_thread, single_threads, torch_threads
+from sidetune.threads import TINY, one_thread, single_threads, tiny_to_zero, torch_threads
 
 
 def test_threads_are_as_they_were_afterwards():
@@ -22,6 +22,23 @@ def test_threads_are_as_they_were_afterwards():
         with one_thread():
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == before
+
+
+def is_zero(factor: int = 1) -> bool:
+    return bool((TINY * factor == 0).all())
+
+
+def test_tiny_numbers_are_zero_inside_and_on_threads_of_our_own():
+    assert TINY.view(torch.int32).item() and not is_zero()
+    with pytest.raises(ConnectionError), tiny_to_zero():
+        with tiny_to_zero():
+            assert is_zero()
+        assert is_zero(), "as it was outside the inner one"
+        raise ConnectionError
+    assert not is_zero()
+    with single_threads(2, "test") as pool:
+        assert list(pool.map(is_zero, [1, 1])) == [True, True]
+    assert not is_zero()
 
 
 SINGLE = """

@@ -7,8 +7,8 @@ its own, so it ends where it would have ended alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from sidetune.optimizer import MemberAdamW, MemberState, Update
 from sidetune.recipe import Recipe, TrainRecipe
 from sidetune.sides.chunks import threads_to_chunks
 from sidetune.tasks import Classify, MultiLabel, Task
+from sidetune.threads import tiny_to_zero
 
 Build = Callable[[Sequence[Recipe], int], SideModel]
 
@@ -292,10 +293,14 @@ def _loss_of(task: Task) -> Task:
     return task
 
 
-def step_threads(model: SideModel) -> AbstractContextManager[None]:
-    """The threads of a step: on the CPU a side that works in chunks gets them all."""
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    return threads_to_chunks(when=on_cpu and model.side.form == "fast")
+@contextmanager
+def step_threads(model: SideModel) -> Iterator[None]:
+    """The threads of a step: on the CPU tiny numbers are zero, and a side that works in chunks has them all."""
+    if next(model.parameters()).device.type != "cpu":
+        yield
+        return
+    with tiny_to_zero(), threads_to_chunks(when=model.side.form == "fast"):
+        yield
 
 
 def learning_rate(step: int, total: int, recipe: TrainRecipe) -> float:
