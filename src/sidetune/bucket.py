@@ -295,7 +295,7 @@ def _loss_of(task: Task) -> Task:
 
 @contextmanager
 def step_threads(model: SideModel) -> Iterator[None]:
-    """The threads of a step: on the CPU tiny numbers are zero, and a side that works in chunks has them all."""
+    """On the CPU the threads of a step are a chunked side's own, and tiny numbers are zero."""
     if next(model.parameters()).device.type != "cpu":
         yield
         return

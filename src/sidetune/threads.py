@@ -51,8 +51,7 @@ def tiny_to_zero() -> Iterator[None]:
     """Inside, on this thread of the CPU, float32 numbers below 1.2e-38 count as zero; as it was afterwards.
 
     GELU leaves such numbers where its argument is below -13, and a processor takes a hundred times as long
-    over each: with features that were large enough a step of LoSA's took 1.6 times as long, one of the
-    bypass 2.6 times (docs/log.md).
+    over each: on photographs a step of LoSA's took 1.2 times as long, one of the bypass 2.6 times.
     """
     before = not (TINY * 1).item()
     torch.set_flush_denormal(True)
