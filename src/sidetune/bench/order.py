@@ -41,7 +41,7 @@ from sidetune.sources import StoredSource
 from sidetune.train import train
 
 RATES = (1e-3, 3e-3)
-SHUFFLES = 24  # orders that test frames are shuffled into
+AT_ONCE = 8  # clips that are read together
 CHANCE = 1 / len(ORDERS)
 GOAL = 0.95  # of a network that sees time
 
@@ -177,16 +177,16 @@ class _Test:
         self.job, self.test = job, job.split["test"]
         assert isinstance(job.source, StoredSource), "the clips of a bench are stored"
         frames = FRAMES * len(SHAPES)
+        # an order a clip: a few orders for all would each be right or wrong as a whole
         orders = tuple(
             tuple(torch.randperm(frames, generator=generator(0, f"shuffle/{number}")).tolist())
-            for number in range(SHUFFLES)
+            for number in range(len(self.test))
         )
         stored = Reading.of_clips(frames, frames, drawn=0)
         shuffled = StoredSource(
             job.source.store, keys, job.backbone.spec, replace(stored, views=orders, scored=1)
         )
         self.shuffled = replace(job, source=shuffled)
-        self.order = torch.randint(SHUFFLES, (len(self.test),), generator=generator(0, "shuffle")).numpy()
         # the six clips of a scene are one draw of the bootstrap
         names = [job.dataset.paths[row].name for row in self.test]
         self.scene = np.unique(names, return_inverse=True)[1]
@@ -210,17 +210,13 @@ class _Test:
 
     def _shuffled(self, model: SideModel) -> Tensor:
         """Outputs (n, K) of test clips, each with its frames in the order that was drawn for it."""
-        outputs = torch.zeros(len(self.test), self.job.task.num_outputs)
-        for number in np.unique(self.order).tolist():
-            chosen = self.order == number
-            outputs[torch.from_numpy(chosen)] = self._in_order(model, self.test[chosen], number)
-        return outputs
-
-    def _in_order(self, model: SideModel, rows: NDArray[np.int64], number: int) -> Tensor:
-        device = self.job.backbone.device
+        device, spec = self.job.backbone.device, model.side.spec
         model.to(device)
-        source, parts = self.shuffled.source, []
-        with torch.no_grad():
-            for batch in source.batches(rows, model.side.spec, number):
+        parts = []
+        for first in range(0, len(self.test), AT_ONCE):
+            rows = self.test[first : first + AT_ONCE].tolist()
+            own = range(first, first + len(rows))
+            batch = self.shuffled.source.features(rows, spec, list(own))
+            with torch.no_grad():
                 parts.append(model(batch.to(device))[0].float().cpu())
         return torch.cat(parts)
