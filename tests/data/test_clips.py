@@ -7,6 +7,7 @@ from clips import grey, level, write_frames, write_gif, write_sound, write_video
 from sidetune.data import decoders
 from sidetune.data.clips import CLIP_SUFFIXES, Frame, frames_at, is_clip, middle_frame
 from sidetune.data.dataset import sample_key
+from sidetune.data.preprocess import open_image
 from sidetune.errors import ImageError, SidetuneError
 
 LEVELS = [20 + 10 * number for number in range(20)]
@@ -155,6 +156,12 @@ def test_without_a_library_it_says_what_to_type(tmp_path, monkeypatch):
     with pytest.raises(SidetuneError, match=r"Type: pip install 'sidetune\[video\]'"):
         levels(file)
     assert len(levels(made(tmp_path / "a.gif"))) == 5, "which Pillow reads"
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.avi", "a.mkv", "a.webm"])
+def test_a_video_among_images_says_how_clips_are_asked_for(tmp_path, name):
+    with pytest.raises(ImageError, match="a video, not an image: for clips type --frames 8"):
+        open_image(made(tmp_path / name))
 
 
 def test_names_of_frames_sort_as_frames_do():

@@ -254,6 +254,9 @@ def _unknown(path: Path) -> str:
         return "the file is empty"
     if head[4:12] in (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1"):
         return "HEIC, which is not read: convert it to JPEG"
+    iso = head[4:8] == b"ftyp" and head[8:12] not in (b"avif", b"avis")
+    if iso or head.startswith(b"\x1aE\xdf\xa3") or head[8:12] == b"AVI ":
+        return "a video, not an image: for clips type --frames 8"
     if head.startswith((b"%!PS", b"\xc5\xd0\xd3\xc6")):
         return "PostScript, which is a program and is not run: convert it to PNG"
     return "not an image that Pillow reads"
