@@ -19,10 +19,9 @@ from torch import Tensor
 
 from sidetune.artifact import find_device
 from sidetune.backbones import build_backbone
-from sidetune.bench.order_set import FRAMES, ORDERS, SHAPES, write_order_set
+from sidetune.bench.order_set import CLIP, ORDERS, write_order_set
 from sidetune.bench.rows import Bench, Row, describe_machine
 from sidetune.data import load_dataset
-from sidetune.data.reading import Reading
 from sidetune.errors import DivergedError, RequestError, nearest
 from sidetune.extract import sample_keys
 from sidetune.files import locked
@@ -87,10 +86,9 @@ class OrderSetting:
     @property
     def recipe(self) -> Recipe:
         """That all share."""
-        frames = FRAMES * len(SHAPES)
         fields = {
             "backbone": {"name": self.backbone, "size": self.size, "weights": self.weights},
-            "clips": {"frames": frames, "stored": frames},
+            "clips": {"frames": CLIP, "stored": CLIP},
             "train": {"epochs": self.epochs},
         }
         return Recipe.build(fields)
@@ -176,17 +174,13 @@ class _Test:
     def __init__(self, job: Job, keys: Sequence[str]) -> None:
         self.job, self.test = job, job.split["test"]
         assert isinstance(job.source, StoredSource), "the clips of a bench are stored"
-        frames = FRAMES * len(SHAPES)
         # an order a clip: a few orders for all would each be right or wrong as a whole
         orders = tuple(
-            tuple(torch.randperm(frames, generator=generator(0, f"shuffle/{number}")).tolist())
+            tuple(torch.randperm(CLIP, generator=generator(0, f"shuffle/{number}")).tolist())
             for number in range(len(self.test))
         )
-        stored = Reading.of_clips(frames, frames, drawn=0)
-        shuffled = StoredSource(
-            job.source.store, keys, job.backbone.spec, replace(stored, views=orders, scored=1)
-        )
-        self.shuffled = replace(job, source=shuffled)
+        reading = replace(job.source.reading, views=orders)
+        self.shuffled = StoredSource(job.source.store, keys, job.backbone.spec, reading)
         # the six clips of a scene are one draw of the bootstrap
         names = [job.dataset.paths[row].name for row in self.test]
         self.scene = np.unique(names, return_inverse=True)[1]
@@ -215,8 +209,7 @@ class _Test:
         parts = []
         for first in range(0, len(self.test), AT_ONCE):
             rows = self.test[first : first + AT_ONCE].tolist()
-            own = range(first, first + len(rows))
-            batch = self.shuffled.source.features(rows, spec, list(own))
+            batch = self.shuffled.features(rows, spec, list(range(first, first + len(rows))))
             with torch.no_grad():
                 parts.append(model(batch.to(device))[0].float().cpu())
         return torch.cat(parts)

@@ -23,6 +23,7 @@ from sidetune.keyed import generator
 SHAPES = ("disc", "square", "triangle")
 ORDERS = tuple(itertools.permutations(range(len(SHAPES))))
 FRAMES = 2  # of a segment
+CLIP = FRAMES * len(SHAPES)  # frames of a clip
 PIXELS = 128
 SIZES = (18, 34)  # of a shape, from its middle, pixels
 
@@ -45,7 +46,7 @@ def write_order_set(root: Path, scenes: dict[str, int], seed: int = 0) -> None:
     Raises:
         RequestError: another set stands there.
     """
-    about = {"scenes": scenes, "seed": seed, "frames": FRAMES * len(SHAPES), "pixels": PIXELS}
+    about = {"scenes": scenes, "seed": seed, "frames": CLIP, "pixels": PIXELS}
     mark = root / "order.json"
     if mark.exists():
         if read_json(mark) != about:

@@ -73,19 +73,11 @@ def quoted(text: str) -> str:
     return repr(text) if len(text) <= SHOWN else f"{text[:SHOWN]!r} .. ({len(text):,} characters)"
 
 
-def is_file(path: Path) -> bool:
-    """Whether there is a file; no name is too odd to ask."""
+def is_file(path: Path, *, or_folder: bool = False) -> bool:
+    """Whether there is a file, or a folder where that will do; no name is too odd to ask."""
     try:
-        return path.is_file()
+        return path.is_file() or (or_folder and path.is_dir())
     except (OSError, ValueError):  # a name that is too long, or holds a NUL
-        return False
-
-
-def is_folder(path: Path) -> bool:
-    """Whether there is a folder; no name is too odd to ask."""
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):
         return False
 
 

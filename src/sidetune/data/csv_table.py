@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sidetune.data.clips import CLIP_SUFFIXES, is_clip
-from sidetune.data.csv_file import Table, is_file, is_folder, quoted, read_table
+from sidetune.data.csv_file import Table, is_file, quoted, read_table
 from sidetune.data.dataset import SPLIT_WORDS, Dataset, Split, TaskKind
 from sidetune.data.splits import Carving, carve
 from sidetune.errors import DataError, nearest
@@ -176,7 +176,7 @@ def _paths(table: Table, clips: bool) -> tuple[Path, ...]:
                 row, f"{quoted(text)} is on line {table.lines[first[normal]]} already; keep one of the two"
             )
         first[normal] = row
-        if not (is_file(root / text) or (clips and is_folder(root / text))):
+        if not is_file(root / text, or_folder=clips):
             missing.append(row)
         elif clips and not is_clip(root / text):
             raise table.error(

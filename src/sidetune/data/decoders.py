@@ -21,7 +21,7 @@ from sidetune.errors import ImageError, SidetuneError
 
 ANIMATIONS = frozenset({".gif", ".webp"})
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
-MISSING = 0.1  # share of the frames asked for that a file may lack: more, and it is cut short
+MISSING = 0.1  # share of a file's length that may lack a frame: more, and it is cut short
 PROMISED = 0.9  # share of its length by the header that a file's frames must reach
 # what FFmpeg may take a file for: a playlist in a video's clothes would have it open other files
 FORMATS = "mov,matroska,webm,avi,mpeg,mpegts,mpegvideo,h264,hevc,flv,asf,ogg"

@@ -164,7 +164,9 @@ class Last(Side):
         return (out_MBTSD.transpose(2, 3) if is_time else out_MBTSD).flatten(2, 3)
 
     def _keep(self, features: Features, draws: Draws | None) -> Tensor | None:
-        return self.branch_keep(self.drop_path, len(self.in_order), features, draws)
+        return self.branch_keep(
+            self.drop_path, len(self.attention) + len(self.time_attention), features, draws
+        )
 
 
 class LowRankSelfAttention(MemberModule):

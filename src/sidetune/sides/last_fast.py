@@ -123,10 +123,11 @@ def _bias(mask_BN: Tensor, like: Tensor) -> Tensor:
 
 
 def _matrices(side: Last) -> Matrices:
-    qkv_MIDS = torch.stack(every(side.in_order, "qkv_MDR"), 1)
-    gamma_MID = torch.stack(every(side.in_order, "norm_weight_MD"), 1)
-    beta_MID = torch.stack(every(side.in_order, "norm_bias_MD"), 1)
-    out_MIRD = torch.stack(every(side.in_order, "out_MRD"), 1)
+    modules = side.in_order
+    qkv_MIDS = torch.stack(every(modules, "qkv_MDR"), 1)
+    gamma_MID = torch.stack(every(modules, "norm_weight_MD"), 1)
+    beta_MID = torch.stack(every(modules, "norm_bias_MD"), 1)
+    out_MIRD = torch.stack(every(modules, "out_MRD"), 1)
     rank = out_MIRD.shape[2]
     scale_S = out_MIRD.new_ones(3 * rank)
     scale_S[:rank] = (rank // side.heads) ** -0.5
