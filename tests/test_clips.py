@@ -158,7 +158,8 @@ def test_what_does_not_go_together_is_refused(run, clips, image_folder, tmp_path
     for settings, said in {
         ("clips.frames=20",): "clips.frames is 20 and clips.stored 16, expected as many or more",
         ("clips.stored=8",): "clips.frames is not given. Type: --frames 8",
-        ("clips.frames=2", "features.views=2"): "views are of images",
+        ("clips.frames=2", "features.views=2"): "features.views is 2 .* views are of images",
+        ("clips.frames=2", "features.tiles=2"): "features.tiles is 2 .* views are of images",
     }.items():
         with pytest.raises(RecipeError, match=said):
             Recipe.build({}, settings)

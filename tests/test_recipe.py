@@ -148,6 +148,7 @@ OTHERS = {
         "views": 4,
         "flip": False,
         "average_views": True,
+        "tiles": 2,
     },
     "side": {
         "name": "last",
@@ -218,6 +219,9 @@ def test_an_average_over_one_view_is_refused():
         "features.average_views is true and features.views is 0: there is one view, nothing to average. "
         "Type: --views 4 --average-views"
     )
+    with pytest.raises(RecipeError, match=r"features\.tiles is 1, which is the image itself"):
+        Recipe.build({}, ["features.tiles=1"])
+    assert Recipe.build({}, ["features.tiles=2", "features.average_views=true"]).features.tiles == 2
 
 
 def test_the_hash_does_not_depend_on_the_order_of_fields():

@@ -108,6 +108,18 @@ def test_answers_are_averages_of_outputs_over_the_views(run, image_folder):
     assert alone.values != found.values
 
 
+def test_tiles_of_an_image_are_trained_on_and_averaged(image_folder, tmp_path):
+    recipe = toy_recipe("losa", "features.tiles=2", "features.views=1", "features.average_views=true")
+    run = sidetune.fit(image_folder, out=tmp_path / "run", recipe=recipe, store=tmp_path / "s", quiet=True)
+    predictor, path = sidetune.load(run.folder), image_folder / "class1/0001.png"
+    names = ["", *(f"tile{number}of4" for number in range(1, 5)), "mirror"]
+    assert [view.name for view in predictor.reading.stored] == names
+    own = evaluate_run(run.folder, image_folder)
+    assert own.evaluation.scores["log_loss"] == pytest.approx(run.row["test"]["scores"]["log_loss"], abs=2e-3)
+    alone = sidetune.load(run.folder, num_views=0).predict([path])[0]
+    assert alone.values != predictor.predict([path])[0].values
+
+
 def test_a_run_is_evaluated_as_it_was_scored(run, image_folder):
     own = evaluate_run(run.folder, image_folder)
     assert own.split == "test"
@@ -147,9 +159,9 @@ def test_a_shard_with_views_is_mended_by_those_who_ask_for_none(pictures, tmp_pa
 
 
 def test_names_of_views_are_read_back_and_others_are_none():
-    for view in views(6) + views(3, flip=False):
+    for view in views(6) + views(3, flip=False) + views(1, tiles=8):
         assert View.parse(view.name) == view
-    for name in ("crop0", "crop01", "mirror+crop1", "crop1mirror", "zoom", "+mirror"):
+    for name in ("crop0", "crop01", "mirror+crop1", "crop1mirror", "zoom", "+mirror", "tile5of4", "tile1of3"):
         assert View.parse(name) is None
 
 

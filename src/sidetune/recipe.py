@@ -19,7 +19,7 @@ from sidetune.backbones.base import Precision, Runtime, canonical_json
 from sidetune.baselines import BASELINES, AnyBaselineRecipe
 from sidetune.data.dataset import TaskKind
 from sidetune.data.reading import Reading
-from sidetune.data.views import views
+from sidetune.data.views import MOST_TILES, views
 from sidetune.errors import RecipeError, nearest
 from sidetune.model import NormKind
 from sidetune.settings import complaint, not_a_setting, setting_value, shortened
@@ -35,6 +35,7 @@ UNHASHED = {"backbone": ("weights", "runtime"), "side": ("form",)}
 # settings that came after runs did: where they are left alone, a recipe's hash does not know them
 LATER = {
     "data": ("focal_gamma", "split_by"),
+    "features": ("tiles",),
     "head": ("ridge",),
     "train": ("shuffle_window", "order_seed", "total_decay"),
     "fleet": ("members", "folds", "ensemble", "own_order"),
@@ -128,6 +129,8 @@ class FeaturesRecipe(Part):
         views: more views of each image: its mirror image, then seeded crops. Training draws one of
             them, or the image itself, at every step; each costs what an image costs to extract.
         flip: whether views may be mirrored. Off where left and right differ in meaning.
+        tiles: of an axis: 2 cuts each image into 4 parts, which are views, too, seen at twice the
+            resolution; for photographs far larger than the backbone's size whose details decide. 0: none.
         average_views: outputs for validation, test and predict are the mean over all views.
         tap_scale: ``rms`` brings every tap to the scale of the last, measured on the training split.
     """
@@ -136,6 +139,7 @@ class FeaturesRecipe(Part):
     dtype: DTypeName = "fp16"
     views: int = Field(0, ge=0)
     flip: bool = True
+    tiles: int = Field(0, ge=0, le=MOST_TILES)
     average_views: bool = False
     tap_scale: Literal["rms", "none"] = "rms"
 
@@ -257,7 +261,8 @@ class Recipe(Part):
         clips, features = self.clips, self.features
         if clips.frames is not None:
             return Reading.of_clips(clips.frames, clips.stored, drawn=clips.drawn, scored=clips.scored)
-        return Reading.of_images(views(features.views, flip=features.flip), averaged=features.average_views)
+        shown = views(features.views, flip=features.flip, tiles=features.tiles)
+        return Reading.of_images(shown, averaged=features.average_views)
 
     def weight_decay(self, steps: int) -> float:
         """AdamW's: what was given, else what adds up to the total decay over the whole training.
@@ -300,11 +305,7 @@ class Recipe(Part):
         except ValidationError as error:
             known = cls.model_validate({"side": {"name": name}}).model_dump()
             raise RecipeError(complaint(error, known, METHODS)) from None
-        if recipe.features.average_views and not recipe.features.views:
-            raise RecipeError(
-                "features.average_views is true and features.views is 0: there is one view, nothing to "
-                "average. Type: --views 4 --average-views"
-            )
+        check_views(recipe.features)
         check_clips(recipe)
         own, total = recipe.train.weight_decay, recipe.train.total_decay
         if own is not None and total != TrainRecipe().total_decay:
@@ -335,6 +336,21 @@ class Recipe(Part):
         return hashlib.sha256(canonical_json(fields).encode()).hexdigest()
 
 
+def check_views(features: FeaturesRecipe) -> None:
+    """Refuse an average over one view, and tiles that cut nothing.
+
+    Raises:
+        RecipeError: it is one.
+    """
+    if features.tiles == 1:
+        raise RecipeError("features.tiles is 1, which is the image itself. Type: --set features.tiles=2")
+    if features.average_views and not (features.views or features.tiles):
+        raise RecipeError(
+            "features.average_views is true and features.views is 0: there is one view, nothing to "
+            "average. Type: --views 4 --average-views"
+        )
+
+
 def check_clips(recipe: Recipe) -> None:
     """Refuse what does not go together for clips.
 
@@ -351,9 +367,10 @@ def check_clips(recipe: Recipe) -> None:
             f"clips.frames is {clips.frames} and clips.stored {clips.stored}, expected as many or more. "
             f"Type: --frames-stored {clips.frames}"
         )
-    if asked.views or asked.average_views:
+    if asked.views or asked.tiles or asked.average_views:
+        name, value = ("tiles", asked.tiles) if asked.tiles else ("views", asked.views)
         raise RecipeError(
-            f"features.views is {asked.views} and the samples are clips: views are of images. Leave it out; "
+            f"features.{name} is {value} and the samples are clips: views are of images. Leave it out; "
             "for the mean over several samplings of a clip type: --set clips.scored=3"
         )
 

@@ -22,6 +22,16 @@ def test_the_first_view_is_the_image_itself_then_its_mirror_image_then_crops() -
     assert views(4)[:3] == views(2), "more views keep those that a store holds already"
 
 
+def test_tiles_stand_behind_the_image_and_cut_it_without_gap_or_overlap() -> None:
+    shown = views(1, tiles=3)
+    assert [view.name for view in shown] == ["", *(f"tile{k}of9" for k in range(1, 10)), "mirror"]
+    parts = [np.asarray(view(ramp(), "x")) for view in shown[1:10]]
+    rows = [np.concatenate(parts[first : first + 3], 1) for first in (0, 3, 6)]
+    assert np.array_equal(np.concatenate(rows), np.asarray(ramp()))
+    for size in [(1, 1), (2, 1), (1, 500)]:
+        assert all(min(view(Image.new("RGB", size), "x").size) == 1 for view in views(0, tiles=3))
+
+
 def test_a_view_has_a_key_of_its_own() -> None:
     assert PLAIN.key("a#b.png@12") == "a#b.png@12"
     assert View(2, mirror=True).key("a#b.png@12") == "a#b.png@12#crop2+mirror"

@@ -1,4 +1,4 @@
-"""Views of a sample: of an image itself, its mirror image and seeded crops; of a clip its frames.
+"""Views of a sample: of an image itself, its tiles, its mirror image and seeded crops; of a clip its frames.
 
 They are stored like images.
 
@@ -23,6 +23,7 @@ from sidetune.keyed import generator
 # `View.name`: stores hold crops by name.
 AREA = (0.4, 1.0)
 ASPECT = (3 / 4, 4 / 3)
+MOST_TILES = 8  # of an axis: 64 views
 
 
 @dataclass(frozen=True)
@@ -32,23 +33,33 @@ class View:
     Args:
         crop: number of a seeded crop, from 1; 0: the whole image.
         mirror: left and right exchanged.
+        tile: number of a tile, from 1, row by row; 0: the whole image.
+        tiles: of an axis, where this view is a tile.
     """
 
     crop: int = 0
     mirror: bool = False
+    tile: int = 0
+    tiles: int = 0
 
     @property
     def name(self) -> str:
-        """``mirror``, ``crop1``, ``crop2+mirror``; empty for the image itself."""
+        """``mirror``, ``crop1``, ``crop2+mirror``, ``tile3of4``; empty for the image itself."""
         parts = [f"crop{self.crop}"] * bool(self.crop) + ["mirror"] * self.mirror
+        parts += [f"tile{self.tile}of{self.tiles**2}"] * bool(self.tile)
         return "+".join(parts)
 
     @classmethod
     def parse(cls, name: str) -> View | None:
         """The view of a name; None where it is none that this version knows."""
-        found = re.fullmatch(r"(?:crop([1-9]\d{0,5}))?(?:\+?(mirror))?", name)
-        view = None if found is None else cls(int(found[1] or 0), bool(found[2]))
-        return view if view is not None and view.name == name else None
+        found = re.fullmatch(
+            r"(?:crop([1-9]\d{0,5}))?(?:\+?(mirror))?|tile([1-9]\d{0,5})of([1-9]\d{0,5})", name
+        )
+        if found is None:
+            return None
+        number, tiles = int(found[3] or 0), math.isqrt(int(found[4] or 0))
+        view = cls(int(found[1] or 0), bool(found[2]), number, tiles)
+        return view if view.name == name and number <= tiles**2 else None
 
     def key(self, sample_key: str) -> str:
         """The key of this view of a sample: ``path@sha256``, and ``#name`` behind it."""
@@ -58,6 +69,8 @@ class View:
         """This view of an image; `content` (the sha256 of its file) seeds the crop."""
         if self.crop:
             image = image.crop(_box(image.width, image.height, f"{content}/crop{self.crop}"))
+        if self.tile:
+            image = image.crop(_tile(image.width, image.height, self.tile - 1, self.tiles))
         return ImageOps.mirror(image) if self.mirror else image
 
 
@@ -87,14 +100,21 @@ def place_by_hash(key: str) -> tuple[str, str, str]:
     return hashlib.sha256(sample.rpartition("@")[0].encode()).hexdigest(), sample, view
 
 
-def views(num_more: int, *, flip: bool = True) -> tuple[View, ...]:
-    """The image itself and `num_more` other views.
+def views(num_more: int, *, flip: bool = True, tiles: int = 0) -> tuple[View, ...]:
+    """The image itself, its tiles, and `num_more` other views.
 
-    With `flip` the first is the mirror image and every second crop is mirrored; without, all are crops.
+    With `flip` the first of these is the mirror image and every second crop is mirrored; without, all are
+    crops.
+
+    Args:
+        num_more: mirror image and crops.
+        flip: whether views may be mirrored.
+        tiles: of an axis: n² views that cut the image into equal parts; 0: none.
     """
     crops = num_more - flip if num_more else 0
     more = [View(0, mirror=True)] * (flip and num_more > 0)
-    return (PLAIN, *more, *(View(k, flip and k % 2 == 0) for k in range(1, crops + 1)))
+    cut = (View(tile=number, tiles=tiles) for number in range(1, tiles**2 + 1))
+    return (PLAIN, *cut, *more, *(View(k, flip and k % 2 == 0) for k in range(1, crops + 1)))
 
 
 def _box(width: int, height: int, seed: str) -> tuple[int, int, int, int]:
@@ -107,3 +127,15 @@ def _box(width: int, height: int, seed: str) -> tuple[int, int, int, int]:
     down = min(height, max(1, round(math.sqrt(area / aspect))))
     left, top = round(draw[2] * (width - across)), round(draw[3] * (height - down))
     return left, top, left + across, top + down
+
+
+def _tile(width: int, height: int, number: int, tiles: int) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of a tile, at least a pixel wide; together the tiles cover the image."""
+    row, column = divmod(number, tiles)
+    (left, right), (top, bottom) = (_part(width, column, tiles), _part(height, row, tiles))
+    return left, top, right, bottom
+
+
+def _part(length: int, number: int, of: int) -> tuple[int, int]:
+    first = min(number * length // of, length - 1)
+    return first, max(first + 1, (number + 1) * length // of)
