@@ -15,6 +15,7 @@ from sidetune.keyed import Draws, generator
 from sidetune.sides import SIDES
 from sidetune.sides.base import Side, pool_tokens
 from sidetune.sides.last import LAYER_NORM_EPS
+from sidetune.sides.losa_fast import Call
 
 Array = NDArray[np.float64]
 WIDTH, BLOCKS, FRAMES, PER_FRAME, BATCH = 6, 3, 4, 5, 3
@@ -163,8 +164,8 @@ def outputs_and_gradients(side: Side, given: Features) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.4])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", LAST)
-def test_the_fast_form_of_last_equals_the_textbook_form(name: str, masked: bool, drop_path: float) -> None:
+@pytest.mark.parametrize("name", ROWS)
+def test_the_fast_form_equals_the_textbook_form(name: str, masked: bool, drop_path: float) -> None:
     given = features(masked=masked)
     expected, found = (
         outputs_and_gradients(drawn(name, form=form, drop_path=drop_path), given)
@@ -174,8 +175,25 @@ def test_the_fast_form_of_last_equals_the_textbook_form(name: str, masked: bool,
         torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-9, msg=key)
 
 
-def test_losa_says_that_its_form_is_the_textbooks() -> None:
-    assert drawn("losa").form == "textbook" and drawn("losa", time="joint").form == "fast"
+@pytest.mark.parametrize("pool", ["mean", "tokens", "cls+mean"])
+def test_the_fast_form_in_pieces_equals_the_textbook_form(monkeypatch: pytest.MonkeyPatch, pool: str) -> None:
+    """A clip, a member and a layer at a time."""
+    monkeypatch.setattr("sidetune.sides.losa_fast.BLOCK_ROWS", 2)
+    monkeypatch.setattr("sidetune.sides.losa_fast.MOST_MEMBERS", 1)
+    pieces = [
+        (slice(member, member + 1), slice(FRAMES * clip, FRAMES * (clip + 1)))
+        for clip in range(3)
+        for member in (0, 1)
+    ]
+    monkeypatch.setattr(Call, "pieces", lambda call: pieces)
+    rates = [0.4, 0.0]
+    for name, given in (("losa", features()), ("losa token->channel", features(masked=True))):
+        expected, found = (
+            outputs_and_gradients(drawn(name, form=form, drop_path=rates, pool=pool), given)
+            for form in ("textbook", "fast")
+        )
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-9, msg=key)
 
 
 @pytest.mark.parametrize("name", ["losa", "last"])

@@ -19,7 +19,7 @@ The recursion is read in a third party's code; that both mixers alternate is sta
 composition are inferred, and of a clip all but that space and time are divided. Up-projections start at
 zero, so the side starts as the linear probe; of the two of Time the last one does.
 
-Here stands the textbook form, one line an equation. Of images `forward` computes the same in the fast form of
+Here stands the textbook form, one line an equation. `forward` computes the same in the fast form of
 `sidetune.sides.losa_fast`, exactly, unless ``form`` is ``textbook``.
 """
 
@@ -90,8 +90,7 @@ class Losa(Side):
         every: read every k-th block, counted back from L.
         drop_path: probability that a sample skips a layer's g_l in training.
         time: of clips: ``divided`` into space and time, or ``joint``: one mixer of all their tokens.
-        form: ``fast`` or ``textbook``: the same outputs and gradients. Where space and time are divided there
-            is the textbook form alone.
+        form: ``fast`` or ``textbook``: the same outputs and gradients.
 
     `drop_path` may be one rate a member.
 
@@ -121,7 +120,7 @@ class Losa(Side):
         self.order, self.first_state, self.a = order, first_state, a
         self.drop_path = member_rates(drop_path, members)
         self.frames = divided_frames(spec.last, time) if mix_tokens else None
-        self.form: Form = known_form(form) if self.frames is None else "textbook"
+        self.form: Form = known_form(form)
         self.scratches = Scratches()
         if first_state == "z_0" and "embedding" not in spec.names:
             raise SideError(

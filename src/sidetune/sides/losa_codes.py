@@ -12,13 +12,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sidetune.sides.chunks import Scratch, of_rows
+from sidetune.sides.losa_mixers import Kind, Mixers, Piece, same_axis
 from sidetune.sides.products import add_times_transposed, each_times_transposed
 
 if TYPE_CHECKING:
-    from sidetune.sides.losa_fast import Call, Kind, Piece
+    from sidetune.sides.losa_fast import Call
 
 
 class Block(NamedTuple):
@@ -35,7 +37,7 @@ class Codes:
 
     Args:
         call: what all chunks share.
-        arguments: of the GELUs, of each kind: (M, J, C, X), written by `mix`.
+        arguments: of the GELUs, of each kind: (M, J, C, X), written by `mix`; of time mixers what they mix.
         piece: which of the call's members, which rows of the batch.
         scratch: where codes stand.
     """
@@ -45,18 +47,21 @@ class Codes:
         self.call, self.arguments, self.scratch = call, arguments, scratch
         self.size = rows.stop - rows.start
         self.kinds, self.rank = call.frozen.kinds, call.rank
-        self.up_MJY = {kind: one.up_MJY[members] for kind, one in call.mixers.items()}
-        self.down_MJY = {kind: one.down_MJY[members] for kind, one in call.mixers.items()}
-        self.gram_MQJJ = {kind: of_rows(one.gram_MQJJ[members], 1, rows) for kind, one in call.mixers.items()}
+        self.mixers: Mixers = call.mixers.of(piece)
         keep_LMB, mask_BN = call.frozen.keep_LMB, call.frozen.mask_BN
         self.keep_LMC = None if keep_LMB is None else keep_LMB[:, members, rows]
         self.mask_CN = None if mask_BN is None else mask_BN[rows]
         pool_QPN = of_rows(call.frozen.pool_QPN, 0, rows)
         self.pool, self.q = (pool_QPN[0], "") if len(pool_QPN) == 1 else (pool_QPN, "c")
         self.codes = {kind: self.room(f"codes/{kind}", kind) for kind in self.kinds}
-        self.masked: Tensor | None = None
+        self.masked: dict[Kind, Tensor] = {}
         if self.mask_CN is not None and "token" in self.kinds:
-            self.masked = self.room("masked", "channel")
+            self.masked = {kind: self.room(f"masked/{kind}", kind) for kind in self.of_tokens}
+
+    @property
+    def of_tokens(self) -> list[Kind]:
+        """The kinds whose codes are a row a token: those that contract the width."""
+        return [kind for kind in self.kinds if kind != "token"]
 
     def room(self, name: str, kind: Kind) -> Tensor:
         """Scratch of the shape of a kind's codes."""
@@ -69,14 +74,15 @@ class Codes:
 
     def begin(self, kind: Kind, block: Block) -> None:
         """Add to the arguments of a block what its mixers make of the codes of earlier blocks."""
-        seen = slice(0, block.begin)
-        self._add_seen(kind, slice(block.begin, block.stop), seen, seen)
+        for source in self.kinds:
+            self._add_seen(kind, slice(block.begin, block.stop), source, slice(0, block.begin))
 
     def mix(self, kind: Kind, layer: int, block: Block) -> None:
         """Add what a mixer makes of the codes of its own block. Then its codes."""
         first = layer * self.rank
         own = slice(first, first + self.rank)
-        self._add_seen(kind, own, slice(block.begin, first), slice(block.begin, self.seen_end(kind, first)))
+        for source in self.kinds:
+            self._add_seen(kind, own, source, slice(block.begin, self.seen_end(kind, source, first)))
         self._activate(kind, own)
 
     def drop(self, layer: int) -> None:
@@ -90,57 +96,86 @@ class Codes:
 
     def pooled(self, first_CND: Tensor | None) -> Tensor:
         """pool(y_0) + pool(H) U + pool(V) G: (M, C, P, D)."""
-        pooled = torch.einsum(f"{self.q}pn,mjcn->mjcp", self.pool, self.codes["channel"])
-        out_MCPD = torch.einsum("mjcp,mjd->mcpd", pooled, self.up_MJY["channel"])
+        up_MJY, outs = self.mixers.up_MJY, []
+        for kind in self.of_tokens:
+            pooled = torch.einsum(f"{self.q}pn,mjcn->mjcp", self.pool, self.codes[kind])
+            outs.append(torch.einsum("mjcp,mjd->mcpd", pooled, up_MJY[kind]))
         if "token" in self.kinds:
-            pooled = torch.einsum(f"{self.q}pn,mjn->m{self.q}pj", self.pool, self.up_MJY["token"])
-            out_MCPD = out_MCPD + torch.einsum(f"m{self.q}pj,mjcd->mcpd", pooled, self.codes["token"])
+            pooled = torch.einsum(f"{self.q}pn,mjn->m{self.q}pj", self.pool, up_MJY["token"])
+            outs.append(torch.einsum(f"m{self.q}pj,mjcd->mcpd", pooled, self.codes["token"]))
         if first_CND is not None:
-            out_MCPD = out_MCPD + torch.einsum(f"{self.q}pn,cnd->cpd", self.pool, first_CND)
+            outs.append(torch.einsum(f"{self.q}pn,cnd->cpd", self.pool, first_CND).expand_as(outs[0]))
+        out_MCPD = outs[0]
+        for one in outs[1:]:
+            out_MCPD = out_MCPD + one
         return out_MCPD
 
-    def _add_seen(self, kind: Kind, own: slice, same: slice, others: slice) -> None:
-        """Add to arguments what W makes of codes: (W same_up^T) same + (W other^T) other_up."""
+    def _add_seen(self, kind: Kind, own: slice, source: Kind, seen: slice) -> None:
+        """Add to arguments what W makes of codes: (W up^T) codes, or across axes (W codes^T) up."""
+        if seen.stop <= seen.start:
+            return
         into_MjCX = self.arguments[kind][:, own]
-        if same.stop > same.start:
-            add_own(into_MjCX, self.gram_MQJJ[kind][:, :, own, same], self.codes[kind][:, same])
-        other = self.call.other(kind)
-        if other is not None and others.stop > others.start:
-            code_MSj = by_sample(self.code(kind, own, others))
-            add_times_transposed(into_MjCX.flatten(1, 2), code_MSj, self.up_MJY[other][:, others].mT)
+        if same_axis(kind, source):
+            gram_MQjj = self.mixers.gram_MQJJ[kind, source][:, :, own, seen]
+            add_own(into_MjCX, gram_MQjj, self.codes[source][:, seen])
+            return
+        code_MSj = by_sample(self.code(kind, own, source, seen))
+        add_times_transposed(into_MjCX.flatten(1, 2), code_MSj, self.mixers.up_MJY[source][:, seen].mT)
 
-    def code(self, kind: Kind, own: slice, others: slice) -> Tensor:
-        """W_down of some mixers times codes of the other kind: (M, j, j', C)."""
-        codes_MSY = self.read(kind)[:, others].flatten(1, 2)
-        code_MjS = each_times_transposed(self.down_MJY[kind][:, own], codes_MSY)
+    def code(self, kind: Kind, own: slice, source: Kind, seen: slice) -> Tensor:
+        """W_down of some mixers times codes of a kind that contracts the other axis: (M, j, j', C)."""
+        codes_MSY = self.read(kind, source)[:, seen].flatten(1, 2)
+        code_MjS = each_times_transposed(self.mixers.down_MJY[kind][:, own], codes_MSY)
         return code_MjS.view(*code_MjS.shape[:2], -1, self.size)
 
-    def read(self, kind: Kind) -> Tensor:
-        """The codes of the other kind, as a mixer contracts them: a token mixer reads no masked token."""
-        other = self.call.other(kind)
-        assert other is not None
-        codes: Tensor = self.codes[other]
-        return self.masked if kind == "token" and self.masked is not None else codes
+    def read(self, kind: Kind, source: Kind) -> Tensor:
+        """Codes as a mixer that contracts the other axis reads them: a token mixer no masked token's."""
+        return self.masked[source] if kind == "token" and self.masked else self.codes[source]
 
     def _mask(self, kind: Kind, own: slice) -> None:
-        if kind == "channel" and self.masked is not None and self.mask_CN is not None:
-            torch.mul(self.codes[kind][:, own], self.mask_CN, out=self.masked[:, own])
+        if kind in self.masked and self.mask_CN is not None:
+            torch.mul(self.codes[kind][:, own], self.mask_CN, out=self.masked[kind][:, own])
 
-    def seen_end(self, kind: Kind, first: int) -> int:
-        """Where the other kind's codes end that are finished when the mixer at `first` runs."""
-        return first + self.call.sees_own(kind) * self.rank
+    def seen_end(self, kind: Kind, source: Kind, first: int) -> int:
+        """Where a source's codes end that are finished when the mixer at `first` runs."""
+        return first + self.call.sees_own(kind, source) * self.rank
 
     def _activate(self, kind: Kind, own: slice) -> None:
         """From arguments to codes."""
         codes = self.codes[kind][:, own]
-        torch.ops.aten.gelu.out(self.arguments[kind][:, own], out=codes)
-        if kind == "channel" and self.call.frozen.a != 1:  # a token mixer's a stands in its ups
+        if kind == "time":
+            codes.copy_(self._over_time(own))
+        else:
+            torch.ops.aten.gelu.out(self.arguments[kind][:, own], out=codes)
+        if kind == "channel" and self.call.frozen.a != 1:  # the others' a stands in matrices of theirs
             codes.mul_(self.call.frozen.a)
         self._mask(kind, own)
 
+    def _over_time(self, own: slice) -> Tensor:
+        """W_up GELU(W_down z) over the frames of a clip."""
+        down, up = self.time_matrices(own)
+        u_MlRcTN: Tensor = up @ F.gelu(down @ self.bottleneck(own))
+        return u_MlRcTN.flatten(3, 4).flatten(1, 2)
+
+    def time_matrices(self, own: slice) -> tuple[Tensor, Tensor]:
+        """Of some layers' time mixers: (M, l, 1, 1, Q, T) and (M, l, 1, 1, T, Q)."""
+        layers = slice(own.start // self.rank, own.stop // self.rank)
+        down, up = (one[:, layers, None, None] for one in self.mixers.over_time)
+        return down, up
+
+    def bottleneck(self, own: slice) -> Tensor:
+        """What these read, masked tokens as zero: (M, l, R, clips, T, N)."""
+        z_MjCN = self.arguments["time"][:, own]
+        return self.by_clip(z_MjCN if self.mask_CN is None else z_MjCN * self.mask_CN)
+
+    def by_clip(self, z_MjCN: Tensor) -> Tensor:
+        """(M, l, R, clips, T, N) of (M, j, C, N)."""
+        z_MlRcTN: Tensor = z_MjCN.unflatten(2, (-1, self.call.frozen.frames)).unflatten(1, (-1, self.rank))
+        return z_MlRcTN
+
 
 def add_own(into_MjCX: Tensor, gram_MQjj: Tensor, codes_MjCX: Tensor) -> None:
-    """Add what mixers make of codes of their own kind, or the gradient of that."""
+    """Add what mixers make of codes that keep the same axis, or the gradient of that."""
     if gram_MQjj.shape[1] > 1:
         into_MjCX += torch.einsum("mcij,mjcx->micx", gram_MQjj, codes_MjCX)
     else:

@@ -16,14 +16,19 @@ layer and sample; all else is computed again. The gradients are these lines diff
 The two lines are one: a mixer contracts an axis Y of x and keeps the other, X. A channel mixer contracts D
 and keeps N; a token mixer contracts N and keeps D (`sidetune.sides.losa_codes`). C is a chunk of the batch. A
 tap is read once for all members of a piece, by one product with the W_down of them all.
+
+A clip is T samples here, its frames, whose tokens space mixers mix. A time mixer's Wd_up stands beside the
+channel mixers' Wc_up, and its codes a*Wt_up GELU(Wt_down .) beside theirs: it contracts D, too, and between
+its two matrices mixes the frames of a clip. Pooled frames are summed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, ref
 
 import torch
@@ -31,35 +36,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sidetune.features import Features
-from sidetune.sides.base import every, frozen_taps, pool_weights
-from sidetune.sides.chunks import CACHE_BYTES, Scratches, of_rows, on_threads, over_rows
+from sidetune.sides.base import frozen_taps, pool_weights
+from sidetune.sides.chunks import CACHE_BYTES, Scratches, on_threads, over_rows
 from sidetune.sides.losa_codes import Block, Codes
-from sidetune.sides.losa_gradients import CodeGradients, Total
+from sidetune.sides.losa_gradients import CodeGradients
+from sidetune.sides.losa_mixers import Kind, Mixers, Piece, mixers_of
 from sidetune.sides.products import each_times_transposed, times_transposed, wide
 
 if TYPE_CHECKING:
     from sidetune.sides.losa import Losa
 
-Kind = Literal["channel", "token"]
-Piece = tuple[slice, slice]  # which members, which rows of the batch
-
 BLOCK_ROWS = 32  # codes of the layers that are worked on together
 MOST_MEMBERS = 16  # of a piece
 LEAST_SAMPLES = 10  # likewise, even where they leave the cache: each product is a call from Python
-
-
-class Mixers(NamedTuple):
-    """The matrices of all mixers of one kind. Q = 1, or B for a token mixer where tokens are masked.
-
-    Args:
-        down_MJY: what contracts Y, of all layers stacked.
-        up_MJY: what writes Y, likewise; a token mixer's with the scale a.
-        gram_MQJJ: the first times the second, masked tokens left out: what a mixer makes of its own ups.
-    """
-
-    down_MJY: Tensor
-    up_MJY: Tensor
-    gram_MQJJ: Tensor
 
 
 @dataclass(frozen=True)
@@ -74,8 +63,9 @@ class Frozen:
         keep_LMB: what drop-path multiplies a layer's output by; None without.
         mask_BN: 1 where token mixers read a token, else 0; None: they read all.
         kinds: the mixers of a layer in running order.
-        sees: whether the second mixer of a layer sees the first's output.
+        sees: whether a mixer of a layer sees the output of those before it.
         a: scale of the channel codes.
+        frames: T, of a clip, which follow one another as samples; 1: the samples are images.
     """
 
     taps: Sequence[tuple[Tensor, float]]
@@ -87,6 +77,7 @@ class Frozen:
     kinds: tuple[Kind, ...]
     sees: bool
     a: float
+    frames: int = 1
 
 
 def pooled_losa(side: Losa, features: Features, keep_LMB: Tensor | None) -> Tensor:
@@ -98,58 +89,72 @@ def pooled_losa(side: Losa, features: Features, keep_LMB: Tensor | None) -> Tens
         keep_LMB: what drop-path multiplies a layer's output by; None without.
     """
     first = {"b_L": side.blocks[-1].name, "z_0": "embedding", "zero": None}[side.first_state]
-    kinds: tuple[Kind, ...] = ("channel", "token") if side.token else ("channel",)
+    frames, rows = side.frames or 1, partial(_of_frames, side.frames or 1)
+    mask_BN = None if features.mask is None else rows(features.mask.to(side.tap_scale))
+    names = [tap.name for tap in side.blocks] + ([] if first is None else [first])
+    taps = [(rows(tap), scale) for tap, scale in frozen_taps(side, features, names)]
     frozen = Frozen(
-        taps=frozen_taps(side, features, [tap.name for tap in side.blocks]),
-        first=None if first is None else frozen_taps(side, features, [first])[0],
+        taps=taps[: len(side.blocks)],
+        first=None if first is None else taps[-1],
         scratches=ref(side.scratches),
-        pool_QPN=pool_weights(side.spec.last, side.pool, features.mask, like=side.tap_scale),
-        keep_LMB=keep_LMB,
-        mask_BN=None if features.mask is None else features.mask.to(side.tap_scale),
-        kinds=kinds[::-1] if side.order == "token->channel" else kinds,
+        pool_QPN=_pool(side, features),
+        keep_LMB=None if keep_LMB is None else keep_LMB.repeat_interleave(frames, 2),
+        mask_BN=mask_BN,
+        kinds=_kinds(side),
         sees=side.order != "parallel",
         a=side.a,
+        frames=frames,
     )
     with torch.autocast(side.tap_scale.device.type, enabled=False):
-        mixers = {"channel": _channel_mixers(side)}
-        if side.token:
-            mixers["token"] = _token_mixers(side, frozen.mask_BN)
-        matrices = [matrix for kind in frozen.kinds for matrix in mixers[kind]]
+        matrices = mixers_of(side, frozen.kinds, mask_BN).tensors
         pooled_MBPD: Tensor = FactoredLosa.apply(frozen, len(side.blocks), *matrices)
     return pooled_MBPD if side.pool == "tokens" else pooled_MBPD.flatten(2)
 
 
-def _channel_mixers(side: Losa) -> Mixers:
-    down_MJD = torch.cat(every(side.channel, "down_MDR"), 2).mT.contiguous()
-    up_MJD = torch.cat(every(side.channel, "up_MRD"), 1)
-    return Mixers(down_MJD, up_MJD, (down_MJD @ up_MJD.mT)[:, None])
+def _kinds(side: Losa) -> tuple[Kind, ...]:
+    mixing: tuple[Kind, ...] = ("token", "time") if side.frames else ("token",) if side.token else ()
+    return (*mixing, "channel") if side.order == "token->channel" else ("channel", *mixing)
 
 
-def _token_mixers(side: Losa, mask_BN: Tensor | None) -> Mixers:
-    down_MJN = torch.cat(every(side.token, "down_MRN"), 1)
-    up_MJN = torch.cat(every(side.token, "up_MNR"), 2).mT.contiguous() * side.a
-    read_MQJN = down_MJN[:, None] if mask_BN is None else down_MJN[:, None] * mask_BN[:, None]
-    return Mixers(down_MJN, up_MJN, read_MQJN @ up_MJN.mT[:, None])
+def _of_frames(frames: int, tensor: Tensor) -> Tensor:
+    """(B, T*N, ..) as frames: (B*T, N, ..); of images the same."""
+    if frames == 1:
+        return tensor
+    by_frame: Tensor = tensor.unflatten(1, (frames, -1)).flatten(0, 1)
+    return by_frame
+
+
+def _pool(side: Losa, features: Features) -> Tensor:
+    """Weights of pooling, of clips by frame: (Q, P, N), Q = 1 where all frames share them, else B * T."""
+    pool_QPN = pool_weights(side.spec.last, side.pool, features.mask, like=side.tap_scale)
+    if side.frames is None:
+        return pool_QPN
+    pool_QTPN: Tensor = pool_QPN.unflatten(2, (side.frames, -1)).transpose(1, 2)
+    if features.mask is None and side.pool != "tokens":
+        return pool_QTPN[:, 0]
+    batch = len(features.layers[0])
+    return pool_QTPN.expand(batch, -1, -1, -1).flatten(0, 1)
 
 
 class FactoredLosa(torch.autograd.Function):
-    """pool(y_L), (M, B, P, D), from frozen taps and the stacked matrices of each kind of mixer."""
+    """pool(y_L), (M, B, P, D), from frozen taps and the stacked matrices of all mixers."""
 
     @staticmethod
     def forward(ctx: Any, frozen: Frozen, layers: int, *matrices: Tensor) -> Tensor:  # noqa: ANN401 - PyTorch's own
-        """`matrices` are the three of `Mixers` for each kind, in the order of `frozen.kinds`."""
-        call = Call(frozen, layers, _by_kind(frozen, matrices))
+        """`matrices` are the tensors of `Mixers`."""
+        call = Call(frozen, layers, Mixers.build(frozen.kinds, matrices))
         trains = any(ctx.needs_input_grad)
         kept = {kind: call.new_arguments(kind) for kind in frozen.kinds} if trains else {}
-        out_MBPD = matrices[0].new_empty(call.members, call.batch, frozen.pool_QPN.shape[1], call.width)
+        clips = call.clips(slice(0, call.batch)).stop
+        out_MBPD = matrices[0].new_empty(call.members, clips, frozen.pool_QPN.shape[1], call.width)
 
         def work(piece: Piece) -> None:
-            out_MBPD[piece] = Chunk(call, kept, piece).forward()
+            out_MBPD[piece[0], call.clips(piece[1])] = Chunk(call, kept, piece).forward()
 
         ctx.pieces = call.pieces()
         for _ in on_threads(work, ctx.pieces, out_MBPD.device):
             pass
-        ctx.frozen, ctx.layers = frozen, layers
+        ctx.frozen, ctx.layers, ctx.count = frozen, layers, len(matrices)
         ctx.save_for_backward(*matrices, *kept.values())
         return out_MBPD
 
@@ -157,41 +162,34 @@ class FactoredLosa(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out_MBPD: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - PyTorch's own
         """Gradients of the matrices."""
-        frozen, count = ctx.frozen, 3 * len(ctx.frozen.kinds)
-        matrices = ctx.saved_tensors[:count]
-        call = Call(frozen, ctx.layers, _by_kind(frozen, matrices))
-        kept = dict(zip(frozen.kinds, ctx.saved_tensors[count:], strict=True))
+        frozen, saved = ctx.frozen, ctx.saved_tensors
+        call = Call(frozen, ctx.layers, Mixers.build(frozen.kinds, saved[: ctx.count]))
+        kept = dict(zip(frozen.kinds, saved[ctx.count :], strict=True))
 
-        def work(piece: Piece) -> tuple[Piece, dict[Kind, Total]]:
-            return piece, Chunk(call, kept, piece).backward(d_out_MBPD[piece])
+        def work(piece: Piece) -> tuple[Piece, Mixers]:
+            d_out_MCPD = d_out_MBPD[piece[0], call.clips(piece[1])]
+            return piece, Chunk(call, kept, piece).backward(d_out_MCPD)
 
-        total = {kind: Total(*map(torch.zeros_like, one)) for kind, one in call.mixers.items()}
-        for (members, rows), part in on_threads(work, ctx.pieces, d_out_MBPD.device):
-            for kind, gradients in part.items():
-                total[kind].down_MJY[members] += gradients.down_MJY
-                total[kind].up_MJY[members] += gradients.up_MJY
-                of_rows(total[kind].gram_MQJJ[members], 1, rows).add_(gradients.gram_MQJJ)
-        for one in total.values():
-            one.gram_MQJJ.mul_(call.earlier_JJ)
-        return (None, None, *(matrix for kind in frozen.kinds for matrix in total[kind]))
-
-
-def _by_kind(frozen: Frozen, matrices: Sequence[Tensor]) -> dict[Kind, Mixers]:
-    return {kind: Mixers(*matrices[3 * i : 3 * i + 3]) for i, kind in enumerate(frozen.kinds)}
+        total = call.mixers.zeros()
+        for piece, part in on_threads(work, ctx.pieces, d_out_MBPD.device):
+            total.of(piece).add(part)
+        for (kind, source), gram_MQJJ in total.gram_MQJJ.items():
+            gram_MQJJ.mul_(call.earlier_JJ + call.same_JJ * call.sees_own(kind, source))
+        return (None, None, *total.tensors)
 
 
 class Call:
     """What all chunks of a call share."""
 
-    def __init__(self, frozen: Frozen, layers: int, mixers: dict[Kind, Mixers]) -> None:
+    def __init__(self, frozen: Frozen, layers: int, mixers: Mixers) -> None:
         self.frozen, self.layers, self.mixers = frozen, layers, mixers
         self.batch, self.num_tokens, self.width = frozen.taps[0][0].shape
-        self.members, self.codes, _ = mixers["channel"].up_MJY.shape
+        self.members, self.codes, _ = mixers.up_MJY["channel"].shape
         self.rank = self.codes // layers
         # every member's W_down of a layer in one matrix: their products with a tap are one
         self.joint_LMRY = {
-            kind: one.down_MJY.unflatten(1, (layers, -1)).transpose(0, 1).contiguous()
-            for kind, one in mixers.items()
+            kind: down_MJY.unflatten(1, (layers, -1)).transpose(0, 1).contiguous()
+            for kind, down_MJY in mixers.down_MJY.items()
         }
         layer_J = torch.arange(self.codes, device=frozen.pool_QPN.device) // self.rank
         self.earlier_JJ = (layer_J[None] < layer_J[:, None]).to(frozen.pool_QPN)
@@ -208,31 +206,34 @@ class Call:
     def new_arguments(self, kind: Kind) -> Tensor:
         """Room for the arguments of the GELUs: (B, M, J*X). A chunk has what its rows take in one piece."""
         numel = self.codes * self.kept_axis(kind)
-        return self.mixers[kind].up_MJY.new_empty(self.batch, self.members, numel)
+        return self.mixers.up_MJY[kind].new_empty(self.batch, self.members, numel)
 
     def kept_axis(self, kind: Kind) -> int:
         """X, the axis that a mixer does not contract."""
-        return self.num_tokens if kind == "channel" else self.width
+        return self.width if kind == "token" else self.num_tokens
+
+    def clips(self, rows: slice) -> slice:
+        """Which clips some rows are frames of; of images the same rows."""
+        return slice(rows.start // self.frozen.frames, rows.stop // self.frozen.frames)
 
     def pieces(self) -> list[Piece]:
         """Some members on some samples each, so that what they work on stays near the cache."""
         size = self.frozen.pool_QPN.element_size()
-        taps, codes = 3 * self.num_tokens * self.width, self.codes * (self.num_tokens + self.width)
+        taps, frames = 3 * self.num_tokens * self.width, self.frozen.frames
+        codes = self.codes * sum(self.kept_axis(kind) for kind in self.frozen.kinds)
         groups = -(-self.members // MOST_MEMBERS)
         bounds = [self.members * i // groups for i in range(groups + 1)]
         together = -(-self.members // groups)
         sample_bytes = size * (taps + 3 * codes * together)
         fitting = min(sample_bytes, CACHE_BYTES // LEAST_SAMPLES)
-        rows = over_rows(self.batch, fitting, self.frozen.pool_QPN.device)
+        whole = over_rows(self.batch // frames, frames * fitting, self.frozen.pool_QPN.device)
+        rows = [slice(frames * some.start, frames * some.stop) for some in whole]
         return [(slice(*group), some) for some in rows for group in pairwise(bounds)]
 
-    def other(self, kind: Kind) -> Kind | None:
-        """The other kind of mixer, if there is one."""
-        return next((one for one in self.frozen.kinds if one != kind), None)
-
-    def sees_own(self, kind: Kind) -> bool:
-        """Whether a mixer sees what the other of its own layer puts out."""
-        return self.frozen.sees and kind == self.frozen.kinds[-1] != self.frozen.kinds[0]
+    def sees_own(self, kind: Kind, source: Kind) -> bool:
+        """Whether a mixer sees what another one of its own layer puts out."""
+        kinds = self.frozen.kinds
+        return self.frozen.sees and kinds.index(source) < kinds.index(kind)
 
 
 class Chunk:
@@ -269,17 +270,15 @@ class Chunk:
                 codes.drop(layer)
         out_MCPD = codes.pooled(self.first_CND)
         self.scratches.give_back(self.scratch)
-        return out_MCPD
+        frames = self.call.frozen.frames
+        return out_MCPD if frames == 1 else out_MCPD.unflatten(1, (-1, frames)).sum(2)
 
-    def backward(self, d_out_MCPD: Tensor) -> dict[Kind, Total]:
-        """Gradients of the matrices of these members from these samples."""
-        kinds, (members, rows) = self.call.frozen.kinds, self.piece
-        total = {}
-        for kind, one in self.call.mixers.items():
-            gram_MQJJ = torch.zeros_like(of_rows(one.gram_MQJJ[members], 1, rows))
-            up_MJY = one.up_MJY[members]
-            total[kind] = Total(torch.zeros_like(up_MJY), torch.zeros_like(up_MJY), gram_MQJJ)
-        gradients = CodeGradients(self.codes, total, d_out_MCPD)
+    def backward(self, d_out_MCPD: Tensor) -> Mixers:
+        """Gradients of the matrices of these members from these samples; d_out of images, or of clips."""
+        kinds, frames = self.call.frozen.kinds, self.call.frozen.frames
+        total = self.codes.mixers.zeros()
+        by_row = d_out_MCPD if frames == 1 else d_out_MCPD.repeat_interleave(frames, 1)
+        gradients = CodeGradients(self.codes, total, by_row)
         for block in reversed(self.call.blocks):
             layers = range(block.first, block.end)
             for kind in kinds:
@@ -294,7 +293,7 @@ class Chunk:
                 for kind in kinds:
                     own = slice(layer * self.call.rank, (layer + 1) * self.call.rank)
                     d_argument_MRCX = gradients.d_arguments[kind][:, own]
-                    total[kind].down_MJY[:, own] += self._read_backward(kind, d_argument_MRCX, x_CND)
+                    total.down_MJY[kind][:, own] += self._read_backward(kind, d_argument_MRCX, x_CND)
         self.scratches.give_back(self.scratch)
         return total
 
@@ -314,7 +313,7 @@ class Chunk:
         own = slice(layer * self.call.rank, (layer + 1) * self.call.rank)
         arguments_MRCX, joint_SY = self.codes.arguments[kind][:, own], self.joint_LSY[kind][layer]
         members, rank, size, _ = arguments_MRCX.shape
-        if kind == "channel":
+        if kind != "token":
             product_SX = times_transposed(joint_SY, x_CND.flatten(0, 1))
             arguments_MRCX.copy_(product_SX.view(arguments_MRCX.shape))
         elif wide(joint_SY, x_CND[0].mT):
@@ -327,7 +326,7 @@ class Chunk:
     def _read_backward(self, kind: Kind, d_argument_MRCX: Tensor, x_CND: Tensor) -> Tensor:
         """The gradient of W: (M, R, Y)."""
         shape = d_argument_MRCX.shape[:2]
-        if kind == "channel":
+        if kind != "token":
             d_argument_SX = d_argument_MRCX.flatten(2).flatten(0, 1)
             return times_transposed(d_argument_SX, x_CND.flatten(0, 1).T).view(*shape, -1)
         d_argument_CSD = d_argument_MRCX.flatten(0, 1).transpose(0, 1)

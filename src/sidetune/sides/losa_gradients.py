@@ -6,30 +6,13 @@ lines differentiated by hand, from the last block of layers to the first.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sidetune.sides.losa_codes import Block, Codes, add_own, by_sample
+from sidetune.sides.losa_mixers import Kind, Mixers, Pair, same_axis
 from sidetune.sides.products import add_times_transposed, each_times_transposed
-
-if TYPE_CHECKING:
-    from sidetune.sides.losa_fast import Kind
-
-
-class Total(NamedTuple):
-    """Gradients of one kind's matrices, which chunks add to.
-
-    Args:
-        down_MJY: of W_down.
-        up_MJY: of W_up.
-        gram_MQJJ: of their product; Q = 1, or C.
-    """
-
-    down_MJY: Tensor
-    up_MJY: Tensor
-    gram_MQJJ: Tensor
 
 
 class CodeGradients:
@@ -37,85 +20,104 @@ class CodeGradients:
 
     Args:
         codes: with the arguments that forward wrote.
-        total: of each kind, added to.
+        total: of the matrices of these members, added to.
         d_out_MCPD: gradient of the pooled tokens.
     """
 
-    def __init__(self, codes: Codes, total: dict[Kind, Total], d_out_MCPD: Tensor) -> None:
+    def __init__(self, codes: Codes, total: Mixers, d_out_MCPD: Tensor) -> None:
         codes.again()
-        self.of, self.call, self.total = codes, codes.call, total
+        self.of, self.call, self.total, self.mixers = codes, codes.call, total, codes.mixers
         self.dropped = {kind: self._drop(kind) for kind in codes.kinds}
         self.d_codes: dict[Kind, Tensor] = {}
         self._pooled(d_out_MCPD)
         self.d_arguments = {kind: codes.room(f"d_arguments/{kind}", kind) for kind in codes.kinds}
-        self.d_code_MJJC = {
-            kind: codes.scratch.take(f"d_code/{kind}", (len(one), *[self.call.codes] * 2, codes.size), one)
+        self.d_code_MJJC: dict[Pair, Tensor] = {
+            (kind, source): codes.scratch.take(
+                f"d_code/{kind}/{source}", (len(one), *[self.call.codes] * 2, codes.size), one
+            )
             for kind, one in codes.codes.items()
+            for source in codes.kinds
+            if not same_axis(kind, source)
         }
 
     def begin(self, kind: Kind, block: Block) -> None:
         """Add to the gradients of a block's codes what comes from later blocks."""
-        later = slice(block.stop, self.call.codes)
-        self._add_later(kind, slice(block.begin, block.stop), later, later)
+        own, later = slice(block.begin, block.stop), slice(block.stop, self.call.codes)
+        for reader in self.of.kinds:
+            self._add_later(kind, own, reader, later)
 
     def mix(self, kind: Kind, layer: int, block: Block) -> None:
         """The gradient of a mixer's argument, from those of all mixers that ran after it."""
         of, rank = self.of, self.call.rank
         first = layer * rank
         own, later = slice(first, first + rank), slice(first + rank, block.stop)
-        other, d_codes = self.call.other(kind), self.d_codes[kind][:, own]
-        is_seen = other is not None and self.call.sees_own(other)
-        if of.keep_LMC is None:
-            self._add_later(kind, own, later, slice(first, block.stop) if is_seen else later)
-        else:  # the other mixer of the same layer sees what is not dropped yet
-            self._add_later(kind, own, later, later)
+        d_codes, readers = (
+            self.d_codes[kind][:, own],
+            [one for one in of.kinds if self.call.sees_own(one, kind)],
+        )
+        for reader in of.kinds:
+            whole = of.keep_LMC is None and reader in readers
+            self._add_later(kind, own, reader, slice(first, block.stop) if whole else later)
+        if of.keep_LMC is not None:  # other mixers of the same layer see what is not dropped yet
             d_codes *= of.keep_LMC[layer][:, None, :, None]
-            if is_seen:
-                self._add_later(kind, own, slice(0, 0), own)
-        d_argument = self.d_arguments[kind][:, own]
-        torch.ops.aten.gelu_backward.grad_input(d_codes, of.arguments[kind][:, own], grad_input=d_argument)
-        if kind == "channel" and self.call.frozen.a != 1:
-            d_argument *= self.call.frozen.a
-        if other is not None:
-            end = of.seen_end(kind, first)
-            self.d_code_MJJC[kind][:, own, end : block.stop] = 0.0
-            self._keep_d_code(kind, own, slice(block.begin, end))
+            for reader in readers:
+                self._add_later(kind, own, reader, own)
+        self._deactivate(kind, own, d_codes)
+        for source in of.kinds:
+            if not same_axis(kind, source):
+                end = of.seen_end(kind, source, first)
+                self.d_code_MJJC[kind, source][:, own, end : block.stop] = 0.0
+                self._keep_d_code(kind, own, source, slice(block.begin, end))
 
     def end(self, kind: Kind, block: Block) -> None:
         """Add to the gradients of a block's matrices, but for the part of W_down that meets x."""
         own, seen = slice(block.begin, block.stop), slice(0, block.stop)
-        total, other = self.total[kind], self.call.other(kind)
-        d_arguments, dropped = self.d_arguments[kind][:, own], self.dropped[kind][:, seen]
-        if total.gram_MQJJ.shape[1] > 1:
-            total.gram_MQJJ[:, :, own, seen] += torch.einsum("micx,mjcx->mcij", d_arguments, dropped)
+        for source in self.of.kinds:
+            if same_axis(kind, source):
+                self._end_same(kind, source, own, seen)
+            else:
+                self._keep_d_code(kind, own, source, slice(0, block.begin))
+                self._end_other(kind, source, own, seen)
+
+    def _end_same(self, kind: Kind, source: Kind, own: slice, seen: slice) -> None:
+        gram_MQJJ, d_arguments = self.total.gram_MQJJ[kind, source], self.d_arguments[kind]
+        dropped = self.dropped[source][:, seen]
+        if gram_MQJJ.shape[1] > 1:
+            gram_MQJJ[:, :, own, seen] += torch.einsum("micx,mjcx->mcij", d_arguments[:, own], dropped)
         else:
-            into = total.gram_MQJJ[:, 0, own, seen]
-            add_times_transposed(into, d_arguments.flatten(2), dropped.flatten(2))
-        if other is None:
+            into = gram_MQJJ[:, 0, own, seen]
+            add_times_transposed(into, d_arguments[:, own].flatten(2), dropped.flatten(2))
+        if self.of.keep_LMC is None or not self.call.sees_own(kind, source):
             return
-        self._keep_d_code(kind, own, slice(0, block.begin))
-        factor = self._seen(kind, own, seen)
-        d_code = self.d_code_MJJC[kind][:, own, seen]
+        for first in range(own.start, own.stop, self.call.rank):  # of its own layer nothing is dropped yet
+            layer = slice(first, first + self.call.rank)
+            undropped = (self.of.codes[source][:, layer] - self.dropped[source][:, layer]).flatten(2)
+            gram_MQJJ[:, 0, layer, layer].baddbmm_(d_arguments[:, layer].flatten(2), undropped.mT)
+
+    def _end_other(self, kind: Kind, source: Kind, own: slice, seen: slice) -> None:
+        factor = self._seen(kind, source, own, seen)
+        d_code = self.d_code_MJJC[kind, source][:, own, seen]
         if self.of.keep_LMC is not None:
             d_code = d_code * factor
-        codes_MSY = self.of.read(kind)[:, seen].flatten(1, 2)
-        add_times_transposed(total.down_MJY[:, own], d_code.flatten(2), codes_MSY.mT)
-        code_MSj = by_sample(self.of.code(kind, own, seen) * factor)
-        d_up = self.total[other].up_MJY[:, seen]
+        codes_MSY = self.of.read(kind, source)[:, seen].flatten(1, 2)
+        add_times_transposed(self.total.down_MJY[kind][:, own], d_code.flatten(2), codes_MSY.mT)
+        code_MSj = by_sample(self.of.code(kind, own, source, seen) * factor)
+        d_up, d_arguments = self.total.up_MJY[source][:, seen], self.d_arguments[kind][:, own]
         add_times_transposed(d_up, code_MSj.mT, d_arguments.flatten(1, 2).mT)
 
     def _pooled(self, d_out_MCPD: Tensor) -> None:
         """What reaches codes and ups through the pooled tokens."""
         of, q = self.of, self.of.q
-        d_pooled = torch.einsum("mcpd,mjd->mjcp", d_out_MCPD, of.up_MJY["channel"])
-        d_codes = of.room("d_codes/channel", "channel")
-        if q:
-            d_codes.copy_(torch.einsum("mjcp,cpn->mjcn", d_pooled, of.pool))
-        else:
-            torch.mm(d_pooled.flatten(0, 2), of.pool, out=d_codes.flatten(0, 2))
-        self.d_codes["channel"] = d_codes
-        pooled = torch.einsum(f"{q}pn,mjcn->mjcp", of.pool, self.dropped["channel"])
-        self.total["channel"].up_MJY.add_(torch.einsum("mjcp,mcpd->mjd", pooled, d_out_MCPD))
+        for kind in of.of_tokens:
+            d_pooled = torch.einsum("mcpd,mjd->mjcp", d_out_MCPD, self.mixers.up_MJY[kind])
+            d_codes = of.room(f"d_codes/{kind}", kind)
+            if q:
+                d_codes.copy_(torch.einsum("mjcp,cpn->mjcn", d_pooled, of.pool))
+            else:
+                torch.mm(d_pooled.flatten(0, 2), of.pool, out=d_codes.flatten(0, 2))
+            self.d_codes[kind] = d_codes
+            pooled = torch.einsum(f"{q}pn,mjcn->mjcp", of.pool, self.dropped[kind])
+            self.total.up_MJY[kind].add_(torch.einsum("mjcp,mcpd->mjd", pooled, d_out_MCPD))
         if "token" in of.kinds:
             self._pooled_tokens(d_out_MCPD)
 
@@ -123,7 +125,7 @@ class CodeGradients:
         """Likewise of the token codes."""
         of, q = self.of, self.of.q
         d_codes, codes = of.room("d_codes/token", "token"), self.dropped["token"]
-        pooled = torch.einsum(f"{q}pn,mjn->m{q}pj", of.pool, of.up_MJY["token"])
+        pooled = torch.einsum(f"{q}pn,mjn->m{q}pj", of.pool, self.mixers.up_MJY["token"])
         if q:
             d_codes.copy_(torch.einsum("mcpj,mcpd->mjcd", pooled, d_out_MCPD))
             d_up = torch.einsum("mcpd,mjcd,cpn->mjn", d_out_MCPD, codes, of.pool)
@@ -132,44 +134,66 @@ class CodeGradients:
             torch.bmm(pooled.mT, d_out_MPS, out=d_codes.flatten(2))
             d_up = torch.bmm(codes.flatten(2), d_out_MPS.mT) @ of.pool
         self.d_codes["token"] = d_codes
-        self.total["token"].up_MJY.add_(d_up)
+        self.total.up_MJY["token"].add_(d_up)
 
-    def _add_later(self, kind: Kind, own: slice, same: slice, others: slice) -> None:
+    def _add_later(self, kind: Kind, own: slice, reader: Kind, later: slice) -> None:
         """Add to gradients of codes those of arguments to which they contribute."""
-        into_MjCX, of = self.d_codes[kind][:, own], self.of
-        if same.stop > same.start:
-            gram_MQjj = of.gram_MQJJ[kind][:, :, same, own].mT
-            add_own(into_MjCX, gram_MQjj, self.d_arguments[kind][:, same])
-        other = self.call.other(kind)
-        if other is None or others.stop <= others.start:
+        if later.stop <= later.start:
             return
-        d_code_MSj = self.d_code_MJJC[other][:, others, own].flatten(2).mT
-        down_MXj = of.down_MJY[other][:, others].mT
-        if other == "token" and of.mask_CN is not None:
+        into_MjCX, of = self.d_codes[kind][:, own], self.of
+        if same_axis(kind, reader):
+            gram_MQjj = self.mixers.gram_MQJJ[reader, kind][:, :, later, own].mT
+            add_own(into_MjCX, gram_MQjj, self.d_arguments[reader][:, later])
+            return
+        d_code_MSj = self.d_code_MJJC[reader, kind][:, later, own].flatten(2).mT
+        down_MXj = self.mixers.down_MJY[reader][:, later].mT
+        if reader == "token" and of.mask_CN is not None:
             read = each_times_transposed(d_code_MSj, down_MXj)
             into_MjCX += read.view(into_MjCX.shape) * of.mask_CN
         else:
             add_times_transposed(into_MjCX.flatten(1, 2), d_code_MSj, down_MXj)
 
-    def _keep_d_code(self, kind: Kind, own: slice, others: slice) -> None:
+    def _deactivate(self, kind: Kind, own: slice, d_codes: Tensor) -> None:
+        """From gradients of codes to those of arguments."""
+        d_argument = self.d_arguments[kind][:, own]
+        if kind == "time":
+            d_argument.copy_(self._over_time(own, d_codes))
+            return
+        arguments = self.of.arguments[kind][:, own]
+        torch.ops.aten.gelu_backward.grad_input(d_codes, arguments, grad_input=d_argument)
+        if kind == "channel" and self.call.frozen.a != 1:
+            d_argument *= self.call.frozen.a
+
+    def _over_time(self, own: slice, d_codes: Tensor) -> Tensor:
+        """Through W_up GELU(W_down z), and the gradients of these two."""
+        of, layers = self.of, slice(own.start // self.call.rank, own.stop // self.call.rank)
+        (down, up), z = of.time_matrices(own), of.bottleneck(own)
+        d_u, inner = of.by_clip(d_codes), down @ z
+        d_inner = torch.ops.aten.gelu_backward(up.mT @ d_u, inner)
+        d_down, d_up = (one[:, layers] for one in self.total.over_time)
+        d_down += (d_inner @ z.mT).sum((2, 3))
+        d_up += (d_u @ F.gelu(inner).mT).sum((2, 3))
+        d_z: Tensor = (down.mT @ d_inner).flatten(3, 4).flatten(1, 2)
+        return d_z if of.mask_CN is None else d_z * of.mask_CN
+
+    def _keep_d_code(self, kind: Kind, own: slice, source: Kind, seen: slice) -> None:
         """The gradient of `Codes.code`."""
-        other = self.call.other(kind)
-        if other is None or others.stop <= others.start:
+        if seen.stop <= seen.start:
             return
         d_arguments_MSX = self.d_arguments[kind][:, own].flatten(1, 2)
-        d_code_MSj = each_times_transposed(d_arguments_MSX, self.of.up_MJY[other][:, others])
+        d_code_MSj = each_times_transposed(d_arguments_MSX, self.mixers.up_MJY[source][:, seen])
         d_code_MjCj = d_code_MSj.unflatten(1, (-1, self.of.size))
-        self.d_code_MJJC[kind][:, own, others] = d_code_MjCj.transpose(2, 3)
+        self.d_code_MJJC[kind, source][:, own, seen] = d_code_MjCj.transpose(2, 3)
 
-    def _seen(self, kind: Kind, own: slice, others: slice) -> Tensor:
-        """What mixers see of the other kind's codes, as drop-path leaves it: (M or 1, j, j', C or 1)."""
+    def _seen(self, kind: Kind, source: Kind, own: slice, seen: slice) -> Tensor:
+        """What mixers see of a source's codes, as drop-path leaves it: (M or 1, j, j', C or 1)."""
         call, keep_LMC = self.call, self.of.keep_LMC
-        seen_MjjC = call.earlier_JJ[own, others][None, :, :, None]
+        seen_MjjC = call.earlier_JJ[own, seen][None, :, :, None]
         if keep_LMC is not None:
-            keep_LMC = keep_LMC.repeat_interleave(call.rank, 0)[others]
+            keep_LMC = keep_LMC.repeat_interleave(call.rank, 0)[seen]
             seen_MjjC = seen_MjjC * keep_LMC.transpose(0, 1)[:, None]
-        if call.sees_own(kind):
-            seen_MjjC = seen_MjjC + call.same_JJ[own, others][None, :, :, None]
+        if call.sees_own(kind, source):
+            seen_MjjC = seen_MjjC + call.same_JJ[own, seen][None, :, :, None]
         return seen_MjjC
 
     def _drop(self, kind: Kind) -> Tensor:
