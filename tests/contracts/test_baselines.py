@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from sidetune.artifact import build_model
@@ -16,6 +16,7 @@ from sidetune.backbones.timm import TimmBackbone
 from sidetune.backbones.vit import vit_stages
 from sidetune.baselines import BASELINES
 from sidetune.baselines.lora import Lora
+from sidetune.baselines.stadapter import _Bottleneck
 from sidetune.errors import BackboneError, SideError
 from sidetune.features import Features, Tap
 from sidetune.keyed import Draws, generator
@@ -43,6 +44,7 @@ ROWS = {
     "norms": Row("norms", 36_864),
     "bitfit": Row("bitfit", 101_376),
     "adaptformer": Row("adaptformer", 156_768),
+    "stadapter": Row("stadapter", 7_110_144),
     "vpt": Row("vpt", 92_160, is_backbone_at_start=False),  # drawn prompts are attended to
     "full": Row("full", 85_797_120, reads="image"),
 }
@@ -177,6 +179,41 @@ def test_the_state_is_what_is_trained_and_no_more(name: str, backbone: TimmBackb
     loaded.load_state_dict(model.state_dict())
     inputs = features(model, backbone)
     assert torch.equal(loaded(inputs), model(inputs))
+
+
+@every_row
+def test_a_clip_is_its_frames_where_nothing_mixes_them(name: str, backbone: TimmBackbone) -> None:
+    """Pooled over all frames; ST-Adapter is the one that mixes them."""
+    inputs = features(model := draw_all(build(name, backbone)), backbone, 6)
+    clips = build_model(
+        Recipe.build({"side": {"name": ROWS[name].side, **ROWS[name].arguments}}),
+        backbone.spec.of_clips(3),
+        CLASSES,
+        backbone.norm,
+        backbone=backbone,
+    )
+    clips.load_state_dict(model.state_dict())
+    found = clips.side(inputs.of_clips(3))
+    by_frame = model.side(inputs)[0].unflatten(0, (2, 3)).mean(1)
+    assert torch.allclose(found[0], by_frame, atol=1e-5) is (name != "stadapter")
+    assert clips.side.out.grid[0] == 3 and found.shape == (1, 2, by_frame.shape[-1])
+
+
+def test_stadapter_is_its_equation(backbone: TimmBackbone) -> None:
+    """On one clip, by hand: a depthwise convolution over frames between two linear layers."""
+    tokens = torch.randn(4, 5, 32, generator=generator(0, "tokens"))
+    one, keyed = _Bottleneck(32, 6, 4, 1), generator(0, "parameters")
+    for parameter in one.parameters():
+        nn.init.normal_(parameter, generator=keyed)
+    codes = torch.nn.functional.linear(tokens[:, 1:], one.down_RD, one.down_R)
+    conv = nn.Conv3d(6, 6, (3, 1, 1), padding=(1, 0, 0), groups=6)
+    with torch.no_grad():
+        conv.weight.copy_(one.conv_RK[:, None, :, None, None])
+        conv.bias.copy_(one.conv_R)
+    mixed = conv(codes.permute(2, 0, 1)[None, ..., None])[0, ..., 0].permute(1, 2, 0)
+    expected = tokens.clone()
+    expected[:, 1:] += torch.nn.functional.linear(mixed, one.up_DR, one.up_D)
+    torch.testing.assert_close(one(tokens), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["lora", "lora linear", "lora last 2"])

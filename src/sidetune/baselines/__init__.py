@@ -12,9 +12,12 @@ from sidetune.baselines.adaptformer import AdaptFormer, AdaptFormerRecipe
 from sidetune.baselines.base import Baseline
 from sidetune.baselines.choice import BitFit, BitFitRecipe, Full, FullRecipe, Norms, NormsRecipe
 from sidetune.baselines.lora import Lora, LoraRecipe
+from sidetune.baselines.stadapter import StAdapter, StAdapterRecipe
 from sidetune.baselines.vpt import Vpt, VptRecipe
 
-AnyBaselineRecipe = AdaptFormerRecipe | BitFitRecipe | FullRecipe | LoraRecipe | NormsRecipe | VptRecipe
+AnyBaselineRecipe = (
+    AdaptFormerRecipe | BitFitRecipe | FullRecipe | LoraRecipe | NormsRecipe | StAdapterRecipe | VptRecipe
+)
 
 BASELINES: dict[str, type[Baseline[Any]]] = {
     "adaptformer": AdaptFormer,
@@ -22,5 +25,6 @@ BASELINES: dict[str, type[Baseline[Any]]] = {
     "full": Full,
     "lora": Lora,
     "norms": Norms,
+    "stadapter": StAdapter,
     "vpt": Vpt,
 }

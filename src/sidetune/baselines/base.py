@@ -7,6 +7,8 @@ a side of one member that reads one tap, so features, batches, optimiser and sco
     ``block.k``     the last L - k blocks run here, on a stored prefix
     ``image``       the embedding runs here, too
 
+A clip's frames run as images and come together again where they are pooled.
+
 The backbone's modules are never touched. The baseline runs copies of them that share its tensors; what is
 trained stands beside them, with a member axis, and is put into the copies for each step: to take it away is
 to forget the copies.
@@ -85,7 +87,10 @@ class Baseline(Side, Generic[AnyRecipe]):
                 f"this baseline reads the tap {reads!r} and got {', '.join(spec.names)}. "
                 f"Type: --set backbone.taps=[{reads}]"
             )
-        super().__init__(spec.select([reads]), pool=recipe.pool, out=stages.tap)
+        own, last = spec.select([reads]), Spec((stages.tap,))
+        self.frames = own.last.grid[0] // stages.tap.grid[0]
+        out = last if self.frames == 1 else last.of_clips(self.frames)
+        super().__init__(own, pool=recipe.pool, out=out.last)
         self.recipe = recipe
         self.trained = nn.ParameterDict()
         self._frozen: dict[str, Tensor] = {}  # the starts of those that are the backbone's own
@@ -145,9 +150,11 @@ class Baseline(Side, Generic[AnyRecipe]):
             yield from stage.module.buffers()
 
     def tokens(self, features: Features, draws: Draws | None = None) -> Tensor:
-        """The last block's output: (1, B, N, D)."""
+        """The last block's output: (1, B, N, D); of clips the tokens of all frames."""
         tap = self.spec.last
         tokens = features[tap.name].to(self.tap_scale.dtype)
+        if self.frames > 1:
+            tokens = tokens.unflatten(1, (self.frames, -1)).flatten(0, 1)
         if tap.kind == "image":
             tokens = tokens.transpose(1, 2).unflatten(2, tap.grid[1:])
         for stage in self.stages:
@@ -156,6 +163,8 @@ class Baseline(Side, Generic[AnyRecipe]):
                 tokens = checkpoint(_run, stage, tokens, use_reentrant=False)
             else:
                 tokens = _run(stage, tokens)
+        if self.frames > 1:
+            tokens = tokens.unflatten(0, (-1, self.frames)).flatten(1, 2)
         return tokens[None]
 
     def give(self, stage: Stage) -> None:
