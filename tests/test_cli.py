@@ -36,6 +36,7 @@ COMMANDS = [
     "bench accuracy",
     "bench vtab",
     "bench cost",
+    "bench stream",
     "bench order",
 ]
 EPOCHS = ("--set", "train.epochs=2")

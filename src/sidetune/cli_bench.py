@@ -12,6 +12,7 @@ from sidetune.progress import say
 from sidetune.usage import BackboneName, Device, Json, Out, Quiet, Size, Weights, print_json
 
 if TYPE_CHECKING:
+    from sidetune.backbones.base import Precision
     from sidetune.bench.rows import Bench
     from sidetune.store import DTypeName
 
@@ -24,6 +25,10 @@ Tokens = Annotated[
 ]
 Width = Annotated[int, typer.Option(metavar="D", rich_help_panel=SIZES, help="Channels a token.")]
 Batch = Annotated[int, typer.Option(metavar="B", rich_help_panel=SIZES, help="Images a batch.")]
+Frames = Annotated[
+    int | None,
+    typer.Option(metavar="T", rich_help_panel=SIZES, help="Frames of a clip; B counts clips then."),
+]
 DType = Annotated[
     str, typer.Option(metavar="NAME", rich_help_panel=SIZES, help="Of the stored taps: fp16, bf16 or fp32.")
 ]
@@ -164,6 +169,7 @@ def bench_cost(
             metavar="A,B", help="Also how cost grows with batch, size, model, epochs, members, or all."
         ),
     ] = None,
+    frames: Frames = None,
     threads: Threads = None,
     rounds: Rounds = 5,
     device: Annotated[str, typer.Option(metavar="NAME", help="cpu or cuda.")] = "cpu",
@@ -183,9 +189,55 @@ def bench_cost(
         threads=threads,
         rounds=rounds,
         device=device,
+        frames=frames,
     )
     chosen = DEFAULT if cases is None else _words(cases)
     _print(run(setting, chosen, growth=_words(growth or ""), quiet=quiet), as_json)
+
+
+@bench_app.command("stream")
+def bench_stream(
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="A model of timm; its weights are random here.")
+    ] = "eva02_enormous_patch14_clip_224",
+    frames: Frames = 8,
+    batch: Annotated[int, typer.Option(metavar="B", rich_help_panel=SIZES, help="Clips a batch.")] = 1,
+    size: Annotated[
+        int, typer.Option(metavar="PX", rich_help_panel=SIZES, help="Side of a frame in pixels.")
+    ] = 224,
+    side: Annotated[str, typer.Option(metavar="NAME", help="Whose training step is measured.")] = "losa",
+    precision: Annotated[
+        str, typer.Option(metavar="NAME", help="Of the backbone and its file: fp32, bf16 or fp16.")
+    ] = "bf16",
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            dir_okay=False,
+            help="The random weights; written where they are not there, and kept.",
+        ),
+    ] = None,
+    threads: Threads = None,
+    rounds: Rounds = 3,
+    device: Annotated[str, typer.Option(metavar="NAME", help="cpu or cuda.")] = "cpu",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Memory and time of a backbone whose blocks stay on disk: features, and a training step on them."""
+    from sidetune.bench.cost_cases import CostSetting
+    from sidetune.bench.stream import bench_stream as run
+
+    setting = CostSetting(
+        backbone=f"timm:{model}",
+        size=size,
+        batch=batch,
+        frames=frames,
+        precision=cast("Precision", precision),
+        threads=threads,
+        rounds=rounds,
+        device=device,
+    )
+    _print(run(setting, side=side, weights=weights, quiet=quiet), as_json)
 
 
 @bench_app.command("order")

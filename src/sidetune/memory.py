@@ -53,5 +53,10 @@ def anonymous_bytes() -> int:
         for line in status.read_text().splitlines():
             if line.startswith("RssAnon:"):
                 return int(line.split()[1]) * 1024
+    return resident_bytes()
+
+
+def resident_bytes() -> int:
+    """The most that this process ever held in memory, libraries and pages of mapped files among it."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -181,6 +181,7 @@ EXAMPLES = {
     "bench cost": "sidetune bench cost --cases losa,lora",
     "bench accuracy": "sidetune bench accuracy tasks/ --out runs/accuracy",
     "bench order": "sidetune bench order --out runs/order",
+    "bench stream": "sidetune bench stream --model vit_large_patch14_dinov2 --frames 8 --batch 8",
     "bench vtab": "sidetune bench vtab vtab-1k/ --out runs/vtab",
     "store": "sidetune store ls",
     "store gc": "sidetune store gc features/photos",

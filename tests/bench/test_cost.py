@@ -3,6 +3,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
 from sidetune.bench import cost as module
 from sidetune.bench.cost import bench_cost
@@ -284,3 +285,40 @@ def test_sizes_that_cannot_be_are_refused():
         CostSetting(threads=0)
     with pytest.raises(RequestError, match="device is 'gpu'"):
         CostSetting(device="gpu")
+
+
+CLIPS = replace(TOY, frames=3)
+
+
+def test_of_clips_a_batch_is_all_their_frames(tmp_path):
+    store = write_small_store(CLIPS, tmp_path)
+    assert store.num_records == 4 * CLIPS.batch * 3
+    live, stored = Trial(CostCase.parse("losa"), CLIPS), Trial(CostCase.parse("losa-stored"), CLIPS, store)
+    baseline = Trial(CostCase.parse("norms"), CLIPS)
+    assert len(live.images) == CLIPS.pictures == 6
+    for trial, steps in ((live, 1), (stored, 16), (baseline, 1)):
+        trial.seat()
+        assert trial.run() == steps
+        assert trial.model().side.out.grid[0] == 3
+    assert live.tap_bytes() == stored.tap_bytes() == 3 * losa_bytes(TOY)
+
+
+def losa_bytes(setting):
+    trial = Trial(CostCase.parse("losa"), setting)
+    trial.seat()
+    return trial.tap_bytes()
+
+
+def test_features_keep_every_tap_in_the_type_of_a_store():
+    features, forward = (Trial(CostCase.parse(name), TOY) for name in ("features", "forward"))
+    assert features.backbone.spec.names == ("embedding", *(f"block.{i}" for i in range(1, 5)))
+    assert features.dtype == torch.float16 and len(forward.backbone.spec.taps) == 1
+    assert features.run() == 1 and features.case.recipe is None
+    with pytest.raises(RequestError, match="no case named 'forward-stored'"):
+        CostCase.parse("forward-stored")
+    assert CostCase.parse("losa-streamed").streamed and CostCase.parse("features-streamed").streamed
+
+
+def test_a_backbone_that_is_not_timms_cannot_be_streamed():
+    with pytest.raises(RequestError, match="toy cannot be streamed, expected a model of timm"):
+        bench_cost(TOY, ["losa-streamed"], quiet=True)

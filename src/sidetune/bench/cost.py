@@ -13,12 +13,14 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sidetune.backbones.random_weights import write_random_weights
 from sidetune.bench.cost_cases import DEFAULT, FORWARD, CostCase, CostSetting
 from sidetune.bench.cost_growth import growth_rows, known_axes
 from sidetune.bench.cost_rows import Measured, cost_rows
@@ -27,8 +29,9 @@ from sidetune.bench.peak import GLIBC
 from sidetune.bench.rows import Bench, describe_machine
 from sidetune.bench.stores import temporary_folder
 from sidetune.bench.timing import in_turn
-from sidetune.errors import SidetuneError
+from sidetune.errors import RequestError, SidetuneError
 from sidetune.progress import Progress
+from sidetune.store import DTYPES
 from sidetune.threads import torch_threads
 
 LAST_WORDS = 400  # characters of what a process said before it failed
@@ -76,15 +79,18 @@ def measure(
     Raises:
         SidetuneError: a case's process failed.
     """
-    with temporary_folder() as folder:
+    streamed = any(case.streamed for case in cases.values())
+    with temporary_folder() as folder, temporary_folder() as weights:
+        if streamed and setting.weights is None:
+            setting = drawn(setting, weights / "weights.safetensors")
         if any(case.stored for case in cases.values()):
             with _worker("the small store", "store", _json(setting), str(folder)) as worker:
                 worker.end()
-        peaks = {}
+        peaks: dict[str, tuple[int, int]] = {}
         with Progress("memory", len(cases), "cases", quiet=quiet) as progress:
             for name in cases:
                 with _worker(name, "memory", name, _json(setting), _store(cases[name], folder)) as worker:
-                    peaks[name] = int(worker.hear())
+                    peaks[name] = worker.hear()
                 progress.advance(1, name)
         with ExitStack() as stack:
             workers, facts = {}, {}
@@ -95,9 +101,34 @@ def measure(
             runs = {name: worker.run for name, worker in workers.items()}
             timings = in_turn(runs, setting.rounds, label="bench cost", quiet=quiet)
             steps = {name: worker.steps for name, worker in workers.items()}
+    if streamed:
+        for name in cases:
+            facts[name]["resident_bytes"] = peaks[name][1]
     return {
-        name: Measured(timings[name], steps[name], peak_bytes=peaks[name], **facts[name]) for name in cases
+        name: Measured(timings[name], steps[name], peak_bytes=peaks[name][0], **facts[name]) for name in cases
     }
+
+
+def drawn(setting: CostSetting, file: Path) -> CostSetting:
+    """The setting with a file of random weights, which all its cases read.
+
+    Args:
+        setting: of a model of timm.
+        file: to write, unless it is there.
+
+    Raises:
+        RequestError: another backbone.
+        SidetuneError: no room on the disk.
+    """
+    kind, _, model = setting.backbone.partition(":")
+    if kind != "timm":
+        raise RequestError(
+            f"{setting.backbone} cannot be streamed, expected a model of timm. "
+            "Type: --backbone timm:vit_base_patch16_224"
+        )
+    if not file.exists():
+        write_random_weights(model, file, dtype=DTYPES[setting.precision])
+    return replace(setting, weights=str(file))
 
 
 def _json(setting: CostSetting) -> str:

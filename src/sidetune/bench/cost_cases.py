@@ -3,7 +3,8 @@
     NAME = METHOD-SUFFIX-SUFFIX..      losa   losa-stored   lora-linear   lora-last3   last-m4
 
 A method is a side network, or a baseline whose gradients cross the backbone. A suffix changes a field of its
-recipe, or how it is run; what is not named is the method's own default.
+recipe, or how it is run; what is not named is the method's own default. ``forward`` is the backbone alone to
+its last block, ``features`` the same with every tap kept; both may be streamed, as what reads them live may.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import torch
 
 from sidetune.artifact import build_model
 from sidetune.backbones import build_backbone
-from sidetune.backbones.base import Backbone
+from sidetune.backbones.base import Backbone, Precision
 from sidetune.baselines import BASELINES
 from sidetune.baselines.base import BaselineRecipe
 from sidetune.bench.setting import LEFT_OPEN, require_device, require_least
+from sidetune.data.reading import Reading
+from sidetune.data.views import split_key
 from sidetune.errors import RequestError, nearest
 from sidetune.features import Features, Spec
 from sidetune.fleet import Fleet, Member, TrainingSet
@@ -34,6 +37,8 @@ from sidetune.store import DTYPES, Store
 from sidetune.tasks import Classify
 
 FORWARD = "forward"  # the backbone alone, to its last block: the floor of what stores nothing
+FEATURES = "features"  # likewise, every tap kept
+STREAMED = "streamed"
 METHODS = (*(name for name in SIDES if name not in SOLVED), *BASELINES)
 DEFAULT = (
     *(FORWARD, "losa", "last", "losa-stored", "last-stored"),
@@ -61,12 +66,15 @@ class CostSetting:
     Args:
         backbone: as on the command line; its weights are random where it is one of timm.
         size: side of the image in pixels.
-        batch: B, images a step.
-        images: of the whole job, whose time is computed.
+        batch: B, images a step; or clips.
+        images: of the whole job, whose time is computed; or clips.
         epochs: of the whole job.
         threads: of torch; None: as they are.
         rounds: in which every case runs once.
         device: ``cpu`` or ``cuda``.
+        frames: T of a clip; None: the samples are images.
+        precision: of the backbone, as ``backbone.precision``.
+        weights: a file of a timm model's; None: drawn in memory.
 
     Raises:
         RequestError: a size that cannot be.
@@ -80,9 +88,12 @@ class CostSetting:
     threads: int | None = None
     rounds: int = 5
     device: str = "cpu"
+    frames: int | None = None
+    precision: Precision = "fp32"
+    weights: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("size", "batch", "images", "epochs", "threads", "rounds"):
+        for name in ("size", "batch", "images", "epochs", "threads", "rounds", "frames"):
             require_least(name, getattr(self, name), 1, LEFT_OPEN.get(name) or getattr(CostSetting, name))
         require_device(self.device)
 
@@ -97,10 +108,19 @@ class CostSetting:
         """Steps of an epoch of the whole job."""
         return -(-self.images // self.batch)
 
-    def build_backbone(self) -> Backbone:
+    @property
+    def pictures(self) -> int:
+        """Images that the backbone sees a step."""
+        return self.batch * (self.frames or 1)
+
+    def build_backbone(self, *, streamed: bool = False) -> Backbone:
         """The backbone on its device; it reads the embedding and every block."""
-        weights = "random" if self.backbone.startswith("timm") else None
-        return build_backbone(self.backbone, size=self.size, weights=weights).to(self.device)
+        if not self.backbone.startswith("timm"):
+            return build_backbone(self.backbone, size=self.size).to(self.device)
+        how = {"precision": self.precision, "runtime": STREAMED if streamed else "eager"}
+        return build_backbone(self.backbone, size=self.size, weights=self.weights or "random", **how).to(
+            self.device
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values by name."""
@@ -115,6 +135,7 @@ class CostCase:
         name: itself.
         recipe: of the method; None: the backbone runs, and nothing trains.
         stored: whether features come from a store.
+        streamed: whether the backbone's blocks stay on disk.
         members: that train in one model.
     """
 
@@ -122,6 +143,7 @@ class CostCase:
     recipe: Recipe | None = field(default=None, repr=False)
     stored: bool = False
     members: int = 1
+    streamed: bool = False
 
     @classmethod
     def parse(cls, name: str) -> CostCase:
@@ -131,25 +153,25 @@ class CostCase:
             RequestError: no such method or suffix.
             RecipeError: the method has no such field.
         """
-        if name == FORWARD:
-            return cls(name)
         method, *suffixes = name.split("-")
+        if method in (FORWARD, FEATURES) and suffixes in ([], [STREAMED]):
+            return cls(name, streamed=bool(suffixes))
         if method not in METHODS:
-            raise RequestError(f"no case named {name!r}.{nearest(method, (FORWARD, *METHODS))}")
+            raise RequestError(f"no case named {name!r}.{nearest(method, (FORWARD, FEATURES, *METHODS))}")
         parts: dict[str, dict[str, Any]] = {"side": {"name": method}, "train": {"epochs": 1}}
         how: dict[str, Any] = {}
         for suffix in suffixes:
             if suffix in FIELDS:
                 part, key, value = FIELDS[suffix]
                 parts[part][key] = value
-            elif suffix == "stored":
-                how["stored"] = True
+            elif suffix in ("stored", STREAMED):
+                how[suffix] = True
             elif found := re.fullmatch(r"m([1-9]\d*)", suffix):
                 how["members"] = int(found[1])
             elif found := re.fullmatch(r"last([1-9]\d*)", suffix):
                 parts["side"]["blocks"], how["stored"] = int(found[1]), True
             else:
-                known = (*FIELDS, "stored", "m4", "last3")
+                known = (*FIELDS, "stored", STREAMED, "m4", "last3")
                 raise RequestError(f"case {name!r} ends in {suffix!r}.{nearest(suffix, known)}")
         return cls(name, Recipe.build(parts), **how)
 
@@ -166,11 +188,11 @@ class Trial:
     def __init__(self, case: CostCase, setting: CostSetting, store: Store | None = None) -> None:
         self.case, self.setting = case, setting
         keyed = generator(SEED, "bench/images")
-        self.images = torch.randn(setting.batch, 3, setting.size, setting.size, generator=keyed)
+        self.images = torch.randn(setting.pictures, 3, setting.size, setting.size, generator=keyed)
         self.images = self.images.to(setting.device)
         self.backbone: Backbone | None = None
         if store is None or isinstance(case.recipe and case.recipe.side, BaselineRecipe):
-            whole = setting.build_backbone()
+            whole = setting.build_backbone(streamed=case.streamed)
             self.backbone = whole.reading(self._taps(whole.spec))
         self.fleet = None if case.recipe is None else self._fleet(case.recipe, store)
 
@@ -178,7 +200,10 @@ class Trial:
         """One round: how many steps it made."""
         if self.fleet is None:
             assert self.backbone is not None
-            self.backbone(self.images)
+            giving = (
+                self.backbone.giving(self.dtype) if self.case.name.startswith(FEATURES) else self.backbone
+            )
+            giving(self.images)
             return 1
         self.fleet.train_epoch()
         return self.fleet.steps(self.setting.batch)
@@ -198,10 +223,8 @@ class Trial:
     @property
     def dtype(self) -> torch.dtype:
         """Of the taps that a step holds: as in fit, that of features; a baseline goes on from its tap."""
-        recipe = self.case.recipe
-        if recipe is None or isinstance(recipe.side, BaselineRecipe):
-            return torch.float32
-        return DTYPES[recipe.features.dtype]
+        recipe = self.case.recipe or Recipe()
+        return torch.float32 if isinstance(recipe.side, BaselineRecipe) else DTYPES[recipe.features.dtype]
 
     def tap_bytes(self) -> int:
         """Bytes of the taps that the method reads of a batch."""
@@ -213,7 +236,7 @@ class Trial:
     def _taps(self, every: Spec) -> tuple[str, ...]:
         """What the backbone reads: no more than the method does."""
         if self.case.recipe is None:
-            return (every.blocks[-1].name,)
+            return every.names if self.case.name.startswith(FEATURES) else (every.blocks[-1].name,)
         side = self.case.recipe.side
         if isinstance(side, BaselineRecipe):
             return (BASELINES[side.name].first_tap(len(every.blocks), side),)
@@ -223,9 +246,9 @@ class Trial:
         """Members that differ in their seeds, seated when they first run."""
         if store is None:
             assert self.backbone is not None
-            data, norm = live(self.backbone, self.images, self.dtype), self.backbone.norm
+            data, norm = live(self.backbone, self.images, self.dtype, self.setting.frames), self.backbone.norm
         else:
-            data, norm = stored(store, self.setting.batch), store.final_norm
+            data, norm = stored(store, self.setting), store.final_norm
 
         def build(recipes: Sequence[Recipe], num_outputs: int) -> SideModel:
             model = build_model(
@@ -250,26 +273,42 @@ class Trial:
         return fleet
 
 
-def live(backbone: Backbone, images: torch.Tensor, dtype: torch.dtype) -> TrainingSet:
-    """A batch that the backbone computes anew at every step; an epoch has one step."""
-    giving = backbone.giving(dtype)
+def live(
+    backbone: Backbone, images: torch.Tensor, dtype: torch.dtype, frames: int | None = None
+) -> TrainingSet:
+    """A batch that the backbone computes anew at every step; an epoch has one step.
+
+    Args:
+        backbone: that runs.
+        images: of the batch, a clip's frames one after another.
+        dtype: of its taps.
+        frames: T of a clip; None: the samples are images.
+    """
+    giving, reading = backbone.giving(dtype), reading_of(frames)
 
     def inputs(rows: object, spec: Spec, draws: Draws) -> Features:
         with torch.no_grad():
-            return giving(images).to(backbone.device, dtype).select(spec.names)
+            return reading.joined(giving(images).to(backbone.device, dtype).select(spec.names))
 
-    return TrainingSet(inputs, _not_scored, np.arange(len(images)), backbone.spec, ahead=0)
+    rows = np.arange(len(images) // reading.together)
+    return TrainingSet(inputs, _not_scored, rows, reading.spec(backbone.spec), ahead=0)
 
 
-def stored(store: Store, batch: int) -> TrainingSet:
+def stored(store: Store, setting: CostSetting) -> TrainingSet:
     """Batches of a store, read ahead; an epoch goes through it some times."""
-    source = StoredSource(store, [key for shard in store.plan.shards for key in shard])
+    samples = dict.fromkeys(split_key(key)[0] for shard in store.plan.shards for key in shard)
+    source = StoredSource(store, list(samples), reading=reading_of(setting.frames))
 
     def inputs(rows: Any, spec: Spec, draws: Draws) -> Features:  # noqa: ANN401 - row numbers
         return source.features(rows, spec)
 
-    rows = np.tile(np.arange(STORE_BATCHES * batch), STORE_PASSES)
+    rows = np.tile(np.arange(STORE_BATCHES * setting.batch), STORE_PASSES)
     return TrainingSet(inputs, _not_scored, rows, source.spec, ahead=source.ahead)
+
+
+def reading_of(frames: int | None) -> Reading:
+    """What is stored and read of a sample: of a clip all of its T frames."""
+    return Reading() if frames is None else Reading.of_clips(frames, frames, drawn=0)
 
 
 def _not_scored(rows: object, spec: Spec, view: int) -> Any:  # noqa: ANN401 - never called

@@ -29,6 +29,7 @@ class Measured:
         parameters: trained, a member, without the head; None where nothing trains, as below.
         artifact_bytes: of the file that a run would keep.
         tap_bytes: of a batch's features.
+        resident_bytes: the most that the process of `peak_bytes` ever held; where anything is streamed.
     """
 
     timing: Timing
@@ -37,6 +38,7 @@ class Measured:
     parameters: int | None = None
     artifact_bytes: int | None = None
     tap_bytes: int | None = None
+    resident_bytes: int | None = None
 
     @property
     def step_s(self) -> float:
@@ -99,7 +101,7 @@ def _metrics(
         return measured[name].timing.row(name, "step_s", "s", 1 / measured[name].steps)
 
     def images(name: str) -> Row:
-        amount = setting.batch * measured[name].steps * cases[name].members
+        amount = setting.pictures * measured[name].steps * cases[name].members
         return measured[name].timing.rate(name, "images_per_s", "images/s", amount)
 
     def job(name: str) -> Row | None:
@@ -112,6 +114,7 @@ def _metrics(
         "step_s": (step, both),
         "images_per_s": (images, both),
         "peak_bytes": (number("peak_bytes", "B"), both),
+        "resident_bytes": (number("resident_bytes", "B"), ()),
         "tap_bytes": (number("tap_bytes", "B"), ()),
         "parameters": (number("parameters", ""), (LORA,)),
         "artifact_bytes": (number("artifact_bytes", "B"), (LORA,)),

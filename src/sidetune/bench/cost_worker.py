@@ -1,7 +1,7 @@
 """One case of `sidetune bench cost` in a process of its own: ``python -m sidetune.bench.cost_worker``.
 
     .. time CASE SETTING STORE      says what it is, then runs a round for each line that it reads
-    .. memory CASE SETTING STORE    says the peak of two rounds, and ends
+    .. memory CASE SETTING STORE    says the peak of two rounds and of all that it ever held, and ends
     .. store SETTING FOLDER         writes the small store that stored cases read, and ends
 
 A process that has not been told to run waits in a read, and leaves the cores to the others.
@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from sidetune.bench.cost_cases import SEED, STORE_BATCHES, CostCase, CostSetting, Trial
+from sidetune.bench.cost_cases import SEED, STORE_BATCHES, CostCase, CostSetting, Trial, reading_of
 from sidetune.bench.stores import in_shards, write_store
 from sidetune.features import Features
 from sidetune.files import write_tensors
 from sidetune.keyed import generator
-from sidetune.memory import PeakMemory, anonymous_bytes
+from sidetune.memory import PeakMemory, anonymous_bytes, resident_bytes
 from sidetune.store import DTYPES, DTypeName, Plan, Store, norm_digest
 from sidetune.threads import torch_threads
 
@@ -84,7 +84,8 @@ def facts(trial: Trial) -> dict[str, Any]:
 def write_small_store(setting: CostSetting, folder: Path) -> Store:
     """Features of noise by the real backbone: a few batches, in a store like any other."""
     backbone = setting.build_backbone()
-    keys = [f"{number:05d}.png@bench" for number in range(STORE_BATCHES * setting.batch)]
+    samples = [f"{number:05d}@bench" for number in range(STORE_BATCHES * setting.batch)]
+    keys = [view.key(sample) for sample in samples for view in reading_of(setting.frames).stored]
     record_bytes = backbone.spec.record_numel() * DTYPES[DTYPE].itemsize
     norm = backbone.norm
     plan = Plan(
@@ -121,7 +122,7 @@ def main() -> None:
     with torch_threads(setting.threads):
         case, store = CostCase.parse(name), Store.open(Path(folder)) if folder else None
         if task == "memory":
-            _say(peak_bytes(case, setting, store))
+            _say([peak_bytes(case, setting, store), resident_bytes()])
             return
         trial = Trial(case, setting, store)
         trial.seat()
