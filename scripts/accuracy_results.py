@@ -2,6 +2,7 @@
 
     python scripts/accuracy_results.py OUT --command 'sidetune bench accuracy vtab-mini ..'
     python scripts/accuracy_results.py --table
+    python scripts/accuracy_results.py --table --picture docs/accuracy-112.png
 
 A line a method, task and seed, each with the hash of its predictions and how often the task's test scores had
 been looked at; and a line a difference with its interval and what it carries. The commit is that of the
@@ -22,6 +23,8 @@ from typing import Any
 
 from provenance import HARDWARE, git
 
+from sidetune.bench.accuracy.picture import COSTS, draw_points, shown_cost
+
 OUT = Path("results/accuracy-112.jsonl")
 MEANS = ("mean of groups", "mean of tasks")
 TABLES = {"outcomes": "", "timed_outcomes": " at equal time", "shots_outcomes": ""}
@@ -38,6 +41,7 @@ def main() -> None:
     parser.add_argument("--hardware", default=HARDWARE)
     parser.add_argument("--into", type=Path, default=OUT)
     parser.add_argument("--table", action="store_true", help="only print the table")
+    parser.add_argument("--picture", type=Path, help="draw the first backbone's means against what they cost")
     options = parser.parse_args()
     if options.table == (options.out is not None):
         parser.error("give OUT, or --table")
@@ -58,6 +62,8 @@ def main() -> None:
     for backbone in dict.fromkeys(row["backbone"] for row in rows):
         own = [row for row in rows if row["backbone"] == backbone]
         print("\n".join([backbone, "", table(own), "", *claims(own), ""]))
+    if options.picture is not None:
+        picture([row for row in rows if row["backbone"] == rows[0]["backbone"]], options.picture)
 
 
 def read(path: Path) -> list[Line]:
@@ -153,10 +159,35 @@ def scores(one: Line, suffix: str, shared: Line, own_commit: bool) -> list[Line]
     return found
 
 
+def picture(rows: list[Line], path: Path) -> None:
+    """Means over tasks of each method that has all of them, against parameters, time and memory."""
+    plain = of_first_table(rows)
+    tasks = {row["task"] for row in plain}
+    panels: dict[str, list[tuple[str, float, float]]] = {cost: [] for cost in COSTS}
+    for method in dict.fromkeys(row["method"] for row in plain):
+        by_task = {
+            task: [row for row in plain if (row["task"], row["method"]) == (task, method)] for task in tasks
+        }
+        if not all(by_task.values()):
+            continue
+        score = 100 * mean(mean(row["value"] for row in found) for found in by_task.values())
+        star = "*" * any(_short(found) for found in by_task.values())
+        for cost, points in panels.items():
+            taken = mean(shown_cost(found[0]["cost"], cost) for found in by_task.values())
+            points.append((method + star, taken, score))
+    wanted = max(row["seeds_wanted"] for row in plain)
+    draw_points(panels, path, ("Test accuracy", f"mean of {len(tasks)} tasks, {wanted} seeds (*: fewer)"))
+
+
+def of_first_table(rows: list[Line]) -> list[Line]:
+    """Scores of all images at equal epochs, of the tasks that have a group."""
+    plain = [row for row in rows if "claim" not in row and "shots" not in row and "cost" in row]
+    return [row for row in plain if not row["method"].endswith("at equal time") and row["group"]]
+
+
 def table(rows: list[Line]) -> str:
     """A row a task, a column a method, then both means: of the bench's first table, all images."""
-    plain = [row for row in rows if "claim" not in row and "shots" not in row and "cost" in row]
-    plain = [row for row in plain if not row["method"].endswith("at equal time") and row["group"]]
+    plain = of_first_table(rows)
     methods = list(dict.fromkeys(row["method"] for row in plain))
     groups = {row["task"]: row["group"] for row in plain}
     cells = {
@@ -178,8 +209,12 @@ def table(rows: list[Line]) -> str:
 def _cell(found: list[Line], score: float | None) -> str:
     if score is None:
         return "–"
-    short = found[0]["seed"] is not None and len(found) < found[0]["seeds_wanted"]
-    return f"{score:.1f}{'*' * short}"
+    return f"{score:.1f}{'*' * _short(found)}"
+
+
+def _short(found: list[Line]) -> bool:
+    """Whether there are fewer seeds than of the others."""
+    return found[0]["seed"] is not None and len(found) < found[0]["seeds_wanted"]
 
 
 def _mean(value: float | None) -> str:

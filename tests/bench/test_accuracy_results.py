@@ -109,3 +109,20 @@ def test_the_script_writes_lines_and_prints_a_table(script, out, tmp_path, monke
         count = len((tmp_path / "lines.jsonl").read_text().splitlines())
         assert count == len(script["lines"](report_of(out), ABOUT, own_commit=True))
     assert "| colours (natural) |" in capsys.readouterr().out
+
+
+def test_the_picture_has_the_methods_of_all_tasks_and_a_star_where_seeds_are_fewer(script, out, tmp_path):
+    rows = script["lines"](report_of(out), ABOUT, own_commit=False)
+    for row in rows:
+        row["seeds_wanted"] = 2
+    asked = {}
+    script["picture"].__globals__["draw_points"] = lambda panels, path, words: asked.update(
+        panels, words=words
+    )
+    script["picture"](rows, tmp_path / "one.png")
+    assert [name for name, _, _ in asked["parameters"]] == ["ridge", "ridge-last", "losa*"]
+    one_task = [row for row in rows if not (row["method"] == "losa" and row["task"].startswith("shapes "))]
+    script["picture"](one_task, tmp_path / "one.png")
+    assert [name for name, _, _ in asked["bytes"]] == ["ridge", "ridge-last"]
+    tasks = {row["task"] for row in script["of_first_table"](rows)}
+    assert asked["words"] == ("Test accuracy", f"mean of {len(tasks)} tasks, 2 seeds (*: fewer)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from sidetune.baselines import BASELINES
 from sidetune.bench.accuracy.claims import Outcome
-from sidetune.bench.accuracy.grid import VARIANTS
+from sidetune.bench.accuracy.grid import IN_BF16, VARIANTS
 from sidetune.bench.accuracy.table import Report, names_of, value
 from sidetune.bench.picture import LINE, MUTED, PIXELS_AN_INCH, TEXT, check_picture
 from sidetune.errors import RequestError
@@ -46,16 +46,42 @@ def draw(report: Report, path: Path) -> None:
     Raises:
         RequestError: the picture cannot be written there, or there is nothing to draw.
     """
+    curves: dict[str, list[Outcome]] = {}
+    for one in report.shots:
+        if any(other.scores for other in report.shots if other.task == one.task):
+            curves.setdefault(one.task, []).append(one)
+    what = "Test accuracy" if report.revealed else "Accuracy on what was chosen by"
+    tasks = {one.task for one in report.outcomes if not one.elsewhere}
+    below = f"mean of {len(tasks)} tasks, {report.environment['setting']['seeds']} seeds"
+    draw_points({cost: points(report.outcomes, cost) for cost in COSTS}, path, (what, below), curves)
+
+
+def draw_points(
+    panels: Mapping[str, Sequence[Point]],
+    path: Path,
+    words: tuple[str, str],
+    curves: Mapping[str, Sequence[Outcome]] | None = None,
+) -> None:
+    """A panel a cost, then a panel a task with curves over shots.
+
+    Args:
+        panels: by a key of `COSTS`.
+        path: .svg or .png.
+        words: what the scores are, and whose.
+        curves: by task.
+
+    Raises:
+        RequestError: the picture cannot be written there, or there is nothing to draw.
+    """
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     check_picture(path)
-    panels = {cost: points(report.outcomes, cost) for cost in COSTS}
     if not any(panels.values()):
         raise RequestError("there are no scores to draw. Type: the same command with --reveal")
-    tasks = list(dict.fromkeys(one.task for one in report.shots if one.scores))
-    rows = 1 + -(-len(tasks) // 3)
+    curves = curves or {}
+    rows = 1 + -(-len(curves) // 3)
     style: Any = {"font.family": "DejaVu Sans", "svg.fonttype": "path", "svg.hashsalt": "sidetune"}
     with mpl.rc_context(style):
         figure = Figure(figsize=(10.0, 1.1 + 3.2 * rows), facecolor="white")
@@ -66,11 +92,11 @@ def draw(report: Report, path: Path) -> None:
         )
         for panel, (cost, found) in zip(grid[0], panels.items(), strict=True):
             _scatter(panel, COSTS[cost], found)
-        for panel, task in zip(grid[1:].flat, tasks, strict=False):
-            _curves(panel, task, [one for one in report.shots if one.task == task])
-        for panel in list(grid[1:].flat)[len(tasks) :]:
+        for panel, (task, outcomes) in zip(grid[1:].flat, curves.items(), strict=False):
+            _curves(panel, task, outcomes)
+        for panel in list(grid[1:].flat)[len(curves) :]:
             panel.axis("off")
-        _title(figure, report, 1.1 + 3.2 * rows)
+        _title(figure, words, 1.1 + 3.2 * rows)
         figure.savefig(path, dpi=PIXELS_AN_INCH, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
@@ -89,7 +115,9 @@ def points(outcomes: Sequence[Outcome], cost: str) -> list[Point]:
         scores = [score for one in mine if (score := value(one)) is not None]
         if len(scores) < len(tasks):
             continue
-        found.append((name, float(np.mean([_cost(one, cost) for one in mine])), 100 * float(np.mean(scores))))
+        found.append(
+            (name, float(np.mean([shown_cost(one.cost, cost) for one in mine])), 100 * float(np.mean(scores)))
+        )
     return found
 
 
@@ -102,10 +130,16 @@ def pareto(found: Sequence[Point]) -> list[Point]:
     return front
 
 
-def _cost(one: Outcome, cost: str) -> float:
+def shown_cost(facts: Mapping[str, float], cost: str) -> float:
+    """What a panel shows of the costs of one network.
+
+    Args:
+        facts: seconds of an epoch, epochs, bytes, parameters.
+        cost: a key of `COSTS`.
+    """
     if cost == "training":
-        return one.cost["epoch_seconds"] * one.cost["epochs"]
-    return one.cost[cost] / 2**20 if cost == "bytes" else one.cost[cost]
+        return facts["epoch_seconds"] * facts["epochs"]
+    return facts[cost] / 2**20 if cost == "bytes" else facts[cost]
 
 
 def _scatter(panel: Axes, title: str, found: Sequence[Point]) -> None:
@@ -211,16 +245,15 @@ def _frame(panel: Axes, title: str) -> None:
 
 def _colour(name: str) -> str:
     """One for probes, one for baselines, one for side networks that have none of their own."""
-    kind = VARIANTS.get(name, {"name": name})["name"]
+    plain = name.removesuffix("*").removesuffix(IN_BF16)
+    kind = VARIANTS.get(plain, {"name": plain})["name"]
     other = PROBE if kind in PROBES else BASELINE if kind in BASELINES else SIDE
     return COLOURS.get(name, other)
 
 
-def _title(figure: Any, report: Report, inches: float) -> None:  # noqa: ANN401 - matplotlib's Figure
-    tasks = {one.task for one in report.outcomes if not one.elsewhere}
-    what = "Test accuracy" if report.revealed else "Accuracy on what was chosen by"
-    words = f"{what}, %, against what one network costs"
-    figure.text(0.02, 1 - 0.3 / inches, words, fontsize=12.5, color=TEXT, weight="bold")
-    seeds = report.environment["setting"]["seeds"]
-    below = f"mean of {len(tasks)} tasks, {seeds} seeds; the line is what no method beats at no more cost"
+def _title(figure: Any, words: tuple[str, str], inches: float) -> None:  # noqa: ANN401 - matplotlib's Figure
+    what, whose = words
+    title = f"{what}, %, against what one network costs"
+    figure.text(0.02, 1 - 0.3 / inches, title, fontsize=12.5, color=TEXT, weight="bold")
+    below = f"{whose}; the line is what no method beats at no more cost"
     figure.text(0.02, 1 - 0.52 / inches, below, fontsize=8.5, color=MUTED)
