@@ -85,6 +85,19 @@ def test_a_run_answers_for_clips_as_it_was_tested(run, clips):
             assert float(row[f"p_{name}"]) == pytest.approx(value, abs=2e-3)
 
 
+def test_three_squares_are_stored_and_averaged(clips, tmp_path):
+    recipe = Recipe.build({"backbone": {"name": "toy"}}, [*SETTINGS, "clips.crops=3", "train.epochs=2"])
+    run = sidetune.fit(clips, out=tmp_path / "run", recipe=recipe, store=tmp_path / "store", quiet=True)
+    predictor = sidetune.load(run.folder)
+    squares = [[predictor.reading.stored[at].square for at in view] for view in predictor.reading.views]
+    assert squares == [[square] * 2 for square in ("middle", "first", "last")]
+    assert sidetune.Store.open(tmp_path / "store").num_records == 12 * len(load_dataset(clips, clips=True))
+    tested = read_csv(run.folder / "predictions.csv")
+    for row, one in zip(tested, predictor.predict([clips / row["path"] for row in tested]), strict=True):
+        for name, value in one.values.items():
+            assert float(row[f"p_{name}"]) == pytest.approx(value, abs=2e-3)
+
+
 def test_live_training_is_as_from_the_store(run, clips, tmp_path):
     recipe = Recipe.build({"backbone": {"name": "toy"}}, [*SETTINGS, "features.mode=live"])
     live = sidetune.fit(clips, out=tmp_path / "live", recipe=recipe, quiet=True)
@@ -158,6 +171,7 @@ def test_what_does_not_go_together_is_refused(run, clips, image_folder, tmp_path
     for settings, said in {
         ("clips.frames=20",): "clips.frames is 20 and clips.stored 16, expected as many or more",
         ("clips.stored=8",): "clips.frames is not given. Type: --frames 8",
+        ("clips.frames=0",): "clips.frames is 0, expected a whole number, 1 or more. Type: --frames 8",
         ("clips.frames=2", "features.views=2"): "features.views is 2 .* views are of images",
         ("clips.frames=2", "features.tiles=2"): "features.tiles is 2 .* views are of images",
     }.items():

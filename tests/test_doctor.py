@@ -84,6 +84,7 @@ def test_json_holds_every_fact(run_doctor, stores):
     assert facts["disk"]["room"] < facts["disk"]["free"]
     assert facts["stores"] == {"folder": str(stores), "writable": True}
     assert {"jpeg", "png"} <= set(facts["formats"]["formats"])
+    assert facts["videos"]["decoder"].startswith(("torchcodec", "PyAV"))
     assert facts["tiny fit"]["seconds"] > 0
     assert (facts["gpu"]["count"] > 0) == torch.cuda.is_available()
 
@@ -271,3 +272,13 @@ def test_a_gpu_is_named(monkeypatch):
     found = machine._gpu()
     assert found.found == "Card, 70.0 GiB free of 80.0 GiB, driver 580.1, CUDA 13.0, and 1 more"
     assert found.facts["count"] == 2
+
+
+def test_what_decodes_videos_is_a_note_where_there_is_nothing(monkeypatch):
+    def decoding():
+        raise SidetuneError("clips need torchcodec or PyAV. Type: pip install 'sidetune[video]'")
+
+    monkeypatch.setattr(machine, "decoding", decoding)
+    found = machine._videos()
+    assert (found.state, found.found) == ("note", "clips need torchcodec or PyAV.")
+    assert found.fix == "pip install 'sidetune[video]'"

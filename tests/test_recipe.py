@@ -163,7 +163,7 @@ OTHERS = {
         "time": "joint",
         "form": "textbook",
     },
-    "clips": {"frames": 3, "stored": 8, "drawn": 4, "scored": 2},
+    "clips": {"frames": 3, "stored": 8, "drawn": 4, "scored": 2, "crops": 3},
     "head": {"norm": "none", "ridge": 0.5},
     "train": {
         "epochs": 7,
@@ -189,6 +189,7 @@ GIVEN = {
     "stored": {"frames": 2},  # of an image nothing else is read
     "drawn": {"frames": 2},
     "scored": {"frames": 2},
+    "crops": {"frames": 2},
 }
 FIELDS = [
     (part, field) for part, fields in Recipe().model_dump(mode="json").items() for field in sorted(fields)

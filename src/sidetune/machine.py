@@ -1,4 +1,4 @@
-"""What `sidetune doctor` says of the machine: cores, memory, GPU, disk, image formats."""
+"""What `sidetune doctor` says of the machine: cores, memory, GPU, disk, image formats, videos."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ import torch
 from PIL import Image, features
 from PIL import __version__ as pillow_version
 
+from sidetune.data.decoders import decoding
 from sidetune.doctor import Check
+from sidetune.errors import SidetuneError
 from sidetune.extract import DISK_LIMIT
 from sidetune.figures import size
 from sidetune.store import stores_root
@@ -27,11 +29,12 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def machine_checks() -> Iterator[Check]:
-    """Cores, memory, GPU, image formats, disk."""
+    """Cores, memory, GPU, image formats, what decodes videos, disk."""
     yield _cores()
     yield _memory()
     yield _gpu()
     yield _formats()
+    yield _videos()
     yield _disk()
     yield _writable()
 
@@ -173,6 +176,15 @@ def _formats() -> Check:
     return Check(
         "images", "formats", "ok", text + (f"; not {', '.join(lacking)}" if lacking else ""), facts=facts
     )
+
+
+def _videos() -> Check:
+    try:
+        found = decoding()
+    except SidetuneError as error:
+        said, _, fix = str(error).partition(" Type: ")
+        return Check("images", "videos", "note", said, fix or None, {"decoder": None})
+    return Check("images", "videos", "ok", found, facts={"decoder": found})
 
 
 def _reads(name: str) -> bool:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationErro
 
 from sidetune.backbones.base import Precision, Runtime, canonical_json
 from sidetune.baselines import BASELINES, AnyBaselineRecipe
+from sidetune.data.clips import SQUARES
 from sidetune.data.dataset import TaskKind
 from sidetune.data.reading import Reading
 from sidetune.data.views import MOST_TILES, views
@@ -36,6 +37,7 @@ UNHASHED = {"backbone": ("weights", "runtime"), "side": ("form",)}
 LATER = {
     "data": ("focal_gamma", "split_by"),
     "features": ("tiles",),
+    "clips": ("crops",),
     "head": ("ridge",),
     "train": ("shuffle_window", "order_seed", "total_decay"),
     "fleet": ("members", "folds", "ensemble", "own_order"),
@@ -152,12 +154,15 @@ class ClipsRecipe(Part):
         stored: frames of a clip that are stored, evenly spaced, T or more. ``--frames-stored``.
         drawn: samplings of T among the stored that training draws from; 0: the evenly spaced one alone.
         scored: evenly spaced samplings whose outputs are averaged for validation, test and predict.
+        crops: 3 reads three squares along a picture's longer side instead of the whole picture; each is
+            stored, training draws one, and outputs are averaged over the three.
     """
 
     frames: int | None = Field(None, ge=1)
     stored: int = Field(16, ge=1)
     drawn: int = Field(32, ge=0)
     scored: int = Field(1, ge=1)
+    crops: Literal[1, 3] = 1
 
 
 class HeadRecipe(Part):
@@ -260,7 +265,10 @@ class Recipe(Part):
         """What is stored of a sample, and what a network reads of it at once."""
         clips, features = self.clips, self.features
         if clips.frames is not None:
-            return Reading.of_clips(clips.frames, clips.stored, drawn=clips.drawn, scored=clips.scored)
+            squares = SQUARES if clips.crops == len(SQUARES) else (None,)
+            return Reading.of_clips(
+                clips.frames, clips.stored, drawn=clips.drawn, scored=clips.scored, squares=squares
+            )
         shown = views(features.views, flip=features.flip, tiles=features.tiles)
         return Reading.of_images(shown, averaged=features.average_views)
 

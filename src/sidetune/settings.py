@@ -72,6 +72,8 @@ def complaint(error: ValidationError, fields: Parts, methods: Collection[str]) -
     got = shortened(first["input"])
     if key == "side.taps":
         return f"{key} is {got}, expected all, last or a list. Type: --set side.taps=[block.12]"
+    if key == "clips.frames":
+        return f"{key} is {got}, expected a whole number, 1 or more. Type: --frames 8"
     if key == "fleet.folds":
         return f"{key} is {got}, expected 2 or more, or column. Type: --folds 5"
     if key == "head.ridge":

@@ -1,7 +1,9 @@
 import sys
 
 import av
+import numpy as np
 import pytest
+from PIL import Image
 
 from clips import grey, level, write_frames, write_gif, write_sound, write_video
 from sidetune.data import decoders
@@ -162,6 +164,20 @@ def test_without_a_library_it_says_what_to_type(tmp_path, monkeypatch):
 def test_a_video_among_images_says_how_clips_are_asked_for(tmp_path, name):
     with pytest.raises(ImageError, match="a video, not an image: for clips type --frames 8"):
         open_image(made(tmp_path / name))
+
+
+def test_squares_lie_along_the_longer_side():
+    y, x = np.mgrid[:4, :10]
+    wide = Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8))
+    for image, axis in ((wide, 1), (wide.transpose(Image.Transpose.TRANSPOSE), 0)):
+        for square, first in (("first", 0), ("middle", 3), ("last", 6)):
+            frame = Frame(3, 16, square)
+            shown = np.asarray(frame(image))
+            assert shown.shape == (4, 4, 3)
+            assert np.array_equal(shown, np.take(np.asarray(image), range(first, first + 4), axis))
+            assert Frame.parse(frame.name) == frame and frame.name == f"frame03of16+{square}"
+    assert Frame(3, 16)(wide) is wide
+    assert Frame.parse("frame03of16+left") is None and Frame.parse("frame03of16+") is None
 
 
 def test_names_of_frames_sort_as_frames_do():

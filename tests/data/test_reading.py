@@ -61,6 +61,16 @@ def test_scored_samplings_lie_evenly_in_the_parts():
     assert reading.scored == 2
 
 
+def test_squares_are_stored_each_and_all_are_scored():
+    squares = ("middle", "first", "last")
+    reading = Reading.of_clips(2, 4, drawn=6, scored=1, squares=squares)
+    assert reading.stored == tuple(Frame(number, 4, square) for square in squares for number in range(4))
+    assert reading.views[:3] == ((1, 3), (5, 7), (9, 11)) and reading.scored == 3
+    shown = [{reading.stored[number].square for number in view} for view in reading.views]
+    assert all(len(of_view) == 1 for of_view in shown), "a sampling is of one square"
+    assert set.union(*shown[3:]) == set(squares)
+
+
 def test_features_of_frames_become_those_of_clips():
     tap = Tap("block.1", "block", 6, (1, 2, 2), num_prefix=1, cls_index=0)
     spec, reading = Spec((tap,)), Reading.of_clips(3, 6, drawn=0)

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image
 
@@ -23,6 +24,8 @@ from sidetune.errors import ImageError
 
 VIDEOS = frozenset({".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv"})
 CLIP_SUFFIXES = VIDEOS | ANIMATIONS
+Square = Literal["first", "middle", "last"]
+SQUARES: tuple[Square, ...] = ("middle", "first", "last")
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,18 @@ class Frame:
     Args:
         number: from 0.
         count: of all.
+        square: which square of the picture, along its longer side, from left or top; None: the whole.
     """
 
     number: int
     count: int
+    square: Square | None = None
 
     @property
     def name(self) -> str:
-        """``frame03of16``: names sort as the frames do."""
-        return f"frame{self.number:0{len(str(self.count - 1))}}of{self.count}"
+        """``frame03of16``, ``frame03of16+last``: names sort as the frames do."""
+        of_which = f"+{self.square}" if self.square else ""
+        return f"frame{self.number:0{len(str(self.count - 1))}}of{self.count}{of_which}"
 
     @property
     def instant(self) -> float:
@@ -50,14 +56,25 @@ class Frame:
     @classmethod
     def parse(cls, name: str) -> Frame | None:
         """The frame of a name; None where it is none."""
-        found = re.fullmatch(r"frame(\d{1,6})of([1-9]\d{0,5})", name)
-        frame = None if found is None else cls(int(found[1]), int(found[2]))
+        plain, _, of_which = name.partition("+")
+        found = re.fullmatch(r"frame(\d{1,6})of([1-9]\d{0,5})", plain)
+        square = next((one for one in SQUARES if one == of_which), None)
+        frame = None if found is None else cls(int(found[1]), int(found[2]), square)
         known = frame is not None and frame.name == name and frame.number < frame.count
         return frame if known else None
 
     def key(self, sample_key: str) -> str:
         """The key of this frame of a sample: ``path@sha256#name``."""
         return f"{sample_key}#{self.name}"
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """What is read of the picture that is shown."""
+        if self.square is None:
+            return image
+        side = min(image.size)
+        share = {"first": 0.0, "middle": 0.5, "last": 1.0}[self.square]
+        left, top = (round(share * (length - side)) for length in image.size)
+        return image.crop((left, top, left + side, top + side))
 
 
 def is_clip(file: Path) -> bool:

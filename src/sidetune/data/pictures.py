@@ -60,10 +60,16 @@ def load_pictures(of_file: Sequence[Picture], preprocess: Preprocess) -> list[Lo
 
 def _load_frames(file: Path, frames: Sequence[Frame], preprocess: Preprocess) -> list[Loaded | ImageError]:
     """In any order, and a frame may be asked for twice."""
-    instants = sorted({frame.instant for frame in frames})
-    shown = zip(instants, frames_at(file, instants), strict=True)
-    at = {instant: Loaded(preprocess(image), False) for instant, image in shown}
-    return [at[frame.instant] for frame in frames]
+    at: dict[float, list[Frame]] = {}
+    for frame in dict.fromkeys(frames):
+        at.setdefault(frame.instant, []).append(frame)
+    instants = sorted(at)
+    loaded = {
+        frame: Loaded(preprocess(frame(image)), False)
+        for instant, image in zip(instants, frames_at(file, instants), strict=True)
+        for frame in at[instant]
+    }
+    return [loaded[frame] for frame in frames]
 
 
 def by_file(shown: Sequence[Picture]) -> Iterator[list[Picture]]:

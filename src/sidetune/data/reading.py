@@ -4,6 +4,7 @@ Of an image both are its views: one is read at a time. Of a clip some frames are
 a network reads fewer of them at once, a *sampling*: one frame out of each of as many equal parts of the
 clip's time (the segments of Wang et al., Temporal Segment Networks, ECCV 2016). The evenly spaced sampling
 is what is scored; training draws one of many at every step, which costs nothing: their frames are stored.
+Where a clip's pictures are read as three squares, a sampling is of one of them, and all three are scored.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sidetune.data.clips import Frame
+from sidetune.data.clips import Frame, Square
 from sidetune.data.views import PLAIN, AnyView
 from sidetune.features import Features, Spec
 from sidetune.keyed import generator
@@ -47,7 +48,15 @@ class Reading:
         return cls(tuple(views), one_by_one, None, len(views) if averaged else 1)
 
     @classmethod
-    def of_clips(cls, frames: int, stored: int, *, drawn: int, scored: int = 1) -> Reading:
+    def of_clips(
+        cls,
+        frames: int,
+        stored: int,
+        *,
+        drawn: int,
+        scored: int = 1,
+        squares: Sequence[Square | None] = (None,),
+    ) -> Reading:
         """Of clips.
 
         Args:
@@ -55,13 +64,21 @@ class Reading:
             stored: how many are stored, no fewer.
             drawn: samplings beside the scored ones that training draws from; fewer where there are no more.
             scored: samplings that are averaged: evenly spaced, each a little later in its parts.
+            squares: of the pictures, each stored; what is drawn takes them in turn.
         """
         assert 1 <= frames <= stored and scored >= 1, (frames, stored, scored)
-        even = [_even(frames, stored, (shift + 0.5) / scored) for shift in range(scored)]
-        more = [_drawn(frames, stored, number) for number in range(drawn)]
+        even = [
+            _behind(turn * stored, _even(frames, stored, (shift + 0.5) / scored))
+            for turn in range(len(squares))
+            for shift in range(scored)
+        ]
+        more = [
+            _behind(number % len(squares) * stored, _drawn(frames, stored, number)) for number in range(drawn)
+        ]
         views = tuple(dict.fromkeys([*even, *more]))
         kept = len(dict.fromkeys(even))
-        return cls(tuple(Frame(number, stored) for number in range(stored)), views, frames, kept)
+        pictures = tuple(Frame(number, stored, square) for square in squares for number in range(stored))
+        return cls(pictures, views, frames, kept)
 
     @property
     def together(self) -> int:
@@ -83,6 +100,10 @@ IMAGES = Reading()
 def _even(frames: int, stored: int, place: float) -> tuple[int, ...]:
     """The stored frame at the same place of every part, a share of its length."""
     return tuple(int((part + place) * stored / frames) for part in range(frames))
+
+
+def _behind(first: int, numbers: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(first + number for number in numbers)
 
 
 def _drawn(frames: int, stored: int, number: int) -> tuple[int, ...]:
