@@ -1,6 +1,7 @@
 """Clips as samples, from files to answers."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -124,6 +125,8 @@ def test_the_commands_take_clips(clips, tmp_path):
     findings = json.loads((out / "findings.json").read_text("utf-8"))
     shown = findings["suspects"]["rows"] + findings.get("mistakes", {}).get("rows", [])
     assert any(row["thumbnail"] for row in shown), "the picture in the middle of a clip"
+    page = (out / "report.html").read_text("utf-8")
+    assert "training clips</p>" in page and not re.search(r"\d (training |test )?images", page)
 
 
 def test_a_clip_that_cannot_be_decoded_is_left_out_and_named(tmp_path):

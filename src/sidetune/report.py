@@ -109,6 +109,11 @@ def _visible(value: object) -> object:
     return HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", value)
 
 
+def sample_word(recipe: Json) -> str:
+    """What a sample of a run is called; runs from before there were clips do not say."""
+    return "clip" if recipe.get("clips", {}).get("frames") else "image"
+
+
 def _own(metrics: Json) -> Json:
     """The run's own row of the score table."""
     own: Json = {row["method"]: row for row in metrics["rows"]}[metrics["side"]]
@@ -128,13 +133,14 @@ def _view(run: Path, metrics: Json, recipe: Json, artifact: Json, history: Seque
         "task": metrics["task"],
         "outputs": metrics["outputs"],
         "data": metrics["data"],
+        "sample": sample_word(recipe),
         "headline": label(headline),
         "facts": _facts(metrics, own, split),
         "verdict": _verdict(metrics, split),
         "forest": forest(metrics, split),
         "columns": [label(name) for name in names],
         "tables": [score_table(metrics, key, names) for key in ("test", "val") if own[key] or key == "val"],
-        "members": members_view(metrics),
+        "members": members_view(metrics, sample_word(recipe)),
         "curves": _curves(history, headline),
         "confusion": _confusion(own[split], metrics["outputs"]),
         "split": SPLITS[split].lower(),

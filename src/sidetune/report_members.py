@@ -14,17 +14,18 @@ SHOWN = 200  # members in the table
 SECOND = {"classify": "log_loss", "multilabel": "mean_average_precision", "regress": "mae"}
 
 
-def held_out(fleet: Mapping[str, Any]) -> str:
+def held_out(fleet: Mapping[str, Any], sample: str = "image") -> str:
     """What members were scored on, in words: ``48 images out of fold``."""
-    images = f"{fleet['held_out']['num_samples']:,} images"
-    return f"{images} of validation" if fleet["folds"] is None else f"{images} out of fold"
+    samples = f"{fleet['held_out']['num_samples']:,} {sample}s"
+    return f"{samples} of validation" if fleet["folds"] is None else f"{samples} out of fold"
 
 
-def who_answers(metrics: Mapping[str, Any]) -> str:
+def who_answers(metrics: Mapping[str, Any], sample: str = "image") -> str:
     """One sentence: which members answer for a run, and what they score together.
 
     Args:
         metrics: as metrics.json holds it, with its fleet.
+        sample: what a sample is called.
     """
     fleet, headline = metrics["fleet"], metrics["headline"]
     chosen = [one["member"] for one in fleet["members"] if one["weight"]]
@@ -35,21 +36,23 @@ def who_answers(metrics: Mapping[str, Any]) -> str:
     else:
         who = f"{len(chosen)} of {len(fleet['members'])} members{networks} answer together"
     score, unit = fleet["held_out"]["scores"][headline], label(headline)[1]
-    return f"{who}: {phrase(headline)} {number(headline, score)}{unit and f' {unit}'} on {held_out(fleet)}."
+    reached = f"{number(headline, score)}{unit and f' {unit}'}"
+    return f"{who}: {phrase(headline)} {reached} on {held_out(fleet, sample)}."
 
 
-def members_view(metrics: Mapping[str, Any]) -> Json | None:
+def members_view(metrics: Mapping[str, Any], sample: str = "image") -> Json | None:
     """Everything that the page shows of a fleet, as text and coordinates; None where there was none.
 
     Args:
         metrics: as metrics.json holds it.
+        sample: what a sample is called.
     """
     if "fleet" not in metrics:
         return None
     fleet, names = metrics["fleet"], [metrics["headline"], SECOND[metrics["task"]]]
     return {
-        "answer": who_answers(metrics),
-        "held": held_out(fleet),
+        "answer": who_answers(metrics, sample),
+        "held": held_out(fleet, sample),
         "folds": fleet["folds"],
         "ensemble": fleet["ensemble"],
         "several": fleet["answering"] > 1,

@@ -15,7 +15,7 @@ import jinja2
 from sidetune.errors import ArtifactError
 from sidetune.figures import curve, duration, flat, forest, label, number, phrase, scatter, short, text
 from sidetune.files import write_text
-from sidetune.report import environment_lines, interval_text, score_table, templates
+from sidetune.report import environment_lines, interval_text, sample_word, score_table, templates
 from sidetune.runs import read_object
 
 Json = dict[str, Any]
@@ -67,6 +67,7 @@ def _view(out: Path, sweep: Json, metrics: Json, recipe: Json, artifact: Json) -
         "task": metrics["task"],
         "outputs": metrics["outputs"],
         "data": metrics["data"],
+        "sample": sample_word(recipe),
         "headline": label(headline),
         "phrase": phrase(headline),
         "held": HELD[sweep["on"]].lower(),
