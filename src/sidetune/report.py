@@ -110,8 +110,8 @@ def _visible(value: object) -> object:
 
 
 def sample_word(recipe: Json) -> str:
-    """What a sample of a run is called; runs from before there were clips do not say."""
-    return "clip" if recipe.get("clips", {}).get("frames") else "image"
+    """What a sample is called, by recipe.json; runs from before there were clips do not say."""
+    return "clip" if recipe["recipe"].get("clips", {}).get("frames") else "image"
 
 
 def _own(metrics: Json) -> Json:
