@@ -1,6 +1,6 @@
 """Result lines of any `sidetune bench` that prints rows: what --json gave, run by run.
 
-    python scripts/bench_results.py run0.json run1.json --command 'stream --frames 8' --into results/stream.jsonl
+    python scripts/bench_results.py run0.json --command 'stream --frames 8' --into results/stream.jsonl
 
 Earlier lines of the same command are replaced, others stay.
 """
