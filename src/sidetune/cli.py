@@ -210,7 +210,7 @@ def extract(
     dataset, *_ = load_datasets(data, **recipe.data_arguments() | whole)
     frozen = sidetune.build_backbone(recipe.backbone.name, **recipe.backbone.arguments())
     frozen.to(find_device(device))
-    keys, chosen = sample_keys(dataset), recipe.reading().stored
+    keys, chosen = sample_keys(dataset), recipe.reading(frozen.frames).stored
     dtype = recipe.features.dtype
     store = sidetune.extract(
         dataset, frozen, out, dtype=dtype, keys=keys, views=chosen, strict=strict, quiet=quiet

@@ -15,7 +15,8 @@ import yaml
 
 from sidetune.baselines import BASELINES
 from sidetune.errors import RecipeError, nearest
-from sidetune.recipe import BEST_OF_FOLDS, Recipe, check_fleet
+from sidetune.recipe import Recipe
+from sidetune.recipe_checks import BEST_OF_FOLDS, check_fleet
 from sidetune.settings import NoAliases
 from sidetune.sides import SIDES, SOLVED
 

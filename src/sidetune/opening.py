@@ -138,7 +138,7 @@ def _open_source(
     parts: Sequence[Part], backbone: Backbone, keys: Sequence[str], store: Path, quiet: bool
 ) -> Source:
     recipe, dataset = parts[0].recipe, parts[0].dataset
-    reading = recipe.reading()
+    reading = recipe.reading(backbone.frames)
     if recipe.features.mode == "live":
         return LiveSource(
             dataset, backbone, dtype=recipe.features.dtype, keys=keys, reading=reading, quiet=quiet
@@ -154,7 +154,7 @@ def _open_source(
 
 def reads(recipe: Recipe, backbone: Backbone, num_outputs: int) -> tuple[str, ...]:
     """Taps whose features any member reads. Solved sides read summaries, unless these lack something."""
-    spec = recipe.reading().spec(backbone.spec)
+    spec = recipe.reading(backbone.frames).spec(backbone.spec)
     with torch.device("meta"):
         built = [
             build_model(one.recipe, spec, num_outputs, backbone.norm, backbone=backbone)

@@ -23,7 +23,7 @@ from sidetune.backbones.base import Backbone
 from sidetune.data import Dataset
 from sidetune.data.pictures import DECODERS, Picture, decoded, pictures
 from sidetune.data.reading import Reading
-from sidetune.data.views import views
+from sidetune.data.views import View, views
 from sidetune.ensemble import Ensemble, Seat
 from sidetune.errors import ArtifactError, BackboneError, DataError, RequestError, without_remedy
 from sidetune.evaluate import Evaluation, evaluate
@@ -134,13 +134,13 @@ class Predictor:
         self.ensemble = trained
         self.artifact, self.backbone = self.ensemble.artifact, backbone
         self._check()
-        self.reading = _scored(self.artifact.recipe, num_views)
+        self.reading = _scored(self.artifact.recipe, num_views, backbone.frames)
         self.committee = self.ensemble.committee(backbone.device)
 
     @property
     def clips(self) -> bool:
         """Whether it answers for clips."""
-        return self.reading.frames is not None
+        return self.artifact.recipe.clips.frames is not None
 
     def predict(self, paths: Sequence[str | Path], *, abstain_below: float | None = None) -> list[Prediction]:
         """One `Prediction` an image file, in order; unreadable files have an error instead.
@@ -290,10 +290,10 @@ class Predictor:
                 )
 
 
-def _scored(recipe: Recipe, num_views: int | None) -> Reading:
+def _scored(recipe: Recipe, num_views: int | None, frames: int | None) -> Reading:
     """What is read of every sample and averaged, and no more."""
     if num_views is None:
-        reading = recipe.reading()
+        reading = recipe.reading(frames)
         return replace(reading, views=reading.views[: reading.scored])
     if recipe.clips.frames is not None:
         raise RequestError(
@@ -337,6 +337,6 @@ def answer_together(
 def _pictures(files: Sequence[Path], reading: Reading) -> list[Picture]:
     """Of every file in turn what is read of it; crops alone are drawn from its bytes."""
     shown = [reading.stored[number] for view in reading.views for number in view]
-    drawn = reading.frames is None and len(shown) > 1
+    drawn = any(isinstance(view, View) and view.crop for view in shown)
     keys = [key_of(file, file) if drawn else "" for file in files]
     return pictures(files, keys, shown)

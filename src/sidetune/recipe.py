@@ -23,8 +23,9 @@ from sidetune.data.reading import Reading
 from sidetune.data.views import MOST_TILES, views
 from sidetune.errors import RecipeError, nearest
 from sidetune.model import NormKind
+from sidetune.recipe_checks import check_clips, check_fleet, check_views, check_whole_clips
 from sidetune.settings import complaint, not_a_setting, setting_value, shortened
-from sidetune.sides import SIDES, SOLVED, AnySideRecipe
+from sidetune.sides import SIDES, AnySideRecipe
 from sidetune.sides.losa import LosaRecipe
 from sidetune.store import DTypeName
 
@@ -261,9 +262,19 @@ class Recipe(Part):
         """Arguments of `load_datasets`."""
         return {**self.data.arguments(), "clips": self.clips.frames is not None}
 
-    def reading(self) -> Reading:
-        """What is stored of a sample, and what a network reads of it at once."""
+    def reading(self, frames: int | None = None) -> Reading:
+        """What is stored of a sample, and what a network reads of it at once.
+
+        Args:
+            frames: of a clip that the backbone reads at once, as `Backbone.frames`.
+
+        Raises:
+            RecipeError: it reads other clips than are asked for.
+        """
         clips, features = self.clips, self.features
+        if frames is not None:
+            check_whole_clips(clips, frames)
+            return Reading.of_whole_clips(frames, clips.scored)
         if clips.frames is not None:
             squares = SQUARES if clips.crops == len(SQUARES) else (None,)
             return Reading.of_clips(
@@ -342,71 +353,3 @@ class Recipe(Part):
         if self.clips == ClipsRecipe():
             fields.pop("clips")
         return hashlib.sha256(canonical_json(fields).encode()).hexdigest()
-
-
-def check_views(features: FeaturesRecipe) -> None:
-    """Refuse an average over one view, and tiles that cut nothing.
-
-    Raises:
-        RecipeError: it is one.
-    """
-    if features.tiles == 1:
-        raise RecipeError("features.tiles is 1, which is the image itself. Type: --set features.tiles=2")
-    if features.average_views and not (features.views or features.tiles):
-        raise RecipeError(
-            "features.average_views is true and features.views is 0: there is one view, nothing to "
-            "average. Type: --views 4 --average-views"
-        )
-
-
-def check_clips(recipe: Recipe) -> None:
-    """Refuse what does not go together for clips.
-
-    Raises:
-        RecipeError: it does not.
-    """
-    clips, asked = recipe.clips, recipe.features
-    if clips.frames is None:
-        if clips != ClipsRecipe():
-            raise RecipeError("clips are described and clips.frames is not given. Type: --frames 8")
-        return
-    if clips.frames > clips.stored:
-        raise RecipeError(
-            f"clips.frames is {clips.frames} and clips.stored {clips.stored}, expected as many or more. "
-            f"Type: --frames-stored {clips.frames}"
-        )
-    if asked.views or asked.tiles or asked.average_views:
-        name, value = ("tiles", asked.tiles) if asked.tiles else ("views", asked.views)
-        raise RecipeError(
-            f"features.{name} is {value} and the samples are clips: views are of images. Leave it out; "
-            "for the mean over several samplings of a clip type: --set clips.scored=3"
-        )
-
-
-BEST_OF_FOLDS = "train.select is 'best' and there are folds: the epoch would be chosen on what scores it"
-
-
-def check_fleet(recipe: Recipe) -> None:
-    """Refuse what cannot be asked of one run together.
-
-    Raises:
-        RecipeError: it is.
-    """
-    fleet = recipe.fleet
-    if fleet.ensemble and fleet.members is None and fleet.folds is None:
-        raise RecipeError(
-            "fleet.ensemble is true and there is one member: nothing to choose from. "
-            "Type: --ensemble --members 'lr=1e-3,3e-3;seed=0,1', or --ensemble --folds 5"
-        )
-    if fleet.own_order and fleet.members is None:
-        raise RecipeError(
-            "fleet.own_order is true and there is one member: no order to share. "
-            "Type: --own-order --members 'seed=0,1'"
-        )
-    if fleet.folds is not None and recipe.train.select == "best":
-        raise RecipeError(f"{BEST_OF_FOLDS}. Type: --set train.select=last")
-    if fleet != FleetRecipe() and recipe.side.name in SOLVED:
-        raise RecipeError(
-            f"side.name is {recipe.side.name!r}, which is solved, not trained: there are no members and no "
-            "folds of it. Type: --side losa"
-        )

@@ -41,7 +41,7 @@ def test_timm_weights_come_from_the_hub_unless_told_otherwise(monkeypatch, tmp_p
 @pytest.mark.parametrize("name", ["tory", "timm", "timm:", "toy:x", "vit_tiny_patch16_224", ""])
 def test_unknown_names(name):
     with pytest.raises(
-        BackboneError, match=rf"no backbone named '{name}'\..* Known: demo, timm:MODEL, toy\."
+        BackboneError, match=rf"no backbone named '{name}'\..* Known: demo, hf:MODEL, timm:MODEL, toy\."
     ):
         build_backbone(name)
 

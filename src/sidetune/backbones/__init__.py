@@ -78,9 +78,24 @@ def _toy(
     return ToyBackbone(size, seed=seed, taps=taps, precision=precision, resize=resize)
 
 
+def _hf(
+    model: str,
+    /,
+    *,
+    weights: str | Path = "hub",
+    taps: Sequence[str] | None = None,
+    precision: Precision = "fp32",
+    resize: Resize = "squash",
+) -> Backbone:
+    """A video transformer: hf:MCG-NJU/videomae-base (ViViT, VideoMAE, V-JEPA 2). --weights hub | FOLDER."""
+    from sidetune.backbones.video import VideoBackbone
+
+    return VideoBackbone(model, weights=weights, taps=taps, precision=precision, resize=resize)
+
+
 # The name on the command line -> what builds it. A builder with a positional argument takes the
 # model's name, written behind a colon or a slash.
-BACKBONES: dict[str, Callable[..., Backbone]] = {"demo": _demo, "timm": _timm, "toy": _toy}
+BACKBONES: dict[str, Callable[..., Backbone]] = {"demo": _demo, "hf": _hf, "timm": _timm, "toy": _toy}
 
 
 def build_backbone(name: str, **arguments: object) -> Backbone:
@@ -104,9 +119,8 @@ def build_backbone(name: str, **arguments: object) -> Backbone:
     takes = inspect.signature(BACKBONES[kind]).parameters
     wants_model = any(item.kind is item.POSITIONAL_ONLY for item in takes.values())
     if wants_model != bool(model and model[0]):
-        example = (
-            " Type: --backbone timm:vit_base_patch16_224" if wants_model else f" Type: --backbone {kind}"
-        )
+        named = {"timm": "timm:vit_base_patch16_224", "hf": "hf:MCG-NJU/videomae-base"}
+        example = f" Type: --backbone {named[kind] if wants_model else kind}"
         raise BackboneError(f"no backbone named {name!r}.{nearest('', _names())}{example}")
     given = {key: value for key, value in arguments.items() if value is not None}
     options = [key for key, item in takes.items() if item.kind is item.KEYWORD_ONLY]
@@ -128,4 +142,4 @@ def _hint(kind: str, model: Sequence[str]) -> str:
 
 
 def _names() -> list[str]:
-    return [f"{kind}:MODEL" if kind == "timm" else kind for kind in BACKBONES]
+    return [f"{kind}:MODEL" if kind in ("timm", "hf") else kind for kind in BACKBONES]

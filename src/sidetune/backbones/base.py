@@ -115,7 +115,12 @@ class Backbone(ABC):
     """A frozen feature source: images (B, 3, size, size) -> `Features`.
 
     Always in eval mode, never mutated, no autograd graph: calling runs under `torch.no_grad`.
+
+    Attributes:
+        frames: T, of one that reads clips (B, T, 3, size, size) at once; None: it reads images.
     """
+
+    frames: int | None = None
 
     spec: Spec
     preprocess: Preprocess
@@ -182,7 +187,8 @@ class Backbone(ABC):
     @torch.no_grad()
     def check_values(self) -> dict[str, tuple[float, float]]:
         """Mean and standard deviation a tap on the built-in image: measured at save and at load."""
-        features = self(self.preprocess(built_in_image(self.preprocess.size))[None])
+        image = self.preprocess(built_in_image(self.preprocess.size))
+        features = self((image if self.frames is None else image.expand(self.frames, -1, -1, -1))[None])
         return {
             tap.name: (layer.float().mean().item(), layer.float().std().item())
             for tap, layer in zip(self.spec.taps, features.layers, strict=True)

@@ -109,7 +109,7 @@ class HookedBackbone(Backbone):
         """Read the taps of a batch of preprocessed images.
 
         Args:
-            images: (B, 3, size, size) float32, any device.
+            images: (B, 3, size, size) float32, any device; of a backbone of clips (B, T, 3, size, size).
 
         Returns:
             Features of `self.spec`, contiguous, on the backbone's device, without autograd history.
@@ -117,8 +117,9 @@ class HookedBackbone(Backbone):
         Raises:
             BackboneError: images of another shape or dtype.
         """
-        expected = (3, self.preprocess.size, self.preprocess.size)
-        if images.ndim != 4 or tuple(images.shape[1:]) != expected or images.dtype != torch.float32:
+        together = () if self.frames is None else (self.frames,)
+        expected = (*together, 3, self.preprocess.size, self.preprocess.size)
+        if tuple(images.shape[1:]) != expected or images.dtype != torch.float32:
             raise BackboneError(
                 f"got images {tuple(images.shape)} of {images.dtype}, expected (B, "
                 f"{', '.join(map(str, expected))}) of torch.float32: use backbone.preprocess"

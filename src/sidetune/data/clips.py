@@ -77,6 +77,43 @@ class Frame:
         return image.crop((left, top, left + side, top + side))
 
 
+@dataclass(frozen=True)
+class Span:
+    """All frames of one evenly spaced sampling, for a backbone that reads them at once.
+
+    Args:
+        number: from 0: each sampling is a little later in its parts of the clip's time.
+        count: of samplings.
+        frames: T.
+    """
+
+    number: int
+    count: int
+    frames: int
+
+    @property
+    def name(self) -> str:
+        """``span0of1x16``."""
+        return f"span{self.number}of{self.count}x{self.frames}"
+
+    @property
+    def instants(self) -> tuple[float, ...]:
+        """Where in the clip, one in each of T equal parts."""
+        place = (self.number + 0.5) / self.count
+        return tuple((part + place) / self.frames for part in range(self.frames))
+
+    @classmethod
+    def parse(cls, name: str) -> Span | None:
+        """The span of a name; None where it is none."""
+        found = re.fullmatch(r"span(\d{1,6})of([1-9]\d{0,5})x([1-9]\d{0,5})", name)
+        span = None if found is None else cls(int(found[1]), int(found[2]), int(found[3]))
+        return span if span is not None and span.name == name and span.number < span.count else None
+
+    def key(self, sample_key: str) -> str:
+        """The key of this span of a sample: ``path@sha256#name``."""
+        return f"{sample_key}#{self.name}"
+
+
 def is_clip(file: Path) -> bool:
     """Whether a path is a clip's by its ending, or is a folder that holds frames itself."""
     if file.is_dir():

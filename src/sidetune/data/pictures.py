@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sidetune.backbones.base import MICRO_BATCH
-from sidetune.data.clips import Frame, frames_at
+from sidetune.data.clips import Frame, Span, frames_at
 from sidetune.data.preprocess import Loaded, Preprocess, load_views
 from sidetune.data.views import PLAIN, AnyView, View
 from sidetune.errors import ImageError
@@ -24,7 +24,7 @@ DECODERS = 4
 
 @dataclass(frozen=True)
 class Picture:
-    """A view of an image file, or a frame of a clip, to be decoded.
+    """A view of an image file, or a frame or a span of a clip, to be decoded.
 
     Args:
         file: of the sample.
@@ -45,6 +45,9 @@ def load_pictures(of_file: Sequence[Picture], preprocess: Preprocess) -> list[Lo
         preprocess: what the backbone reads.
     """
     try:
+        spans = [picture.view for picture in of_file if isinstance(picture.view, Span)]
+        if spans:
+            return [*_load_spans(of_file[0].file, spans, preprocess)]
         frames = [picture.view for picture in of_file if isinstance(picture.view, Frame)]
         if frames:
             return _load_frames(of_file[0].file, frames, preprocess)
@@ -70,6 +73,15 @@ def _load_frames(file: Path, frames: Sequence[Frame], preprocess: Preprocess) ->
         for frame in at[instant]
     }
     return [loaded[frame] for frame in frames]
+
+
+def _load_spans(file: Path, spans: Sequence[Span], preprocess: Preprocess) -> Iterator[Loaded]:
+    """Each as one tensor (T, 3, size, size); the file is decoded once."""
+    instants = sorted({instant for span in spans for instant in span.instants})
+    shown = zip(instants, frames_at(file, instants), strict=True)
+    at = {instant: preprocess(image) for instant, image in shown}
+    for span in spans:
+        yield Loaded(torch.stack([at[instant] for instant in span.instants]), False)
 
 
 def by_file(shown: Sequence[Picture]) -> Iterator[list[Picture]]:
@@ -103,8 +115,8 @@ def decoded(
         fewest: pictures of a batch that is not the last, where `MICRO_BATCH` are fewer.
 
     Yields:
-        The first picture's index, images (b, 3, size, size), and slot -> reason for each that could not be
-        decoded (its pixels are zero).
+        The first picture's index, images (b, 3, size, size) or spans (b, T, 3, size, size), and slot ->
+        reason for each that could not be decoded (its pixels are zero).
     """
 
     def begun(batch: Sequence[Picture]) -> list[Future[list[Loaded | ImageError]]]:
@@ -120,7 +132,9 @@ def decoded(
         current = [item for future in ahead.popleft() for item in future.result()]
         ahead.extend(map(begun, islice(waiting, depth - len(ahead))))
         bad = {slot: item.reason for slot, item in enumerate(current) if isinstance(item, ImageError)}
-        blank = torch.zeros(3, preprocess.size, preprocess.size)
+        view = batch[0].view
+        together = (view.frames,) if isinstance(view, Span) else ()
+        blank = torch.zeros(*together, 3, preprocess.size, preprocess.size)
         images = torch.stack([blank if isinstance(item, ImageError) else item.pixels for item in current])
         if animated is not None:
             of_batch = zip(batch, current, strict=True)
@@ -129,7 +143,12 @@ def decoded(
 
 
 def batch_size(pictures: Sequence[Picture], fewest: int = 1) -> int:
-    """Pictures of a batch: no fewer than `MICRO_BATCH` and `fewest`, and whole clips of their frames."""
-    size = max(MICRO_BATCH, fewest)
-    frames = len(next(by_file(pictures), [])) if pictures and isinstance(pictures[0].view, Frame) else 1
+    """Pictures of a batch: no fewer than `MICRO_BATCH` and `fewest`, and whole clips of their frames.
+
+    A span counts as its frames, of which a batch has no more than that.
+    """
+    size, view = max(MICRO_BATCH, fewest), pictures[0].view if pictures else PLAIN
+    if isinstance(view, Span):
+        return max(1, size // view.frames)
+    frames = len(next(by_file(pictures), [])) if isinstance(view, Frame) else 1
     return -(-size // frames) * frames

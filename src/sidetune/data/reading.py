@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sidetune.data.clips import Frame, Square
+from sidetune.data.clips import Frame, Span, Square
 from sidetune.data.views import PLAIN, AnyView
 from sidetune.features import Features, Spec
 from sidetune.keyed import generator
@@ -27,7 +27,8 @@ class Reading:
     Args:
         stored: of every sample, in the order that they are stored in.
         views: what is read at once: numbers of `stored`, ascending; the first is read where nothing is drawn.
-        frames: T, how many are read at once of a clip; None: the samples are images, read one by one.
+        frames: T, how many are read at once of a clip; None: views are read one by one, of images or whole
+            clips.
         scored: how many of the first views are averaged where samples are scored.
     """
 
@@ -79,6 +80,19 @@ class Reading:
         kept = len(dict.fromkeys(even))
         pictures = tuple(Frame(number, stored, square) for square in squares for number in range(stored))
         return cls(pictures, views, frames, kept)
+
+    @classmethod
+    def of_whole_clips(cls, frames: int, scored: int = 1) -> Reading:
+        """Of clips, for a backbone that reads T frames at once.
+
+        Each sampling is stored, one record; training draws one, and all are scored.
+
+        Args:
+            frames: T.
+            scored: samplings: evenly spaced, each a little later in its parts.
+        """
+        spans = tuple(Span(number, scored, frames) for number in range(scored))
+        return cls(spans, tuple((number,) for number in range(scored)), None, scored)
 
     @property
     def together(self) -> int:

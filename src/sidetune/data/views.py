@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from PIL import Image, ImageOps
 
-from sidetune.data.clips import Frame
+from sidetune.data.clips import Frame, Span
 from sidetune.keyed import generator
 
 # Of a crop: share of the image's area, and width over height. Another crop needs another name in
@@ -75,12 +75,12 @@ class View:
 
 
 PLAIN = View()
-AnyView = View | Frame
+AnyView = View | Frame | Span
 
 
 def parse_view(name: str) -> AnyView | None:
     """The view of a name, of an image or of a clip; None where it is none that this version knows."""
-    return View.parse(name) or Frame.parse(name)
+    return View.parse(name) or Frame.parse(name) or Span.parse(name)
 
 
 def split_key(key: str) -> tuple[str, str]:

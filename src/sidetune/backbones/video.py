@@ -1,0 +1,252 @@
+"""Video transformers of the transformers library, which read a clip at once: ViViT, VideoMAE, V-JEPA 2."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sidetune.backbones.base import Identity, Precision, Resize, weights_digest
+from sidetune.backbones.hooked import HookedBackbone, Parts, Place, check_choice, final_norm
+from sidetune.backbones.timm import no_hub
+from sidetune.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from sidetune.errors import BackboneError, MissingExtraError
+from sidetune.features import Spec, Tap
+
+CONFIG, WEIGHTS = "config.json", "model*.safetensors"
+PROCESSORS = ("video_preprocessor_config.json", "preprocessor_config.json")  # mean and std, as on the hub
+ENCODER = ("embeddings", "encoder", "layers")  # a model's own parts, as keys begin; heads are left behind
+CENTRED = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the parts of a family's models are.
+
+    Args:
+        model: class of the transformers library.
+        encoder: what runs, of the whole model.
+        layers: the encoder's blocks.
+        size: field of the configuration with the side of a frame in pixels.
+        frames: likewise the number of frames.
+        patch: of a configuration, (frames, pixels) of a tubelet.
+        num_prefix: class tokens in front, of the whole clip.
+        mean_std: of pixels, where no file says it.
+    """
+
+    model: str
+    encoder: Callable[[Any], nn.Module]
+    layers: Callable[[Any], nn.ModuleList]
+    size: str
+    frames: str
+    patch: Callable[[Any], tuple[int, int]]
+    num_prefix: int
+    mean_std: tuple[tuple[float, float, float], tuple[float, float, float]]
+
+
+FAMILIES = {
+    "vivit": Family(
+        "VivitModel",
+        encoder=lambda model: model,
+        layers=lambda encoder: encoder.layers,
+        size="image_size",
+        frames="num_frames",
+        patch=lambda config: (config.tubelet_size[0], config.tubelet_size[1]),
+        num_prefix=1,
+        mean_std=(CENTRED, CENTRED),
+    ),
+    "videomae": Family(
+        "VideoMAEModel",
+        encoder=lambda model: model,
+        layers=lambda encoder: encoder.encoder.layer,
+        size="image_size",
+        frames="num_frames",
+        patch=lambda config: (config.tubelet_size, config.patch_size),
+        num_prefix=0,
+        mean_std=(IMAGENET_MEAN, IMAGENET_STD),
+    ),
+    "vjepa2": Family(
+        "VJEPA2Model",
+        encoder=lambda model: model.encoder,
+        layers=lambda encoder: encoder.layer,
+        size="crop_size",
+        frames="frames_per_clip",
+        patch=lambda config: (config.tubelet_size, config.patch_size),
+        num_prefix=0,
+        mean_std=(IMAGENET_MEAN, IMAGENET_STD),
+    ),
+}
+
+
+class VideoBackbone(HookedBackbone):
+    """A video transformer: clips (B, T, 3, size, size) -> features of grid (T / tubelet, H, W).
+
+    Taps: ``embedding`` is z_0, the tokens that enter block 1 (ViViT's class token in front); ``block.l`` the
+    output of block l before the final norm. T and the size are those of the model's config.json.
+
+    Args:
+        name: of the model on the Hugging Face hub, ``MCG-NJU/videomae-base``; of the architecture, for the
+            identity.
+        weights: a folder as on the hub, with config.json and safetensors; ``"hub"`` to download it.
+        taps: names of the taps to read.
+        precision: ``fp32``, or ``bf16`` or ``fp16`` by autocast.
+        resize: of each frame: ``squash`` or ``crop``.
+
+    Attributes:
+        frames: T, that it reads at once.
+
+    Raises:
+        BackboneError: no such folder or model, of another family, or weights that lack parameters.
+        MissingExtraError: the transformers library is not installed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        weights: Path | str = "hub",
+        taps: Sequence[str] | None = None,
+        precision: Precision = "fp32",
+        resize: Resize = "squash",
+    ) -> None:
+        check_choice("resize", resize, ("squash", "crop"))
+        source = name if weights == "hub" else str(weights)
+        family, model = _load(name, source, on_hub=weights == "hub")
+        config = model.config
+        encoder, self.frames = family.encoder(model), int(getattr(config, family.frames))
+        size, (deep, wide) = int(getattr(config, family.size)), family.patch(config)
+        mean, std = _statistics(source, on_hub=weights == "hub") or family.mean_std
+        preprocess = Preprocess(size=size, resize=resize, mean=mean, std=std)
+        layers = family.layers(encoder)
+        grid = (self.frames // deep, size // wide, size // wide)
+
+        def tap(tap_name: str, kind: Any) -> Tap:  # noqa: ANN401 - a literal
+            cls = 0 if family.num_prefix else None
+            return Tap(tap_name, kind, config.hidden_size, grid, family.num_prefix, "clip", cls)
+
+        names = [f"block.{number}" for number in range(1, len(layers) + 1)]
+        places = [Place(block, layer) for block, layer in zip(names, layers, strict=True)]
+        identity = Identity(
+            weights=weights_digest(encoder),
+            architecture=f"transformers:{config.model_type}",
+            arguments={"frames": self.frames, "patch": [deep, wide], "layers": len(layers)},
+            preprocess=preprocess.model_dump(mode="json"),
+        )
+        parts = Parts(
+            encoder,
+            Spec((tap("embedding", "embedding"), *(tap(block, "block") for block in names))),
+            (Place("embedding", layers[0], "input"), *places),
+            preprocess,
+            identity,
+            final_norm(getattr(encoder, "layernorm", None)),
+            {"transformers": _version()},
+        )
+        super().__init__(parts, taps=taps, precision=precision)
+
+    def _forward(self, images: Tensor) -> object:
+        return self.module(images)
+
+
+def _load(name: str, source: str, *, on_hub: bool) -> tuple[Family, Any]:
+    """The model, all of whose parameters were in the file."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtraError("transformers", "pip install 'sidetune[hf]'") from error
+    if not on_hub:
+        _check_folder(Path(source))
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise no_hub(name, error) from error
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise BackboneError(
+            f"{name} is of the family {config.model_type!r}, expected {', '.join(FAMILIES)}. An image "
+            "backbone reads clips frame by frame. Type: --backbone timm:vit_base_patch16_224 --frames 8"
+        )
+    kind = getattr(transformers, family.model)
+    options = {"add_pooling_layer": False} if config.model_type == "vivit" else {}
+    try:
+        with _silent():
+            model, said = kind.from_pretrained(
+                source, use_safetensors=True, output_loading_info=True, dtype=torch.float32, **options
+            )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise no_hub(name, error) from error
+    lacking = [f"lack {key}" for key in said["missing_keys"] if not key.startswith("predictor.")]
+    foreign = [f"have {key}" for key in said["unexpected_keys"] if key.partition(".")[0] in ENCODER]
+    if wrong := sorted(lacking) + sorted(foreign):
+        raise BackboneError(
+            f"the weights of {name} {wrong[0]}{f', and {len(wrong) - 1} more' if len(wrong) > 1 else ''}, "
+            f"expected those of a {family.model}. Type: --weights with the folder of the whole model"
+        )
+    return family, model.eval()
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without the library's progress and its table of keys: what is wrong with them is said here."""
+    from transformers.utils import logging as given
+
+    logging: Any = given  # its functions have no types
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / CONFIG).is_file() or not list(folder.glob(WEIGHTS)):
+        raise BackboneError(
+            f"weights {folder}: expected a folder with {CONFIG} and {WEIGHTS}, as on the hub. "
+            "Type: --weights FOLDER"
+        )
+
+
+def _statistics(
+    source: str, *, on_hub: bool
+) -> tuple[tuple[float, float, float], tuple[float, float, float]] | None:
+    """Mean and std of pixel values in 0..1, as the model's own processor has them; None: no file says it."""
+    for name in PROCESSORS:
+        fields = _processor(source, name, on_hub=on_hub)
+        mean, std = fields.get("image_mean"), fields.get("image_std")
+        if mean is not None and std is not None:
+            return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+    return None
+
+
+def _processor(source: str, name: str, *, on_hub: bool) -> Mapping[str, Any]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    file = Path(source) / name
+    if on_hub:
+        try:
+            file = Path(hf_hub_download(source, name))
+        except (EntryNotFoundError, OSError):
+            return {}
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BackboneError(f"{file} is no JSON: {error}. Type: --weights with another folder") from error
+    return found if isinstance(found, Mapping) else {}
+
+
+def _version() -> str:
+    import transformers
+
+    return str(transformers.__version__)

@@ -1,0 +1,141 @@
+"""Video transformers: a clip at once, from files to answers."""
+
+import pytest
+import torch
+
+import sidetune
+from clips import make_clips
+from fitted_runs import read_csv
+from sidetune.backbones import build_backbone
+from sidetune.backbones.video import FAMILIES
+from sidetune.data import load_dataset
+from sidetune.data.clips import Span, frames_at
+from sidetune.data.reading import Reading
+from sidetune.errors import BackboneError, RecipeError
+from sidetune.extract import extract, sample_keys
+from sidetune.recipe import Recipe
+from sidetune.sources import LiveSource, StoredSource
+from tiny_videos import FRAMES, SIZE, video_folder, video_model
+
+NAME = "hf:a/model"
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    return make_clips(tmp_path_factory.mktemp("clips"))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("videos")
+    return {family: video_folder(root / family, family) for family in FAMILIES}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_taps_are_what_the_model_computes(folders, family):
+    backbone = build_backbone(NAME, weights=folders[family])
+    assert backbone.frames == FRAMES and backbone.preprocess.size == SIZE
+    images = torch.randn(3, FRAMES, 3, SIZE, SIZE)
+    features, model = backbone(images), video_model(family)
+    with torch.no_grad():
+        run = model.encoder if family == "vjepa2" else model
+        last = run(images).last_hidden_state
+    normed = torch.nn.functional.layer_norm(
+        features["block.2"], last.shape[-1:], backbone.norm.weight, backbone.norm.bias, backbone.norm.eps
+    )
+    torch.testing.assert_close(normed, last, rtol=1e-4, atol=1e-5)
+    tap = backbone.spec.last
+    prefix = int(family == "vivit")
+    assert (tap.grid, tap.num_prefix, tap.cls_index) == ((2, 2, 2), prefix, 0 if prefix else None)
+    assert backbone.spec.names == ("embedding", "block.1", "block.2")
+    assert set(backbone.check_values()) == set(backbone.spec.names)
+
+
+def test_it_reads_clips_of_its_own_length_alone(folders):
+    backbone = build_backbone(NAME, weights=folders["videomae"])
+    with pytest.raises(BackboneError, match=r"got images \(1, 3, 16, 16\) .* expected \(B, 4, 3, 16, 16\)"):
+        backbone(torch.zeros(1, 3, SIZE, SIZE))
+
+
+def test_pixels_are_scaled_as_its_processor_says(folders, tmp_path):
+    mean = [0.1, 0.2, 0.3]
+    own = build_backbone(NAME, weights=video_folder(tmp_path / "own", "videomae", mean=mean))
+    assert (own.preprocess.mean, own.preprocess.std) == (tuple(mean), (0.5,) * 3)
+    means = {family: build_backbone(NAME, weights=folders[family]).preprocess.mean[0] for family in FAMILIES}
+    assert means == {"vivit": 0.5, "videomae": 0.485, "vjepa2": 0.485}
+
+
+def test_a_clip_is_stored_at_once_and_is_the_live_one(folders, clips, tmp_path):
+    backbone, dataset = build_backbone(NAME, weights=folders["vjepa2"]), load_dataset(clips, clips=True)
+    keys, reading = sample_keys(dataset), Reading.of_whole_clips(FRAMES, 2)
+    assert reading.stored == (Span(0, 2, FRAMES), Span(1, 2, FRAMES)) and reading.scored == 2
+    store = extract(
+        dataset, backbone, tmp_path / "s", dtype="fp32", keys=keys, views=reading.stored, quiet=True
+    )
+    assert store.num_records == 2 * len(dataset)
+    stored = StoredSource(store, keys, reading=reading)
+    live = LiveSource(dataset, backbone, keys=keys, reading=reading, quiet=True)
+    rows, which = [3, 0, 7], [0, 1, 1]
+    found, lived = (source.features(rows, views=which)["block.2"] for source in (stored, live))
+    torch.testing.assert_close(found, lived, rtol=1e-4, atol=1e-5)
+    instants = reading.stored[1].instants
+    assert instants == (0.1875, 0.4375, 0.6875, 0.9375)
+    shown = torch.stack([backbone.preprocess(image) for image in frames_at(dataset.file(0), instants)])
+    torch.testing.assert_close(backbone(shown[None])["block.2"][0], found[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "side"), [("videomae", "losa"), ("vjepa2", "last"), ("vivit", "losa")])
+def test_a_run_on_clips(folders, clips, tmp_path, family, side):
+    """ViViT's class token is of no frame, so its space and time are mixed at once."""
+    backbone = {"name": NAME, "weights": str(folders[family])}
+    settings = ["clips.frames=4", "clips.scored=2", "train.epochs=2", f"side.name={side}"]
+    settings += ["side.time=joint"] * (family == "vivit")
+    recipe = Recipe.build({"backbone": backbone}, settings)
+    run = sidetune.fit(clips, out=tmp_path / "run", recipe=recipe, store=tmp_path / "store", quiet=True)
+    predictor = sidetune.load(run.folder)
+    tested = read_csv(run.folder / "predictions.csv")
+    for row, one in zip(tested, predictor.predict([clips / row["path"] for row in tested]), strict=True):
+        for name, value in one.values.items():
+            assert float(row[f"p_{name}"]) == pytest.approx(value, abs=2e-3)
+
+
+def test_what_it_does_not_read_is_refused(folders, clips, tmp_path):
+    backbone = {"name": NAME, "weights": str(folders["videomae"])}
+    for settings, said in (
+        (["clips.frames=2"], "reads 4 frames of a clip at once, and clips.frames is 2. Type: --frames 4"),
+        (["clips.frames=4", "clips.crops=3"], "clips.crops is 3, and the backbone reads whole frames"),
+    ):
+        recipe = Recipe.build({"backbone": backbone}, settings)
+        with pytest.raises(RecipeError, match=said):
+            sidetune.fit(clips, out=tmp_path / "run", recipe=recipe, store=tmp_path / "s", quiet=True)
+    with pytest.raises(
+        RecipeError, match=r"and no clips are asked for. Type: --frames 32 --frames-stored 32"
+    ):
+        Recipe().reading(32)
+
+
+def test_folders_that_are_none_say_what_to_type(folders, tmp_path):
+    with pytest.raises(BackboneError, match=r"expected a folder with config.json and model\*.safetensors"):
+        build_backbone(NAME, weights=tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "model.safetensors").write_bytes((folders["vivit"] / "model.safetensors").read_bytes())
+    with pytest.raises(BackboneError, match="of the family 'bert', expected vivit, videomae, vjepa2"):
+        build_backbone(NAME, weights=tmp_path)
+    (tmp_path / "config.json").write_bytes((folders["videomae"] / "config.json").read_bytes())
+    with pytest.raises(
+        BackboneError, match=r"the weights of a/model have embeddings.cls_token, and \d+ more"
+    ):
+        build_backbone(NAME, weights=tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((folders["vjepa2"] / "model.safetensors").read_bytes())
+    with pytest.raises(BackboneError, match=r"the weights of a/model lack embeddings"):
+        build_backbone(NAME, weights=tmp_path)
+    other = video_folder(tmp_path / "other", "vivit")
+    (other / "preprocessor_config.json").write_text("{")
+    with pytest.raises(BackboneError, match=r"preprocessor_config\.json is no JSON"):
+        build_backbone(NAME, weights=other)
+
+
+def test_names_of_spans_are_read_back():
+    span = Span(1, 3, 16)
+    assert span.name == "span1of3x16" and Span.parse(span.name) == span
+    assert [Span.parse(name) for name in ("span3of3x16", "span01of3x16", "frame1of4")] == [None] * 3
