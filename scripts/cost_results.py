@@ -47,8 +47,8 @@ def words_of(setting: dict[str, Any]) -> str:
     """The command that a setting stands for, without what is default."""
     from sidetune.bench.cost_cases import DEFAULT, CostSetting
 
-    usual = CostSetting().to_json()
-    given = [f"--{name} {setting[name]}" for name in usual if setting[name] != usual[name]]
+    usual = {**CostSetting().to_json(), "cases": setting["cases"], "growth": setting["growth"]}
+    given = [f"--{name} {value}" for name, value in setting.items() if value != usual.get(name)]
     if tuple(setting["cases"]) != DEFAULT:
         given.append(f"--cases {','.join(setting['cases'])}")
     if setting["growth"]:

@@ -186,7 +186,10 @@ def test_without_a_test_split_the_interval_is_of_validation(run_cli, tmp_path):
             ["--side", "loza"],
             "no side named 'loza'. Did you mean 'losa'? Known: attentive, bypass, fusion, ladder, last",
         ),
-        (["--backbone", "toi"], "no backbone named 'toi'. Did you mean 'toy'? Known: demo, hf:MODEL, timm:MODEL, toy."),
+        (
+            ["--backbone", "toi"],
+            "no backbone named 'toi'. Did you mean 'toy'? Known: demo, hf:MODEL, timm:MODEL, toy.",
+        ),
         (["--set", "train.epoch=3"], "no setting 'train.epoch'. Did you mean 'train.epochs'?"),
         (["--set", "rank=3"], "--set got 'rank=3', expected part.field=value. Type: --set side.rank=3"),
         (["--set", "train.epochs=0"], "train.epochs is 0: input should be greater than or equal to 1"),
@@ -199,7 +202,10 @@ def test_without_a_test_split_the_interval_is_of_validation(run_cli, tmp_path):
             ["--set", "epochs=3"],
             "--set got 'epochs=3', expected part.field=value. Type: --set train.epochs=3",
         ),
-        (["--backbone", "timm"], "Known: demo, hf:MODEL, timm:MODEL, toy. Type: --backbone timm:vit_base_patch16_224"),
+        (
+            ["--backbone", "timm"],
+            "Known: demo, hf:MODEL, timm:MODEL, toy. Type: --backbone timm:vit_base_patch16_224",
+        ),
         (["--backbone", "tim:vit_x"], "no backbone named 'tim:vit_x'. Did you mean 'timm:vit_x'?"),
         (["--backbone", "vit_small_patch16_224"], "Did you mean 'timm:vit_small_patch16_224'? Known: demo"),
         (["--backbone", "timm:vit_bse_patch16_224"], "Did you mean vit_base_patch16_224"),

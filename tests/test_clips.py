@@ -122,11 +122,13 @@ def test_the_commands_take_clips(clips, tmp_path):
     answers = json.loads(said)["predictions"]
     assert [one["path"] for one in answers] == [str(one) for one in sorted((clips / "left").iterdir())]
     typed("eval", out, clips, "--json")
+    assert " clips of test" in typed("eval", out, clips).stdout
     findings = json.loads((out / "findings.json").read_text("utf-8"))
     shown = findings["suspects"]["rows"] + findings.get("mistakes", {}).get("rows", [])
     assert any(row["thumbnail"] for row in shown), "the picture in the middle of a clip"
     page = (out / "report.html").read_text("utf-8")
-    assert "training clips</p>" in page and not re.search(r"\d (training |test )?images", page)
+    body = re.sub(r"<[^>]+>|data:image/[^\"]+", " ", page.partition("<main")[2].partition("recipe-title")[0])
+    assert "training clips" in body and not re.search(r"\bimages?\b", body, re.IGNORECASE)
 
 
 def test_a_clip_that_cannot_be_decoded_is_left_out_and_named(tmp_path):
@@ -177,6 +179,8 @@ def test_what_does_not_go_together_is_refused(run, clips, image_folder, tmp_path
         ("clips.frames=0",): "clips.frames is 0, expected a whole number, 1 or more. Type: --frames 8",
         ("clips.frames=2", "features.views=2"): "features.views is 2 .* views are of images",
         ("clips.frames=2", "features.tiles=2"): "features.tiles is 2 .* views are of images",
+        ("clips.frames=2", "features.average_views=true"): "features.average_views is true .* are of images",
+        ("clips.frames=2", "clips.crops=2"): "clips.crops is 2, expected 1 or 3. Type: --set clips.crops=3",
     }.items():
         with pytest.raises(RecipeError, match=said):
             Recipe.build({}, settings)

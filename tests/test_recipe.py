@@ -222,6 +222,8 @@ def test_an_average_over_one_view_is_refused():
     )
     with pytest.raises(RecipeError, match=r"features\.tiles is 1, which is the image itself"):
         Recipe.build({}, ["features.tiles=1"])
+    with pytest.raises(RecipeError, match=r"features\.tiles is 9, expected 0, or 2 to 8\. Type: --set feat"):
+        Recipe.build({}, ["features.tiles=9"])
     assert Recipe.build({}, ["features.tiles=2", "features.average_views=true"]).features.tiles == 2
 
 

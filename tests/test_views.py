@@ -116,8 +116,10 @@ def test_tiles_of_an_image_are_trained_on_and_averaged(image_folder, tmp_path):
     assert [view.name for view in predictor.reading.stored] == names
     own = evaluate_run(run.folder, image_folder)
     assert own.evaluation.scores["log_loss"] == pytest.approx(run.row["test"]["scores"]["log_loss"], abs=2e-3)
-    alone = sidetune.load(run.folder, num_views=0).predict([path])[0]
-    assert alone.values != predictor.predict([path])[0].values
+    alone = sidetune.load(run.folder, num_views=0)
+    assert [view.name for view in alone.reading.stored] == [""]
+    assert alone.predict([path])[0].values != predictor.predict([path])[0].values
+    assert [view.name for view in sidetune.load(run.folder, num_views=1).reading.stored] == names
 
 
 def test_a_run_is_evaluated_as_it_was_scored(run, image_folder):

@@ -168,7 +168,7 @@ def fit(
         return
     runs = {"": found} if isinstance(found, sidetune.Run) else found.runs
     for column, run in runs.items():
-        print_scores(run.metrics, column)
+        print_scores(run.metrics, column, recipe.sample)
         data_of_run = run.metrics["data"]
         total = sum(data_of_run[f"num_{name}"] for name in ("train", "val", "test", "skipped"))
         log_skipped(data_of_run["num_skipped"], total, f": {run.folder / 'skipped.csv'}")

@@ -54,7 +54,7 @@ def evaluate(
         print_json({"run": str(run), **scored.get("", {"columns": scored})})
         return
     for name, one in found.items():
-        print_evaluation(one.evaluation, one.split, name)
+        print_evaluation(one.evaluation, one.split, name, one.sample)
         for path, reason in one.skipped.items():
             say(f"{path}: {reason}")
         log_skipped(len(one.skipped), one.evaluation.num_samples + len(one.skipped))

@@ -152,7 +152,10 @@ def bench_cost(
     ] = 224,
     batch: Batch = 16,
     images: Annotated[
-        int, typer.Option(metavar="COUNT", rich_help_panel=SIZES, help="Training images of the whole job.")
+        int,
+        typer.Option(
+            metavar="COUNT", rich_help_panel=SIZES, help="Training images, or clips, of the whole job."
+        ),
     ] = 1000,
     epochs: Annotated[
         int, typer.Option(metavar="COUNT", rich_help_panel=SIZES, help="Epochs of the whole job.")

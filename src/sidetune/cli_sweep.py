@@ -127,5 +127,5 @@ def sweep(
     if as_json:
         print_json(run.to_json())
         return
-    print_scores(run.metrics)
+    print_scores(run.metrics, sample=recipe.sample)
     print(f"\n{run.folder / 'report.html'}")

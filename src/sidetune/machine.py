@@ -98,13 +98,19 @@ def total_memory() -> int:
     return total if limit is None else min(total, limit[0])
 
 
-def _memory() -> Check:
+def available_memory() -> int:
+    """Bytes that this process could use now: what is free, within its control group's limit."""
     total, available = _physical_memory()
     limit = memory_limit()
+    within = limit is not None and limit[0] < total
+    return min(available, max(0, limit[0] - limit[1])) if limit is not None and within else available
+
+
+def _memory() -> Check:
+    total, available, limit = _physical_memory()[0], available_memory(), memory_limit()
     where = ""
     if limit is not None and limit[0] < total:
-        total, available = limit[0], min(available, max(0, limit[0] - limit[1]))
-        where = " (the control group's limit)"
+        total, where = limit[0], " (the control group's limit)"
     facts = {"total": total, "available": available, "limited": bool(where)}
     found = f"{size(available)} free of {size(total)}{where}"
     if available < LITTLE_MEMORY:

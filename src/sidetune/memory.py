@@ -48,15 +48,21 @@ class PeakMemory:
 
 def anonymous_bytes() -> int:
     """Resident bytes that belong to this process alone, not to mapped files."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    return resident_bytes()
+    return _status("RssAnon") or _peak_of_system()
 
 
 def resident_bytes() -> int:
     """The most that this process ever held in memory, libraries and pages of mapped files among it."""
+    return _status("VmHWM") or _peak_of_system()  # the system's own peak begins with that of the parent
+
+
+def _status(name: str) -> int | None:
+    """Bytes of a line of Linux's /proc/self/status; None elsewhere."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+
+
+def _peak_of_system() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -301,7 +301,9 @@ def _scored(recipe: Recipe, num_views: int | None, frames: int | None) -> Readin
         )
     if num_views < 0:
         raise RequestError(f"got --views {num_views}, expected 0 or more. Type: --views 4")
-    return Reading.of_images(views(num_views, flip=recipe.features.flip), averaged=True)
+    features = recipe.features  # the tiles that a run was scored on stay, unless the image alone is asked for
+    shown = views(num_views, flip=features.flip, tiles=features.tiles if num_views else 0)
+    return Reading.of_images(shown, averaged=True)
 
 
 def answer_together(

@@ -153,7 +153,7 @@ class ClipsRecipe(Part):
     Args:
         frames: T, frames of a clip that a network reads at once; None: the samples are images. ``--frames``.
         stored: frames of a clip that are stored, evenly spaced, T or more. ``--frames-stored``.
-        drawn: samplings of T among the stored that training draws from; 0: the evenly spaced one alone.
+        drawn: samplings of T among the stored that training draws from; 0: what is scored alone.
         scored: evenly spaced samplings whose outputs are averaged for validation, test and predict.
         crops: 3 reads three squares along a picture's longer side instead of the whole picture; each is
             stored, training draws one, and outputs are averaged over the three.
@@ -258,6 +258,11 @@ class Recipe(Part):
     train: TrainRecipe = TrainRecipe()
     fleet: FleetRecipe = FleetRecipe()
 
+    @property
+    def sample(self) -> str:
+        """What a sample is called: image or clip."""
+        return "image" if self.clips.frames is None else "clip"
+
     def data_arguments(self) -> dict[str, Any]:
         """Arguments of `load_datasets`."""
         return {**self.data.arguments(), "clips": self.clips.frames is not None}
@@ -324,8 +329,8 @@ class Recipe(Part):
         except ValidationError as error:
             known = cls.model_validate({"side": {"name": name}}).model_dump()
             raise RecipeError(complaint(error, known, METHODS)) from None
-        check_views(recipe.features)
         check_clips(recipe)
+        check_views(recipe.features)
         own, total = recipe.train.weight_decay, recipe.train.total_decay
         if own is not None and total != TrainRecipe().total_decay:
             raise RecipeError(f"train.weight_decay is {own:g} and train.total_decay {total:g}. Leave one out")

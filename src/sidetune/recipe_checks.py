@@ -44,10 +44,11 @@ def check_clips(recipe: Recipe) -> None:
             f"clips.frames is {clips.frames} and clips.stored {clips.stored}, expected as many or more. "
             f"Type: --frames-stored {clips.frames}"
         )
-    if asked.views or asked.tiles or asked.average_views:
-        name, value = ("tiles", asked.tiles) if asked.tiles else ("views", asked.views)
+    given = [name for name in ("tiles", "views", "average_views") if getattr(asked, name)]
+    if given:
+        value = str(getattr(asked, given[0])).lower()
         raise RecipeError(
-            f"features.{name} is {value} and the samples are clips: views are of images. Leave it out; "
+            f"features.{given[0]} is {value} and the samples are clips: views are of images. Leave it out; "
             "for the mean over several samplings of a clip type: --set clips.scored=3"
         )
 

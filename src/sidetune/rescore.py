@@ -62,7 +62,7 @@ def evaluate_run(  # noqa: PLR0913 - what is scored, and with what
     )
     dataset, split, rows = rows_to_score(predictor.artifact, Path(data), split, labels)
     evaluation, skipped = predictor.evaluate(dataset, rows)
-    return RunEvaluation.of(evaluation, split, dataset, skipped)
+    return RunEvaluation.of(evaluation, split, dataset, skipped, predictor.artifact.recipe.sample)
 
 
 def evaluate_columns(  # noqa: PLR0913 - as evaluate_run
@@ -145,7 +145,7 @@ def _evaluate(
         at = np.searchsorted(every, rows)
         skipped = {number: bad[place] for number, place in enumerate(at.tolist()) if place in bad}
         evaluation, lacking = predictor.scored(dataset, rows, own[torch.from_numpy(at)], skipped)
-        found[name] = RunEvaluation.of(evaluation, split, dataset, lacking)
+        found[name] = RunEvaluation.of(evaluation, split, dataset, lacking, predictor.artifact.recipe.sample)
     return found
 
 
@@ -216,19 +216,21 @@ class RunEvaluation:
         evaluation: the scores.
         split: the split that was scored.
         skipped: path -> why it could not be read.
+        sample: what a sample is called.
     """
 
     evaluation: Evaluation
     split: str
     skipped: dict[str, str]
+    sample: str = "image"
 
     @classmethod
     def of(
-        cls, evaluation: Evaluation, split: str, dataset: Dataset, skipped: Mapping[int, str]
+        cls, evaluation: Evaluation, split: str, dataset: Dataset, skipped: Mapping[int, str], sample: str
     ) -> RunEvaluation:
         """With the paths of the rows that were skipped."""
         named = {dataset.paths[row].as_posix(): reason for row, reason in skipped.items()}
-        return cls(evaluation, split, named)
+        return cls(evaluation, split, named, sample)
 
     def to_json(self) -> dict[str, Any]:
         """As ``--json`` prints it."""

@@ -13,6 +13,15 @@ from pydantic import ValidationError
 from sidetune.errors import RecipeError
 
 SHOWN = 200  # characters of a value that an error repeats
+# of settings whose types say little: what they are, and what to type
+EXPECTED = {
+    "clips.crops": "1 or 3. Type: --set clips.crops=3",
+    "clips.frames": "a whole number, 1 or more. Type: --frames 8",
+    "features.tiles": "0, or 2 to 8. Type: --set features.tiles=2",
+    "fleet.folds": "2 or more, or column. Type: --folds 5",
+    "head.ridge": "0 or more and below 1, or auto. Type: --set head.ridge=auto",
+    "side.taps": "all, last or a list. Type: --set side.taps=[block.12]",
+}
 Parts = Mapping[str, Mapping[str, Any]]  # a recipe's fields by part
 
 
@@ -70,14 +79,8 @@ def complaint(error: ValidationError, fields: Parts, methods: Collection[str]) -
         inside = [name for name in known if name.startswith(f"{location[0]}.")]
         return f"no setting {key!r}.{_nearest_setting(key, known, inside)}"
     got = shortened(first["input"])
-    if key == "side.taps":
-        return f"{key} is {got}, expected all, last or a list. Type: --set side.taps=[block.12]"
-    if key == "clips.frames":
-        return f"{key} is {got}, expected a whole number, 1 or more. Type: --frames 8"
-    if key == "fleet.folds":
-        return f"{key} is {got}, expected 2 or more, or column. Type: --folds 5"
-    if key == "head.ridge":
-        return f"{key} is {got}, expected 0 or more and below 1, or auto. Type: --set head.ridge=auto"
+    if key in EXPECTED:
+        return f"{key} is {got}, expected {EXPECTED[key]}"
     hint = ""
     if first["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", first["ctx"]["expected"])  # ``'a', 'b' or 'c'``

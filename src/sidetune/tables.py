@@ -35,18 +35,26 @@ def choices(recipe: Recipe, device: str) -> str:
     train, features = recipe.train, recipe.features
     size = "the backbone's own" if recipe.backbone.size is None else f"{recipe.backbone.size} px"
     kept = "live" if features.mode == "live" else f"stored, {features.dtype}"
-    if recipe.clips.frames is not None:
-        kept += f", {recipe.clips.frames} of {recipe.clips.stored} frames of each clip"
-    if features.views:
-        kept += f", {features.views} more views{', averaged' if features.average_views else ''}"
-    epochs = "10 to 100, by the number of images" if train.epochs is None else train.epochs
+    epochs = f"10 to 100, by the number of {recipe.sample}s" if train.epochs is None else train.epochs
     lines = [
         f"backbone {recipe.backbone.name} · size {size} · side {recipe.side.name} · task {recipe.data.task}",
-        f"features {kept} · device {device}",
+        f"features {kept}{_shown(recipe)} · device {device}",
         f"epochs {epochs} · lr {train.lr:g} · batch {train.batch_size} · seed {train.seed}",
         *_fleet(recipe),
     ]
     return "\n".join(lines[:2] if recipe.side.name in SOLVED else lines)
+
+
+def _shown(recipe: Recipe) -> str:
+    """What of a sample is stored, drawn and averaged, where that is not one picture."""
+    clips, features = recipe.clips, recipe.features
+    if clips.frames is not None:
+        squares = f", {clips.crops} squares of each, averaged" if clips.crops > 1 else ""
+        several = f", {clips.scored} samplings averaged" if clips.scored > 1 else ""
+        return f", {clips.frames} of {clips.stored} frames of each clip{squares}{several}"
+    parts = [f"{features.tiles**2} tiles"] * bool(features.tiles)
+    parts += [f"{features.views} more views"] * bool(features.views)
+    return f", {' and '.join(parts)}{', averaged' if features.average_views else ''}" if parts else ""
 
 
 def _fleet(recipe: Recipe) -> Iterator[str]:
@@ -63,12 +71,13 @@ def _fleet(recipe: Recipe) -> Iterator[str]:
         yield " · ".join(parts)
 
 
-def print_scores(metrics: Mapping[str, Any], column: str = "") -> None:
+def print_scores(metrics: Mapping[str, Any], column: str = "", sample: str = "image") -> None:
     """A run's metrics: one line a method with its headline score, the run's own side last.
 
     Args:
         metrics: of the run.
         column: the label column that heads the table, where there are several.
+        sample: what a sample is called.
     """
     headline, data = metrics["headline"], metrics["data"]
     split = "test" if metrics["rows"][-1]["test"] else "val"
@@ -94,14 +103,14 @@ def print_scores(metrics: Mapping[str, Any], column: str = "") -> None:
         )
     Console().print(table)
     if "fleet" in metrics:
-        _print_members(metrics)
+        _print_members(metrics, sample)
 
 
-def _print_members(metrics: Mapping[str, Any]) -> None:
+def _print_members(metrics: Mapping[str, Any], sample: str) -> None:
     """The first members with their scores on what was held out, and who answers."""
     fleet, names = metrics["fleet"], [metrics["headline"], SECOND[metrics["task"]]]
     if len(fleet["members"]) > 1:
-        table = _table("member", *(_title(name) for name in names), "weight", title=held_out(fleet))
+        table = _table("member", *(_title(name) for name in names), "weight", title=held_out(fleet, sample))
         table.columns[0].no_wrap = False  # long ones take two lines; numbers stay whole
         table.columns[0].overflow = "fold"
         for one in fleet["members"][:MEMBERS]:
@@ -114,13 +123,15 @@ def _print_members(metrics: Mapping[str, Any]) -> None:
         Console().print(table)
         if len(fleet["members"]) > MEMBERS:
             Console().print(f"and {len(fleet['members']) - MEMBERS} more in members.csv", highlight=False)
-    Console().print(f"\n{printable(who_answers(metrics))}", markup=False, highlight=False, soft_wrap=True)
+    Console().print(
+        f"\n{printable(who_answers(metrics, sample))}", markup=False, highlight=False, soft_wrap=True
+    )
 
 
-def print_evaluation(evaluation: Evaluation, split: str, column: str = "") -> None:
+def print_evaluation(evaluation: Evaluation, split: str, column: str = "", sample: str = "image") -> None:
     """Every score of a split with its interval, headed by its label column where there are several."""
-    images = f"{evaluation.num_samples:,} images"
-    title = _heading(column) + (f"{images} of {split}" if split != "all" else images)
+    samples = f"{evaluation.num_samples:,} {sample}s"
+    title = _heading(column) + (f"{samples} of {split}" if split != "all" else samples)
     table = _table("score", "value", "95 %", title=title)
     for name, value in evaluation.scores.items():
         interval = _interval(name, evaluation.intervals.get(name))

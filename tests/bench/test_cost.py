@@ -316,6 +316,12 @@ def test_features_keep_every_tap_in_the_type_of_a_store():
     assert features.run() == 1 and features.case.recipe is None
     with pytest.raises(RequestError, match="no case named 'forward-stored'"):
         CostCase.parse("forward-stored")
+    for name in ("losa-stored-streamed", "lora-streamed"):
+        with pytest.raises(
+            RequestError, match=f"case '{name}' is streamed, expected a side network that is live"
+        ):
+            CostCase.parse(name)
+    assert "frames" not in TOY.to_json() and CLIPS.to_json()["frames"] == 3
     assert CostCase.parse("losa-streamed").streamed and CostCase.parse("features-streamed").streamed
 
 

@@ -199,9 +199,9 @@ def test_a_clip_is_its_frames_where_nothing_mixes_them(name: str, backbone: Timm
     assert clips.side.out.grid[0] == 3 and found.shape == (1, 2, by_frame.shape[-1])
 
 
-def test_stadapter_is_its_equation(backbone: TimmBackbone) -> None:
-    """On one clip, by hand: a depthwise convolution over frames between two linear layers."""
-    tokens = torch.randn(4, 5, 32, generator=generator(0, "tokens"))
+def test_stadapter_is_its_equation() -> None:
+    """On two clips, by hand: a depthwise convolution over frames between two linear layers."""
+    tokens = torch.randn(2 * 4, 5, 32, generator=generator(0, "tokens"))
     one, keyed = _Bottleneck(32, 6, 4, 1), generator(0, "parameters")
     for parameter in one.parameters():
         nn.init.normal_(parameter, generator=keyed)
@@ -210,9 +210,9 @@ def test_stadapter_is_its_equation(backbone: TimmBackbone) -> None:
     with torch.no_grad():
         conv.weight.copy_(one.conv_RK[:, None, :, None, None])
         conv.bias.copy_(one.conv_R)
-    mixed = conv(codes.permute(2, 0, 1)[None, ..., None])[0, ..., 0].permute(1, 2, 0)
+    mixed = conv(codes.unflatten(0, (2, 4)).permute(0, 3, 1, 2)[..., None])[..., 0].permute(0, 2, 3, 1)
     expected = tokens.clone()
-    expected[:, 1:] += torch.nn.functional.linear(mixed, one.up_DR, one.up_D)
+    expected[:, 1:] += torch.nn.functional.linear(mixed.flatten(0, 1), one.up_DR, one.up_D)
     torch.testing.assert_close(one(tokens), expected, rtol=1e-5, atol=1e-5)
 
 

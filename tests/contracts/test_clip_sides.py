@@ -15,7 +15,6 @@ from sidetune.keyed import Draws, generator
 from sidetune.sides import SIDES
 from sidetune.sides.base import Side, pool_tokens
 from sidetune.sides.last import LAYER_NORM_EPS
-from sidetune.sides.losa_fast import Call
 
 Array = NDArray[np.float64]
 WIDTH, BLOCKS, FRAMES, PER_FRAME, BATCH = 6, 3, 4, 5, 3
@@ -175,17 +174,13 @@ def test_the_fast_form_equals_the_textbook_form(name: str, masked: bool, drop_pa
         torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-9, msg=key)
 
 
-@pytest.mark.parametrize("pool", ["mean", "tokens", "cls+mean"])
+@pytest.mark.parametrize("pool", ["mean", "all", "cls+mean"])
 def test_the_fast_form_in_pieces_equals_the_textbook_form(monkeypatch: pytest.MonkeyPatch, pool: str) -> None:
     """A clip, a member and a layer at a time."""
     monkeypatch.setattr("sidetune.sides.losa_fast.BLOCK_ROWS", 2)
     monkeypatch.setattr("sidetune.sides.losa_fast.MOST_MEMBERS", 1)
-    pieces = [
-        (slice(member, member + 1), slice(FRAMES * clip, FRAMES * (clip + 1)))
-        for clip in range(3)
-        for member in (0, 1)
-    ]
-    monkeypatch.setattr(Call, "pieces", lambda call: pieces)
+    one_by_one = lambda batch, *_: [slice(clip, clip + 1) for clip in range(batch)]  # noqa: E731
+    monkeypatch.setattr("sidetune.sides.losa_fast.over_rows", one_by_one)
     rates = [0.4, 0.0]
     for name, given in (("losa", features()), ("losa token->channel", features(masked=True))):
         expected, found = (
@@ -194,6 +189,20 @@ def test_the_fast_form_in_pieces_equals_the_textbook_form(monkeypatch: pytest.Mo
         )
         for key, value in expected.items():
             torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-9, msg=key)
+
+
+@pytest.mark.parametrize("first_state", ["b_L", "z_0", "zero"])
+def test_the_fast_form_in_float32_by_large_products(
+    monkeypatch: pytest.MonkeyPatch, first_state: str
+) -> None:
+    monkeypatch.setattr("sidetune.sides.products.WIDE", 1)
+    exact = outputs_and_gradients(drawn("losa", form="textbook", first_state=first_state), features())
+    side = drawn("losa", first_state=first_state).float()
+    found = outputs_and_gradients(side, features(dtype=torch.float32))
+    for key, value in exact.items():
+        assert (found[key] - value).norm() <= 1e-5 * value.norm(), key
+    with torch.inference_mode():
+        torch.testing.assert_close(side(features(dtype=torch.float32)), found["output"].float())
 
 
 @pytest.mark.parametrize("name", ["losa", "last"])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sidetune import keyed
 from sidetune.backbones.timm import create, known_architecture
-from sidetune.backbones.weightfile import write_in_turn
+from sidetune.backbones.weightfile import stored_tensors, write_in_turn
 
 STD = 0.02  # of matrices and tables
 
@@ -33,9 +33,7 @@ def write_random_weights(name: str, path: Path, *, dtype: torch.dtype = torch.bf
         BackboneError: an unknown or unsupported model.
         SidetuneError: the disk is full, or the folder cannot be written.
     """
-    known_architecture(name)
-    with torch.device("meta"):
-        shapes = {key: tensor.shape for key, tensor in create(name).state_dict().items()}
+    shapes = _shapes(name)
 
     def tensors() -> Iterator[Tensor]:
         for key, shape in shapes.items():
@@ -46,3 +44,30 @@ def write_random_weights(name: str, path: Path, *, dtype: torch.dtype = torch.bf
 
     write_in_turn(path, shapes, dtype, tensors())
     return sum(shape.numel() for shape in shapes.values())
+
+
+def differing(name: str, path: Path, dtype: torch.dtype) -> str | None:
+    """Why a file is not what `write_random_weights` would write, in words; None: it is.
+
+    Args:
+        name: timm's name.
+        path: of the file.
+        dtype: of all tensors.
+
+    Raises:
+        BackboneError: an unknown model, or no safetensors file.
+    """
+    stored = stored_tensors(path)
+    for key, shape in _shapes(name).items():
+        if key not in stored or tuple(stored[key].shape) != tuple(shape):
+            found = tuple(stored[key].shape) if key in stored else "none"
+            return f"has {key} {found} instead of {tuple(shape)}"
+        if stored[key].dtype != dtype:
+            return f"has {key} in {stored[key].dtype}"
+    return None
+
+
+def _shapes(name: str) -> dict[str, torch.Size]:
+    known_architecture(name)
+    with torch.device("meta"):
+        return {key: tensor.shape for key, tensor in create(name).state_dict().items()}

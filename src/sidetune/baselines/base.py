@@ -88,10 +88,15 @@ class Baseline(Side, Generic[AnyRecipe]):
                 f"Type: --set backbone.taps=[{reads}]"
             )
         own, last = spec.select([reads]), Spec((stages.tap,))
-        self.frames = own.last.grid[0] // stages.tap.grid[0]
-        out = last if self.frames == 1 else last.of_clips(self.frames)
+        frames, rest = divmod(own.last.grid[0], stages.tap.grid[0])
+        if rest or not frames:
+            raise SideError(
+                f"the tap {reads!r} has {own.last.grid[0]} steps of time and the backbone's blocks give "
+                f"{stages.tap.grid[0]} a picture, expected a multiple. Type: --frames 8"
+            )
+        out = last if frames == 1 else last.of_clips(frames)
         super().__init__(own, pool=recipe.pool, out=out.last)
-        self.recipe = recipe
+        self.recipe, self.frames = recipe, frames
         self.trained = nn.ParameterDict()
         self._frozen: dict[str, Tensor] = {}  # the starts of those that are the backbone's own
         self.stages = [self._stage(name, module) for name, module in _behind(reads, stages).items()]

@@ -54,10 +54,8 @@ class _Bottleneck(nn.Module):
         super().__init__()
         self.frames, self.num_prefix = frames, num_prefix
         self.down_RD, self.down_R = nn.Parameter(torch.empty(rank, width)), nn.Parameter(torch.empty(rank))
-        self.conv_RK, self.conv_R = (
-            nn.Parameter(torch.empty(rank, 2 * REACH + 1)),
-            nn.Parameter(torch.empty(rank)),
-        )
+        self.conv_RK = nn.Parameter(torch.empty(rank, 2 * REACH + 1))
+        self.conv_R = nn.Parameter(torch.empty(rank))
         self.up_DR, self.up_D = nn.Parameter(torch.empty(width, rank)), nn.Parameter(torch.empty(width))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -65,7 +63,9 @@ class _Bottleneck(nn.Module):
         patches = tokens[:, self.num_prefix :]
         codes_BTNR = F.linear(patches, self.down_RD, self.down_R).unflatten(0, (-1, self.frames))
         # zeros stand before the first frame and behind the last
-        padded = F.pad(codes_BTNR, (0, 0, 0, 0, REACH, REACH)).unfold(1, 2 * REACH + 1, 1)
-        mixed = (padded * self.conv_RK).sum(-1) + self.conv_R
+        padded = F.pad(codes_BTNR, (0, 0, 0, 0, REACH, REACH))
+        conv_KR, mixed = self.conv_RK.to(padded).T, self.conv_R.to(padded)
+        for place in range(2 * REACH + 1):
+            mixed = mixed + padded[:, place : place + self.frames] * conv_KR[place]
         added = F.linear(mixed.flatten(0, 1), self.up_DR, self.up_D)
         return tokens + F.pad(added, (0, 0, self.num_prefix, 0))

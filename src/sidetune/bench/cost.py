@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from sidetune.backbones.random_weights import write_random_weights
+from sidetune.backbones.random_weights import differing, write_random_weights
 from sidetune.bench.cost_cases import DEFAULT, FORWARD, CostCase, CostSetting
 from sidetune.bench.cost_growth import growth_rows, known_axes
 from sidetune.bench.cost_rows import Measured, cost_rows
@@ -126,8 +126,14 @@ def drawn(setting: CostSetting, file: Path) -> CostSetting:
             f"{setting.backbone} cannot be streamed, expected a model of timm. "
             "Type: --backbone timm:vit_base_patch16_224"
         )
+    dtype = DTYPES[setting.precision]
     if not file.exists():
-        write_random_weights(model, file, dtype=DTYPES[setting.precision])
+        write_random_weights(model, file, dtype=dtype)
+    elif wrong := differing(model, file, dtype):
+        raise RequestError(
+            f"{file} {wrong}, expected random weights of {model} in {setting.precision}. "
+            "Type: --weights with a new file"
+        )
     return replace(setting, weights=str(file))
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -48,6 +48,7 @@ NUM_CLASSES = 10
 STORE_BATCHES = 4  # of the small store: more than a cache holds at the default sizes
 STORE_PASSES = 4  # over it in one round, so that reading ahead is under way for most of the steps
 SEED = 0
+LATER = ("frames", "precision", "weights")  # fields of `CostSetting` that came after results did
 
 # what a suffix says of a recipe: its part, field and value
 FIELDS: dict[str, tuple[str, str, Any]] = {
@@ -95,13 +96,17 @@ class CostSetting:
     def __post_init__(self) -> None:
         for name in ("size", "batch", "images", "epochs", "threads", "rounds", "frames"):
             require_least(name, getattr(self, name), 1, LEFT_OPEN.get(name) or getattr(CostSetting, name))
+        if self.precision not in get_args(Precision):
+            raise RequestError(
+                f"precision is {self.precision!r}.{nearest(self.precision, get_args(Precision))} "
+                "Type: --precision bf16"
+            )
         require_device(self.device)
 
     @property
     def is_the_goals(self) -> bool:
         """Whether the goals are about it: they were set on a CPU, for the defaults."""
-        mine, theirs = self.to_json(), CostSetting().to_json()
-        return all(mine[name] == theirs[name] for name in mine.keys() - {"rounds", "threads"})
+        return replace(self, rounds=CostSetting.rounds, threads=None) == CostSetting()
 
     @property
     def epoch_steps(self) -> int:
@@ -123,8 +128,12 @@ class CostSetting:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values by name."""
-        return asdict(self)
+        """Plain values by name; those that came later are left out where they are left alone."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in LATER or value != getattr(CostSetting, name)
+        }
 
 
 @dataclass(frozen=True)
@@ -173,6 +182,11 @@ class CostCase:
             else:
                 known = (*FIELDS, "stored", STREAMED, "m4", "last3")
                 raise RequestError(f"case {name!r} ends in {suffix!r}.{nearest(suffix, known)}")
+        if how.get(STREAMED) and (how.get("stored") or method in BASELINES):
+            raise RequestError(
+                f"case {name!r} is streamed, expected a side network that is live: a store needs no "
+                f"backbone, and a baseline trains inside of it. Type: --cases losa-{STREAMED}"
+            )
         return cls(name, Recipe.build(parts), **how)
 
 

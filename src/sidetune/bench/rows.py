@@ -33,7 +33,7 @@ MEANINGS = {
     "times_floor": "Time, in multiples of the floor",
     "peak_bytes": "Peak memory of a step, above what was loaded before it",
     "resident_bytes": "The most that a process held, libraries and all",
-    "step_s": "Time of a training step, s",
+    "step_s": "Time of a step, s",
     "images_per_s": "Images a second",
     "tap_bytes": "Of that, a batch's taps",
     "parameters": "Trained parameters, without the head",
@@ -41,7 +41,8 @@ MEANINGS = {
     "job_s": "The whole job, s, computed from steps and extraction",
     "accuracy": "Accuracy on test clips, a share, and its 95 % interval",
     "shuffled_accuracy": "The same clips, the frames of each in another order",
-    "file_bytes": "Its file",
+    "backbone_parameters": "Parameters of the backbone, all frozen",
+    "file_bytes": "The backbone's file",
     "gb_per_s": "Reading, GB/s of stored bytes",
     "gflop_per_s": "The machine: one large product, GFLOP/s",
 }

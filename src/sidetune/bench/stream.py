@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,13 +20,15 @@ from sidetune.bench.cost_cases import FEATURES, FORWARD, STREAMED, CostCase, Cos
 from sidetune.bench.cost_rows import Measured
 from sidetune.bench.rows import Bench, Row, describe_machine
 from sidetune.bench.stores import temporary_folder
-from sidetune.machine import total_memory
+from sidetune.errors import RequestError
+from sidetune.machine import available_memory
 from sidetune.threads import torch_threads
 
 GOAL = CostSetting(backbone="timm:eva02_enormous_patch14_clip_224", batch=1, frames=8, precision="bf16")
+GOAL_STEP = f"losa-{STREAMED}"
 FEATURES_BYTES, STEP_BYTES = 1.5 * 2**30, 3 * 2**30  # that a process may hold: the goals at that setting
 LEAST_RATE, CHUNK = 0.8, 64  # of the rate in memory, where so many images or more go through a block at once
-ROOM = 1.5  # a model in memory takes its weights in float32, and what a batch needs beside them
+ROOM = 3  # a model in memory takes its weights in float32, its file while it loads, and a batch beside them
 
 
 @dataclass(frozen=True)
@@ -74,31 +76,35 @@ def bench_stream(
         quiet: no progress.
 
     Raises:
-        RequestError: no such case, or a backbone that cannot be streamed.
+        RequestError: no such side network, a backbone that cannot be streamed, or no name of such a file.
         SidetuneError: no room on the disk, or a case's process failed.
     """
-    CostCase.parse(side)
+    CostCase.parse(StreamCases(side, in_memory=False).step)
+    if weights is not None and weights.suffix != ".safetensors":
+        raise RequestError(
+            f"weights {weights}, expected a .safetensors file. Type: --weights random.safetensors"
+        )
     with temporary_folder() as folder:
         setting = drawn(setting, folder / "weights.safetensors" if weights is None else weights)
         assert setting.weights is not None
         tensors = stored_tensors(Path(setting.weights)).values()
         parameters = sum(math.prod(one.shape) for one in tensors)
-        fits = ROOM * parameters * torch.float32.itemsize < total_memory()
-        cases = StreamCases(side, in_memory=fits)
+        free = _gpu_memory() if setting.device == "cuda" else available_memory()
+        cases = StreamCases(side, in_memory=ROOM * parameters * torch.float32.itemsize < free)
         parsed = {name: CostCase.parse(name) for name in cases.names}
         measured = measure(setting, parsed, quiet=quiet)
         rows = [
-            Row("backbone", "parameters", parameters, ""),
+            Row("backbone", "backbone_parameters", parameters, ""),
             Row("backbone", "file_bytes", sum(one.nbytes for one in tensors), "B"),
             *_rows(setting, cases, measured),
         ]
     with torch_threads(setting.threads):
-        sizes = {**setting.to_json(), "weights": None, "cases": list(cases.names)}
+        sizes = {**replace(setting, weights=None).to_json(), "cases": list(cases.names)}
         return Bench(tuple(rows), describe_machine(torch.device(setting.device), sizes))
 
 
 def _rows(setting: CostSetting, cases: StreamCases, measured: Mapping[str, Measured]) -> Iterator[Row]:
-    goals = {cases.features: FEATURES_BYTES, cases.step: STEP_BYTES} if _is_the_goal(setting) else {}
+    goals = {cases.features: FEATURES_BYTES, GOAL_STEP: STEP_BYTES} if _is_the_goal(setting) else {}
     for name, one in measured.items():
         held = one.resident_bytes
         assert held is not None, "streamed cases say it"
@@ -122,5 +128,10 @@ def _rows(setting: CostSetting, cases: StreamCases, measured: Mapping[str, Measu
 
 
 def _is_the_goal(setting: CostSetting) -> bool:
-    mine, theirs = setting.to_json(), GOAL.to_json()
-    return all(mine[name] == theirs[name] for name in ("backbone", "size", "batch", "frames", "device"))
+    own = ("backbone", "size", "batch", "frames", "device", "precision")
+    return all(getattr(setting, name) == getattr(GOAL, name) for name in own)
+
+
+def _gpu_memory() -> int:
+    free, _ = torch.cuda.mem_get_info()
+    return int(free)

@@ -20,7 +20,7 @@ composition are inferred, and of a clip all but that space and time are divided.
 zero, so the side starts as the linear probe; of the two of Time the last one does.
 
 Here stands the textbook form, one line an equation. `forward` computes the same in the fast form of
-`sidetune.sides.losa_fast`, exactly, unless ``form`` is ``textbook``.
+`sidetune.sides.losa_fast`, but for rounding, unless ``form`` is ``textbook``.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ class Losa(Side):
         every: read every k-th block, counted back from L.
         drop_path: probability that a sample skips a layer's g_l in training.
         time: of clips: ``divided`` into space and time, or ``joint``: one mixer of all their tokens.
-        form: ``fast`` or ``textbook``: the same outputs and gradients.
+        form: ``fast`` or ``textbook``: the same outputs and gradients, but for rounding: the fast form
+            computes in the parameters' type, and refuses taps that want a gradient.
 
     `drop_path` may be one rate a member.
 
@@ -138,7 +139,8 @@ class Losa(Side):
 
     def forward(self, features: Features, draws: Draws | None = None) -> Tensor:
         """See `Side.forward`."""
-        if self.form == "textbook":
+        every_token_of_clips = self.frames is not None and self.pool == "tokens"  # nothing is pooled there
+        if self.form == "textbook" or every_token_of_clips:
             return super().forward(features, draws)
         return pooled_losa(self, features, self._keep(features, draws))
 

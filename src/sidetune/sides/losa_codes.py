@@ -47,7 +47,7 @@ class Codes:
         self.call, self.arguments, self.scratch = call, arguments, scratch
         self.size = rows.stop - rows.start
         self.kinds, self.rank = call.frozen.kinds, call.rank
-        self.mixers: Mixers = call.mixers.of(piece)
+        self.mixers: Mixers = call.mixers.part(piece)
         keep_LMB, mask_BN = call.frozen.keep_LMB, call.frozen.mask_BN
         self.keep_LMC = None if keep_LMB is None else keep_LMB[:, members, rows]
         self.mask_CN = None if mask_BN is None else mask_BN[rows]

@@ -11,7 +11,8 @@ needs only
 
 so the large operand of a product is a stored tap, and pool(y_L) is thin too: nothing of size (B, N, D)
 is written but a chunk's x_l, in cache. For backward the arguments of the GELUs are kept, R(N+D) numbers a
-layer and sample; all else is computed again. The gradients are these lines differentiated by hand.
+layer and sample, R(2N+D) a frame; all else is computed again. The gradients are these lines differentiated
+by hand.
 
 The two lines are one: a mixer contracts an axis Y of x and keeps the other, X. A channel mixer contracts D
 and keeps N; a token mixer contracts N and keeps D (`sidetune.sides.losa_codes`). C is a chunk of the batch. A
@@ -125,15 +126,12 @@ def _of_frames(frames: int, tensor: Tensor) -> Tensor:
 
 
 def _pool(side: Losa, features: Features) -> Tensor:
-    """Weights of pooling, of clips by frame: (Q, P, N), Q = 1 where all frames share them, else B * T."""
+    """Weights of pooling, of clips by frame: (Q, P, N), Q = 1, or B * T with a mask."""
     pool_QPN = pool_weights(side.spec.last, side.pool, features.mask, like=side.tap_scale)
     if side.frames is None:
         return pool_QPN
     pool_QTPN: Tensor = pool_QPN.unflatten(2, (side.frames, -1)).transpose(1, 2)
-    if features.mask is None and side.pool != "tokens":
-        return pool_QTPN[:, 0]
-    batch = len(features.layers[0])
-    return pool_QTPN.expand(batch, -1, -1, -1).flatten(0, 1)
+    return pool_QTPN[:, 0] if features.mask is None else pool_QTPN.flatten(0, 1)
 
 
 class FactoredLosa(torch.autograd.Function):
@@ -172,7 +170,7 @@ class FactoredLosa(torch.autograd.Function):
 
         total = call.mixers.zeros()
         for piece, part in on_threads(work, ctx.pieces, d_out_MBPD.device):
-            total.of(piece).add(part)
+            total.part(piece).add(part)
         for (kind, source), gram_MQJJ in total.gram_MQJJ.items():
             gram_MQJJ.mul_(call.earlier_JJ + call.same_JJ * call.sees_own(kind, source))
         return (None, None, *total.tensors)
@@ -204,7 +202,7 @@ class Call:
         return [Block(a, b, a * self.rank, b * self.rank) for a, b in pairwise(bounds)]
 
     def new_arguments(self, kind: Kind) -> Tensor:
-        """Room for the arguments of the GELUs: (B, M, J*X). A chunk has what its rows take in one piece."""
+        """Room for what codes are made of: (B, M, J*X). A chunk has what its rows take in one piece."""
         numel = self.codes * self.kept_axis(kind)
         return self.mixers.up_MJY[kind].new_empty(self.batch, self.members, numel)
 

@@ -1,7 +1,7 @@
 """The way back through `sidetune.sides.losa_codes`: gradients of codes, of arguments and of the matrices.
 
-A mixer's argument is W x + (W same_up^T) same + (W other^T) other_up over the codes that it sees; these
-lines differentiated by hand, from the last block of layers to the first.
+A mixer's argument is W x and, of every kind whose codes it sees, (W up^T) codes where both contract the same
+axis, else (W codes^T) up; these lines differentiated by hand, from the last block of layers to the first.
 """
 
 from __future__ import annotations
@@ -51,13 +51,11 @@ class CodeGradients:
         of, rank = self.of, self.call.rank
         first = layer * rank
         own, later = slice(first, first + rank), slice(first + rank, block.stop)
-        d_codes, readers = (
-            self.d_codes[kind][:, own],
-            [one for one in of.kinds if self.call.sees_own(one, kind)],
-        )
+        d_codes = self.d_codes[kind][:, own]
+        readers = [one for one in of.kinds if self.call.sees_own(one, kind)]
         for reader in of.kinds:
-            whole = of.keep_LMC is None and reader in readers
-            self._add_later(kind, own, reader, slice(first, block.stop) if whole else later)
+            at_once = of.keep_LMC is None and reader in readers
+            self._add_later(kind, own, reader, slice(first if at_once else later.start, block.stop))
         if of.keep_LMC is not None:  # other mixers of the same layer see what is not dropped yet
             d_codes *= of.keep_LMC[layer][:, None, :, None]
             for reader in readers:
@@ -157,14 +155,14 @@ class CodeGradients:
         """From gradients of codes to those of arguments."""
         d_argument = self.d_arguments[kind][:, own]
         if kind == "time":
-            d_argument.copy_(self._over_time(own, d_codes))
+            d_argument.copy_(self._over_time_backward(own, d_codes))
             return
         arguments = self.of.arguments[kind][:, own]
         torch.ops.aten.gelu_backward.grad_input(d_codes, arguments, grad_input=d_argument)
         if kind == "channel" and self.call.frozen.a != 1:
             d_argument *= self.call.frozen.a
 
-    def _over_time(self, own: slice, d_codes: Tensor) -> Tensor:
+    def _over_time_backward(self, own: slice, d_codes: Tensor) -> Tensor:
         """Through W_up GELU(W_down z), and the gradients of these two."""
         of, layers = self.of, slice(own.start // self.call.rank, own.stop // self.call.rank)
         (down, up), z = of.time_matrices(own), of.bottleneck(own)

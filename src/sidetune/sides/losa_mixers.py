@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Literal, Self
@@ -67,7 +67,7 @@ class Mixers:
         """Room for gradients."""
         return Mixers.build([*self.down_MJY], [torch.zeros_like(tensor) for tensor in self.tensors])
 
-    def of(self, piece: Piece) -> Mixers:
+    def part(self, piece: Piece) -> Mixers:
         """What some members have for some rows of the batch; views."""
         members, rows = piece
         down, up = (
@@ -90,12 +90,7 @@ def mixers_of(side: Losa, kinds: Sequence[Kind], mask_BN: Tensor | None) -> Mixe
         kinds: that it has.
         mask_BN: 1 where token mixers read a token, else 0; None: they read all.
     """
-    stacked: dict[Kind, Callable[[], tuple[Tensor, Tensor]]] = {
-        "channel": lambda: _contracting_width(every(side.channel, "down_MDR"), every(side.channel, "up_MRD")),
-        "token": lambda: _contracting_tokens(side),
-        "time": lambda: _contracting_width(every(side.time, "down_MDR"), every(side.time, "up_MRD")),
-    }
-    matrices = {kind: stacked[kind]() for kind in kinds}
+    matrices = {kind: _stacked(side, kind) for kind in kinds}
     down = {kind: one[0] for kind, one in matrices.items()}
     up = {kind: one[1] for kind, one in matrices.items()}
     read = {kind: one[:, None] for kind, one in down.items()}
@@ -108,10 +103,10 @@ def mixers_of(side: Losa, kinds: Sequence[Kind], mask_BN: Tensor | None) -> Mixe
     return Mixers(down, up, gram, (time_down, time_up * side.a))
 
 
-def _contracting_width(down_MDR: list[Tensor], up_MRD: list[Tensor]) -> tuple[Tensor, Tensor]:
-    return torch.cat(down_MDR, 2).mT.contiguous(), torch.cat(up_MRD, 1)
-
-
-def _contracting_tokens(side: Losa) -> tuple[Tensor, Tensor]:
-    down_MJN = torch.cat(every(side.token, "down_MRN"), 1)
-    return down_MJN, torch.cat(every(side.token, "up_MNR"), 2).mT.contiguous() * side.a
+def _stacked(side: Losa, kind: Kind) -> tuple[Tensor, Tensor]:
+    """Down and up of a kind, (M, J, Y) each."""
+    if kind == "token":
+        down_MJN = torch.cat(every(side.token, "down_MRN"), 1)
+        return down_MJN, torch.cat(every(side.token, "up_MNR"), 2).mT.contiguous() * side.a
+    mixers = side.channel if kind == "channel" else side.time
+    return torch.cat(every(mixers, "down_MDR"), 2).mT.contiguous(), torch.cat(every(mixers, "up_MRD"), 1)

@@ -248,7 +248,7 @@ def _colour(name: str) -> str:
     plain = name.removesuffix("*").removesuffix(IN_BF16)
     kind = VARIANTS.get(plain, {"name": plain})["name"]
     other = PROBE if kind in PROBES else BASELINE if kind in BASELINES else SIDE
-    return COLOURS.get(name, other)
+    return COLOURS.get(plain, other)
 
 
 def _title(figure: Any, words: tuple[str, str], inches: float) -> None:  # noqa: ANN401 - matplotlib's Figure
