@@ -176,7 +176,11 @@ def picture(rows: list[Line], path: Path) -> None:
             taken = mean(shown_cost(found[0]["cost"], cost) for found in by_task.values())
             points.append((method + star, taken, score))
     wanted = max(row["seeds_wanted"] for row in plain)
-    draw_points(panels, path, ("Test accuracy", f"mean of {len(tasks)} tasks, {wanted} seeds (*: fewer)"))
+    cpus = {row["environment"]["cpu"] for row in plain}
+    where = f", times of {len(cpus)} kinds of CPU" if len(cpus) > 1 else ""
+    draw_points(
+        panels, path, ("Test accuracy", f"mean of {len(tasks)} tasks, {wanted} seeds (*: fewer){where}")
+    )
 
 
 def of_first_table(rows: list[Line]) -> list[Line]:
