@@ -27,8 +27,9 @@ from sidetune.bench.accuracy.picture import COSTS, draw_points, shown_cost
 
 OUT = Path("results/accuracy-112.jsonl")
 MEANS = ("mean of groups", "mean of tasks")
-TABLES = {"outcomes": "", "timed_outcomes": " at equal time", "shots_outcomes": ""}
-COMPARISONS = {"comparisons": "", "timed_comparisons": " at equal time"}
+EQUAL_TIME = " at equal time"
+TABLES = {"outcomes": "", "timed_outcomes": EQUAL_TIME, "shots_outcomes": ""}
+COMPARISONS = {"comparisons": "", "timed_comparisons": EQUAL_TIME}
 Line = dict[str, Any]
 
 
@@ -61,7 +62,8 @@ def main() -> None:
     rows = read(options.into)
     for backbone in dict.fromkeys(row["backbone"] for row in rows):
         own = [row for row in rows if row["backbone"] == backbone]
-        print("\n".join([backbone, "", table(own), "", *claims(own), ""]))
+        second = ["at equal time", "", timed_table(own), ""] if of_second_table(own) else []
+        print("\n".join([backbone, "", table(own), "", *second, *claims(own), ""]))
     if options.picture is not None:
         picture([row for row in rows if row["backbone"] == rows[0]["backbone"]], options.picture)
 
@@ -185,13 +187,31 @@ def picture(rows: list[Line], path: Path) -> None:
 
 def of_first_table(rows: list[Line]) -> list[Line]:
     """Scores of all images at equal epochs, of the tasks that have a group."""
+    return [row for row in _scores(rows) if not row["method"].endswith(EQUAL_TIME)]
+
+
+def of_second_table(rows: list[Line]) -> list[Line]:
+    """Likewise at equal time, under the methods' own names."""
+    timed = [row for row in _scores(rows) if row["method"].endswith(EQUAL_TIME)]
+    return [{**row, "method": row["method"].removesuffix(EQUAL_TIME)} for row in timed]
+
+
+def _scores(rows: list[Line]) -> list[Line]:
     plain = [row for row in rows if "claim" not in row and "shots" not in row and "cost" in row]
-    return [row for row in plain if not row["method"].endswith("at equal time") and row["group"]]
+    return [row for row in plain if row["group"]]
 
 
 def table(rows: list[Line]) -> str:
     """A row a task, a column a method, then both means: of the bench's first table, all images."""
-    plain = of_first_table(rows)
+    return _table(of_first_table(rows))
+
+
+def timed_table(rows: list[Line]) -> str:
+    """Likewise of the second table; a dagger where not even one epoch fits."""
+    return _table(of_second_table(rows))
+
+
+def _table(plain: list[Line]) -> str:
     methods = list(dict.fromkeys(row["method"] for row in plain))
     groups = {row["task"]: row["group"] for row in plain}
     cells = {
@@ -213,7 +233,7 @@ def table(rows: list[Line]) -> str:
 def _cell(found: list[Line], score: float | None) -> str:
     if score is None:
         return "–"
-    return f"{score:.1f}{'*' * _short(found)}"
+    return f"{score:.1f}{'*' * _short(found)}{'†' * found[0]['over']}"
 
 
 def _short(found: list[Line]) -> bool:

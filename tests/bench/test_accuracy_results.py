@@ -126,3 +126,18 @@ def test_the_picture_has_the_methods_of_all_tasks_and_a_star_where_seeds_are_few
     assert [name for name, _, _ in asked["bytes"]] == ["ridge", "ridge-last"]
     tasks = {row["task"] for row in script["of_first_table"](rows)}
     assert asked["words"] == ("Test accuracy", f"mean of {len(tasks)} tasks, 2 seeds (*: fewer)")
+
+
+def test_the_second_table_is_of_equal_time_and_marks_what_does_not_fit(script, out):
+    rows = script["lines"](report_of(out), ABOUT, own_commit=False)
+    timed = [row for row in rows if row["method"] == "losa at equal time" and "cost" in row and row["group"]]
+    assert timed, "the bench has a second table"
+    for row in timed:
+        row["over"] = True
+    first = timed[0]
+    shown = script["timed_table"](rows).splitlines()
+    assert shown[0] == "| | ridge | ridge-last | losa |"
+    name = f"| {first['task'].partition(' ')[0]} ("
+    (line,) = [line for line in shown if line.startswith(name)]
+    assert line.endswith(f" {100 * first['value']:.1f}† |")
+    assert "equal time" not in script["table"](rows)
