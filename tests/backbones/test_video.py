@@ -129,6 +129,9 @@ def test_folders_that_are_none_say_what_to_type(folders, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((folders["vjepa2"] / "model.safetensors").read_bytes())
     with pytest.raises(BackboneError, match=r"the weights of a/model lack embeddings"):
         build_backbone(NAME, weights=tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(BackboneError, match=r"a/model cannot be loaded: .* Type: --weights FOLDER"):
+        build_backbone(NAME, weights=tmp_path)
     other = video_folder(tmp_path / "other", "vivit")
     (other / "preprocessor_config.json").write_text("{")
     with pytest.raises(BackboneError, match=r"preprocessor_config\.json is no JSON"):

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sidetune.backbones.base import Identity, Precision, Resize, weights_digest
 from sidetune.backbones.hooked import HookedBackbone, Parts, Place, check_choice, final_norm
-from sidetune.backbones.timm import no_hub
 from sidetune.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from sidetune.errors import BackboneError, MissingExtraError
 from sidetune.features import Spec, Tap
@@ -164,7 +164,7 @@ def _load(name: str, source: str, *, on_hub: bool) -> tuple[Family, Any]:
     try:
         config = transformers.AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise no_hub(name, error) from error
+        raise _not_loaded(name, error) from error
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise BackboneError(
@@ -178,8 +178,8 @@ def _load(name: str, source: str, *, on_hub: bool) -> tuple[Family, Any]:
             model, said = kind.from_pretrained(
                 source, use_safetensors=True, output_loading_info=True, dtype=torch.float32, **options
             )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise no_hub(name, error) from error
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise _not_loaded(name, error) from error
     lacking = [f"lack {key}" for key in said["missing_keys"] if not key.startswith("predictor.")]
     foreign = [f"have {key}" for key in said["unexpected_keys"] if key.partition(".")[0] in ENCODER]
     if wrong := sorted(lacking) + sorted(foreign):
@@ -188,6 +188,13 @@ def _load(name: str, source: str, *, on_hub: bool) -> tuple[Family, Any]:
             f"expected those of a {family.model}. Type: --weights with the folder of the whole model"
         )
     return family, model.eval()
+
+
+def _not_loaded(name: str, error: Exception) -> BackboneError:
+    return BackboneError(
+        f"{name} cannot be loaded: {str(error).partition(chr(10))[0]} Expected a network, a filled cache, or "
+        f"a folder with {CONFIG} and {WEIGHTS}, as on the hub. Type: --weights FOLDER"
+    )
 
 
 @contextmanager
