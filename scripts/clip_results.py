@@ -4,8 +4,8 @@
 
 Every clip is answered for by the network of its fold, which did not train on it; folds are the data's own
 column. Ridge on means over frames is the probe that single frames allow. Each side network trains twice: on
-clips as they are, and on the same whose frames are in an order drawn anew for every sampling, also where they
-are scored: what it gains over that is what order is worth. Intervals are of clips and seeds, paired.
+clips as they are, and on the same whose frames are in an order drawn for each clip and sampling, also where
+they are scored: what it gains over that is what order is worth. Intervals are of clips and seeds, paired.
 
 Outputs are kept under --out, so that what is there already is not trained again.
 """
@@ -13,9 +13,10 @@ Outputs are kept under --out, so that what is there already is not trained again
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ from provenance import HARDWARE, git
 from sidetune.backbones import build_backbone
 from sidetune.data import load_dataset
 from sidetune.data.folds import given_folds
-from sidetune.data.reading import Reading
 from sidetune.extract import extract, sample_keys
+from sidetune.features import Features, Spec
 from sidetune.fleet_fit import fit_fleets
 from sidetune.job import Job, Work
 from sidetune.keyed import generator
@@ -64,18 +65,25 @@ def main() -> None:
         sys.exit("the tree has changes, and a result line names a commit. Type: git commit")
     options.out.mkdir(parents=True, exist_ok=True)
     job, fold_n = open_job(options)
-    found: dict[str, tuple[str, Right]] = {"ridge": (job.recipe.hash, of_ridge(job, fold_n))}
+    ridge = recipe_of(options, "losa").model_copy(update={"side": RidgeRecipe()})
+    found: dict[str, tuple[str, Right]] = {"ridge": (ridge.hash, of_ridge(job, fold_n))}
+    commits: dict[str, str] = {}
+    about = "|".join([job.backbone.identity.digest, *sample_keys(job.dataset)])
+    content = hashlib.sha256(about.encode()).hexdigest()
     for side in filter(None, options.sides.split(",")):
         for shuffled in (False, True):
             recipe = recipe_of(options, side)
             name = f"{side}{SHUFFLED}" if shuffled else side
-            kept = options.out / f"{recipe.hash[:12]}{'-shuffled' if shuffled else ''}.npy"
+            kept = options.out / f"{recipe.hash[:12]}-{content[:12]}{'-shuffled' if shuffled else ''}.npz"
             if not kept.exists():
-                np.save(kept, of_side(job, recipe, options.out, shuffled=shuffled))
-            found[name] = recipe.hash, np.load(kept)
-    lines = [*result_lines(options, found)]
+                right_SN = of_side(job, recipe, options.out, shuffled=shuffled)
+                np.savez(kept, right=right_SN, commit=git("rev-parse", "HEAD"))
+            found[name] = recipe.hash, np.load(kept)["right"]
+            commits[name] = str(np.load(kept)["commit"])
+    lines = [*result_lines(options, found, commits)]
     others = options.into.read_text("utf-8").splitlines() if options.into.exists() else []
-    kept_lines = [one for one in others if json.loads(one)["task"] != lines[0]["task"]]
+    fresh = {_place(line) for line in lines}
+    kept_lines = [one for one in others if _place(json.loads(one)) not in fresh]
     options.into.write_text("\n".join([*kept_lines, *map(json.dumps, lines)]) + "\n", encoding="utf-8")
     for line in lines:
         if "interval" in line:
@@ -83,6 +91,11 @@ def main() -> None:
             print(f"{line['method']}: {100 * line['value']:+.1f} ({low} .. {high})")
         else:
             print(f"{line['method']}, seed {line['seed']}: {100 * line['value']:.1f}")
+
+
+def _place(line: dict[str, Any]) -> tuple[str, ...]:
+    """What a line is of: another of the same replaces it."""
+    return line["task"], line["backbone"], line["method"], str(line["seed"])
 
 
 def recipe_of(options: argparse.Namespace, side: str) -> Recipe:
@@ -130,10 +143,9 @@ def of_ridge(job: Job, fold_n: NDArray[np.int64]) -> Right:
 def of_side(job: Job, recipe: Recipe, out: Path, *, shuffled: bool) -> Right:
     """Each clip by the network that did not see it, a row a seed."""
     source = job.source
+    assert isinstance(source, StoredSource)
     if shuffled:
-        assert isinstance(source, StoredSource)
-        keys = sample_keys(job.dataset)
-        source = StoredSource(source.store, keys, reading=with_shuffled_frames(source.reading))
+        source = ShuffledFrames(source.store, sample_keys(job.dataset), reading=source.reading)
     own = replace(job, recipe=recipe, source=source)
     fleet = fit_fleets(Work((own,), recipe, out))[0].fleet
     assert fleet is not None
@@ -145,24 +157,38 @@ def of_side(job: Job, recipe: Recipe, out: Path, *, shuffled: bool) -> Right:
     )
 
 
-def with_shuffled_frames(reading: Reading) -> Reading:
-    """Every sampling in an order of its own, the scored one, too."""
-    views = []
-    for number, view in enumerate(reading.views):
-        order = torch.randperm(len(view), generator=generator(0, f"shuffle/{number}")).tolist()
-        views.append(tuple(view[place] for place in order))
-    return replace(reading, views=tuple(views))
+class ShuffledFrames(StoredSource):
+    """The frames of each clip and sampling in an order of their own."""
+
+    def features(
+        self, rows: Sequence[int], spec: Spec | None = None, views: Sequence[int] | int = 0
+    ) -> Features:
+        """See `Source.features`."""
+        found = super().features(rows, spec, views)
+        chosen = [views] * len(rows) if isinstance(views, int) else views
+        frames = self.reading.together
+        orders = torch.stack(
+            [
+                torch.randperm(frames, generator=generator(0, f"shuffle/{row}/{view}"))
+                for row, view in zip(rows, chosen, strict=True)
+            ]
+        )
+        at = torch.arange(len(orders))[:, None]
+        layers = (layer.unflatten(1, (frames, -1))[at, orders].flatten(1, 2) for layer in found.layers)
+        return Features(tuple(layers), found.spec)
 
 
 def result_lines(
-    options: argparse.Namespace, found: dict[str, tuple[str, Right]]
+    options: argparse.Namespace, found: dict[str, tuple[str, Right]], commits: dict[str, str]
 ) -> Iterator[dict[str, Any]]:
     """Accuracy of each method and seed, then what each side network gains."""
     shared = {
         "metric": "out_of_fold_accuracy",
         "task": f"{options.data.parent.name} at {options.size} px, {options.frames} frames",
-        "command": f"python scripts/clip_results.py {options.data.name} --size {options.size} "
-        f"--frames {options.frames} --epochs {options.epochs} --seeds {options.seeds}",
+        "backbone": options.backbone,
+        "command": f"python scripts/clip_results.py {'/'.join(options.data.parts[-2:])} "
+        f"--sides {options.sides} --backbone {options.backbone} --size {options.size} --frames {options.frames} "
+        f"--epochs {options.epochs} --seeds {options.seeds}",
         "commit": git("rev-parse", "HEAD"),
         "hardware": HARDWARE,
         "environment": environment(torch.device("cpu")),
@@ -170,13 +196,15 @@ def result_lines(
     for name, (recipe, right_SN) in found.items():
         for seed, right in enumerate(right_SN):
             known = None if name == "ridge" else seed
-            yield {"method": name, "seed": known, "value": float(right.mean()), "recipe": recipe, **shared}
+            line = {"method": name, "seed": known, "value": float(right.mean()), "recipe": recipe, **shared}
+            yield {**line, "commit": commits.get(name, shared["commit"])}
     for name, (recipe, right_SN) in found.items():
         for other in ("ridge", f"{name}{SHUFFLED}"):
             if name != other and not name.endswith(SHUFFLED) and other in found:
                 value, resampled = seeds_difference(right_SN, found[other][1])
                 line = {"method": f"{name} - {other}", "seed": f"0 to {len(right_SN) - 1}", "value": value}
-                yield {**line, "interval": middle(resampled), "recipe": recipe, **shared}
+                line |= {"interval": middle(resampled), "recipe": recipe, **shared}
+                yield {**line, "commit": commits[name]}
 
 
 if __name__ == "__main__":

@@ -302,7 +302,8 @@ def _scored(recipe: Recipe, num_views: int | None, frames: int | None) -> Readin
     if num_views < 0:
         raise RequestError(f"got --views {num_views}, expected 0 or more. Type: --views 4")
     features = recipe.features  # the tiles that a run was scored on stay, unless the image alone is asked for
-    shown = views(num_views, flip=features.flip, tiles=features.tiles if num_views else 0)
+    tiles = features.tiles if num_views and features.average_views else 0
+    shown = views(num_views, flip=features.flip, tiles=tiles)
     return Reading.of_images(shown, averaged=True)
 
 

@@ -118,6 +118,11 @@ class BackboneRecipe(Part):
     resize: Literal["squash", "crop"] | None = None
     seed: int | None = None
 
+    @property
+    def reads_clips(self) -> bool:
+        """Whether it is named as one that reads a clip at once, of which no single frames are stored."""
+        return self.name.partition(":")[0] == "hf"
+
     def arguments(self) -> dict[str, Any]:
         """Arguments of `build_backbone` that were asked for; every backbone runs eagerly."""
         return {name: value for name, value in self if name != "name" and value not in (None, "eager")}

@@ -39,7 +39,7 @@ def check_clips(recipe: Recipe) -> None:
         if clips != type(clips)():
             raise RecipeError("clips are described and clips.frames is not given. Type: --frames 8")
         return
-    if clips.frames > clips.stored:
+    if clips.frames > clips.stored and not recipe.backbone.reads_clips:
         raise RecipeError(
             f"clips.frames is {clips.frames} and clips.stored {clips.stored}, expected as many or more. "
             f"Type: --frames-stored {clips.frames}"
@@ -60,11 +60,10 @@ def check_whole_clips(clips: ClipsRecipe, frames: int) -> None:
         RecipeError: another number of frames, or squares.
     """
     if clips.frames != frames:
-        more = f" --frames-stored {frames}" if frames > clips.stored else ""
         raise RecipeError(
             f"the backbone reads {frames} frames of a clip at once, and "
             f"{'no clips are asked for' if clips.frames is None else f'clips.frames is {clips.frames}'}. "
-            f"Type: --frames {frames}{more}"
+            f"Type: --frames {frames}"
         )
     if clips.crops != 1:
         raise RecipeError(

@@ -92,7 +92,7 @@ class Source(ABC):
 
     def batches(self, rows: NDArray[np.int64], spec: Spec | None = None, view: int = 0) -> Iterator[Features]:
         """The features of a view of many rows, a micro-batch at a time, in order."""
-        size = max(1, MICRO_BATCH // self.reading.together)
+        size = max(1, MICRO_BATCH // self.reading.pictures)
         parts = (rows[first : first + size].tolist() for first in range(0, len(rows), size))
         with Ahead(parts, partial(self.features, spec=spec, views=view), ahead=self.ahead) as batches:
             yield from batches

@@ -51,7 +51,8 @@ def _shown(recipe: Recipe) -> str:
     if clips.frames is not None:
         squares = f", {clips.crops} squares of each, averaged" if clips.crops > 1 else ""
         several = f", {clips.scored} samplings averaged" if clips.scored > 1 else ""
-        return f", {clips.frames} of {clips.stored} frames of each clip{squares}{several}"
+        of_stored = "" if recipe.backbone.reads_clips else f" of {clips.stored}"
+        return f", {clips.frames}{of_stored} frames of each clip{squares}{several}"
     parts = [f"{features.tiles**2} tiles"] * bool(features.tiles)
     parts += [f"{features.views} more views"] * bool(features.views)
     return f", {' and '.join(parts)}{', averaged' if features.average_views else ''}" if parts else ""

@@ -1,21 +1,25 @@
 """Video transformers: a clip at once, from files to answers."""
 
+import json
+
 import pytest
 import torch
+import transformers
 
 import sidetune
 from clips import make_clips
 from fitted_runs import read_csv
 from sidetune.backbones import build_backbone
 from sidetune.backbones.video import FAMILIES
+from sidetune.bench.setting import require_images
 from sidetune.data import load_dataset
 from sidetune.data.clips import Span, frames_at
 from sidetune.data.reading import Reading
-from sidetune.errors import BackboneError, RecipeError
+from sidetune.errors import BackboneError, RecipeError, RequestError
 from sidetune.extract import extract, sample_keys
 from sidetune.recipe import Recipe
 from sidetune.sources import LiveSource, StoredSource
-from tiny_videos import FRAMES, SIZE, video_folder, video_model
+from tiny_videos import CONFIGS, FRAMES, SIZE, video_folder, video_model
 
 NAME = "hf:a/model"
 
@@ -37,9 +41,18 @@ def test_taps_are_what_the_model_computes(folders, family):
     assert backbone.frames == FRAMES and backbone.preprocess.size == SIZE
     images = torch.randn(3, FRAMES, 3, SIZE, SIZE)
     features, model = backbone(images), video_model(family)
+    heard = {}
+    encoder = model.encoder if family == "vjepa2" else model
+    blocks = {"vivit": "layers", "videomae": "encoder.layer", "vjepa2": "layer"}[family]
+    for number, block in enumerate(encoder.get_submodule(blocks), start=1):
+        block.register_forward_hook(
+            lambda _, inputs, out, number=number: heard.update({number: (inputs[0], out)})
+        )
     with torch.no_grad():
-        run = model.encoder if family == "vjepa2" else model
-        last = run(images).last_hidden_state
+        last = encoder(images).last_hidden_state
+    outputs = [out[0] if isinstance(out, tuple) else out for _, out in heard.values()]
+    for name, expected in zip(backbone.spec.names, [heard[1][0], *outputs], strict=True):
+        torch.testing.assert_close(features[name], expected, rtol=1e-4, atol=1e-5)
     normed = torch.nn.functional.layer_norm(
         features["block.2"], last.shape[-1:], backbone.norm.weight, backbone.norm.bias, backbone.norm.eps
     )
@@ -63,12 +76,40 @@ def test_pixels_are_scaled_as_its_processor_says(folders, tmp_path):
     assert (own.preprocess.mean, own.preprocess.std) == (tuple(mean), (0.5,) * 3)
     means = {family: build_backbone(NAME, weights=folders[family]).preprocess.mean[0] for family in FAMILIES}
     assert means == {"vivit": 0.5, "videomae": 0.485, "vjepa2": 0.485}
+    assert own.preprocess.interpolation == "bilinear"
+    file = tmp_path / "own/preprocessor_config.json"
+    for fields, pixel, value in (
+        ({"rescale_factor": 1 / 127.5, "offset": True, "image_mean": 0.5, "image_std": 0.5}, 1.0, 1.0),
+        ({"rescale_factor": 1 / 127.5, "offset": True, "image_mean": 0.5, "image_std": 0.5}, 0.0, -3.0),
+        ({"rescale_factor": 1 / 127.5, "offset": True, "do_normalize": False}, 0.0, -1.0),
+        ({"do_rescale": False, "do_normalize": False}, 1.0, 255.0),
+        ({"do_normalize": False, "size": {"shortest_edge": 20}}, 0.25, 0.25),
+    ):
+        file.write_text(json.dumps(fields))
+        found = build_backbone(NAME, weights=tmp_path / "own", resize="crop").preprocess
+        assert (pixel - found.mean[1]) / found.std[1] == pytest.approx(value)
+    assert found.crop_fraction == SIZE / 20
+
+
+def test_a_whole_checkpoint_in_pieces_is_the_same_backbone(folders, tmp_path):
+    """With its heads, the model's name before its keys, and several files: as on the hub."""
+    whole = transformers.VideoMAEForVideoClassification(CONFIGS["videomae"]())
+    whole.videomae.load_state_dict(video_model("videomae").state_dict())
+    whole.save_pretrained(tmp_path / "whole", max_shard_size="20KB")
+    assert len(list((tmp_path / "whole").glob("model-*.safetensors"))) > 1
+    images = torch.randn(2, FRAMES, 3, SIZE, SIZE)
+    ours, theirs = (
+        build_backbone(NAME, weights=one)(images) for one in (folders["videomae"], tmp_path / "whole")
+    )
+    for name in ours.spec.names:
+        torch.testing.assert_close(ours[name], theirs[name])
 
 
 def test_a_clip_is_stored_at_once_and_is_the_live_one(folders, clips, tmp_path):
     backbone, dataset = build_backbone(NAME, weights=folders["vjepa2"]), load_dataset(clips, clips=True)
     keys, reading = sample_keys(dataset), Reading.of_whole_clips(FRAMES, 2)
     assert reading.stored == (Span(0, 2, FRAMES), Span(1, 2, FRAMES)) and reading.scored == 2
+    assert (reading.together, reading.pictures) == (1, FRAMES)
     store = extract(
         dataset, backbone, tmp_path / "s", dtype="fp32", keys=keys, views=reading.stored, quiet=True
     )
@@ -108,10 +149,19 @@ def test_what_it_does_not_read_is_refused(folders, clips, tmp_path):
         recipe = Recipe.build({"backbone": backbone}, settings)
         with pytest.raises(RecipeError, match=said):
             sidetune.fit(clips, out=tmp_path / "run", recipe=recipe, store=tmp_path / "s", quiet=True)
-    with pytest.raises(
-        RecipeError, match=r"and no clips are asked for. Type: --frames 32 --frames-stored 32"
-    ):
+    with pytest.raises(RecipeError, match=r"and no clips are asked for. Type: --frames 32$"):
         Recipe().reading(32)
+
+
+def test_a_bench_of_images_refuses_it(folders):
+    with pytest.raises(
+        RequestError, match=r"reads 4 frames of a clip at once, and this bench is for backbones of im"
+    ):
+        require_images(build_backbone(NAME, weights=folders["vivit"]))
+    with pytest.raises(
+        BackboneError, match=r"size 32, and a/model reads frames of 16 px alone\. Leave --size out"
+    ):
+        build_backbone(NAME, weights=folders["vivit"], size=32)
 
 
 def test_folders_that_are_none_say_what_to_type(folders, tmp_path):

@@ -4,8 +4,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from clips import make_clips
+from sidetune.backbones import build_backbone
+from sidetune.data import load_dataset
+from sidetune.data.reading import Reading
+from sidetune.extract import extract, sample_keys
+from sidetune.sources import StoredSource
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -40,16 +46,30 @@ def test_each_method_has_a_line_a_seed_and_each_gain_an_interval(script, tmp_pat
     assert all(len(line["recipe"]) == 64 and line["metric"] == "out_of_fold_accuracy" for line in found)
     low, high = found[-1]["interval"]
     assert low <= found[-1]["value"] <= high
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*.npy")}
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*.npz")}
     assert len(kept) == 2
     script["main"]()
     assert (tmp_path / "lines.jsonl").read_text() == first
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "nothing is trained again"
 
 
-def test_frames_of_every_sampling_are_in_another_order(script):
-    reading = script["Reading"].of_clips(8, 16, drawn=32)
-    shuffled = script["with_shuffled_frames"](reading)
-    assert [sorted(view) for view in shuffled.views] == [sorted(view) for view in reading.views]
-    assert all(list(view) != sorted(view) for view in shuffled.views)
-    assert shuffled.stored == reading.stored and shuffled.scored == reading.scored
+def test_frames_of_each_clip_and_sampling_are_in_an_order_of_their_own(script, tmp_path):
+    dataset, reading = (
+        load_dataset(make_clips(tmp_path / "clips"), clips=True),
+        Reading.of_clips(4, 8, drawn=5),
+    )
+    keys = sample_keys(dataset)
+    store = extract(dataset, build_backbone("toy"), tmp_path / "s", views=reading.stored, quiet=True)
+    plain, shuffled = (
+        kind(store, keys, reading=reading) for kind in (StoredSource, script["ShuffledFrames"])
+    )
+    rows, views = [0, 1, 2, 3, 4, 5], [0, 0, 0, 1, 2, 3]
+    found = [
+        source.features(rows, views=views)["block.4"].unflatten(1, (4, -1)) for source in (plain, shuffled)
+    ]
+    for before, after in zip(*found, strict=True):
+        orders = [[torch.equal(one, other) for other in before] for one in after]
+        assert [sum(row) for row in orders] == [1] * 4, "each frame is one of those that were there"
+    assert not torch.equal(*found)
+    again = shuffled.features(rows, views=views)["block.4"].unflatten(1, (4, -1))
+    assert torch.equal(again, found[1])

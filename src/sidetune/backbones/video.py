@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sidetune.backbones.base import Identity, Precision, Resize, weights_digest
+from sidetune.backbones.base import Identity, Precision, Resize, tensors_digest
 from sidetune.backbones.hooked import HookedBackbone, Parts, Place, check_choice, final_norm
+from sidetune.backbones.weightfile import stored_tensors
 from sidetune.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from sidetune.errors import BackboneError, MissingExtraError
 from sidetune.features import Spec, Tap
@@ -23,6 +26,8 @@ CONFIG, WEIGHTS = "config.json", "model*.safetensors"
 PROCESSORS = ("video_preprocessor_config.json", "preprocessor_config.json")  # mean and std, as on the hub
 ENCODER = ("embeddings", "encoder", "layers")  # a model's own parts, as keys begin; heads are left behind
 CENTRED = (0.5, 0.5, 0.5)
+HUB_PATTERNS = [CONFIG, "model*.safetensors", "model*.json", *PROCESSORS]
+Three = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Family:
         layers: the encoder's blocks.
         size: field of the configuration with the side of a frame in pixels.
         frames: likewise the number of frames.
-        patch: of a configuration, (frames, pixels) of a tubelet.
+        patch: of a configuration, frames and pixels of a tubelet.
         num_prefix: class tokens in front, of the whole clip.
         mean_std: of pixels, where no file says it.
     """
@@ -45,9 +50,9 @@ class Family:
     layers: Callable[[Any], nn.ModuleList]
     size: str
     frames: str
-    patch: Callable[[Any], tuple[int, int]]
+    patch: Callable[[Any], tuple[int, Any]]
     num_prefix: int
-    mean_std: tuple[tuple[float, float, float], tuple[float, float, float]]
+    mean_std: tuple[Three, Three]
 
 
 FAMILIES = {
@@ -94,6 +99,7 @@ class VideoBackbone(HookedBackbone):
         name: of the model on the Hugging Face hub, ``MCG-NJU/videomae-base``; of the architecture, for the
             identity.
         weights: a folder as on the hub, with config.json and safetensors; ``"hub"`` to download it.
+        size: side of a frame in pixels: the model's own.
         taps: names of the taps to read.
         precision: ``fp32``, or ``bf16`` or ``fp16`` by autocast.
         resize: of each frame: ``squash`` or ``crop``.
@@ -111,20 +117,23 @@ class VideoBackbone(HookedBackbone):
         name: str,
         *,
         weights: Path | str = "hub",
+        size: int | None = None,
         taps: Sequence[str] | None = None,
         precision: Precision = "fp32",
         resize: Resize = "squash",
     ) -> None:
         check_choice("resize", resize, ("squash", "crop"))
-        source = name if weights == "hub" else str(weights)
-        family, model = _load(name, source, on_hub=weights == "hub")
+        folder = _downloaded(name) if weights == "hub" else Path(weights)
+        family, model = _load(name, folder)
         config = model.config
         encoder, self.frames = family.encoder(model), int(getattr(config, family.frames))
-        size, (deep, wide) = int(getattr(config, family.size)), family.patch(config)
-        mean, std = _statistics(source, on_hub=weights == "hub") or family.mean_std
-        preprocess = Preprocess(size=size, resize=resize, mean=mean, std=std)
+        own, (deep, wide) = _side(name, getattr(config, family.size)), family.patch(config)
+        wide = _side(name, wide)
+        if size not in (None, own):
+            raise BackboneError(f"size {size}, and {name} reads frames of {own} px alone. Leave --size out")
+        preprocess = _preprocess(folder, own, resize, family)
         layers = family.layers(encoder)
-        grid = (self.frames // deep, size // wide, size // wide)
+        grid = (self.frames // deep, own // wide, own // wide)
 
         def tap(tap_name: str, kind: Any) -> Tap:  # noqa: ANN401 - a literal
             cls = 0 if family.num_prefix else None
@@ -133,7 +142,7 @@ class VideoBackbone(HookedBackbone):
         names = [f"block.{number}" for number in range(1, len(layers) + 1)]
         places = [Place(block, layer) for block, layer in zip(names, layers, strict=True)]
         identity = Identity(
-            weights=weights_digest(encoder),
+            weights=tensors_digest((key, one.read()) for key, one in sorted(stored_tensors(folder).items())),
             architecture=f"transformers:{config.model_type}",
             arguments={"frames": self.frames, "patch": [deep, wide], "layers": len(layers)},
             preprocess=preprocess.model_dump(mode="json"),
@@ -153,17 +162,24 @@ class VideoBackbone(HookedBackbone):
         return self.module(images)
 
 
-def _load(name: str, source: str, *, on_hub: bool) -> tuple[Family, Any]:
-    """The model, all of whose parameters were in the file."""
+def _downloaded(name: str) -> Path:
+    """The folder of a model's files in the hub's cache."""
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
+    except (OSError, ValueError) as error:
+        raise _not_loaded(name, error) from error
+
+
+def _load(name: str, folder: Path) -> tuple[Family, Any]:
+    """The model, all of whose parameters were in the folder's files."""
     try:
         import transformers
     except ImportError as error:
         raise MissingExtraError("transformers", "pip install 'sidetune[hf]'") from error
-    if not on_hub:
-        _check_folder(Path(source))
+    _check_folder(folder)
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise _not_loaded(name, error) from error
     family = FAMILIES.get(config.model_type)
     if family is None:
@@ -176,7 +192,7 @@ def _load(name: str, source: str, *, on_hub: bool) -> tuple[Family, Any]:
     try:
         with _silent():
             model, said = kind.from_pretrained(
-                source, use_safetensors=True, output_loading_info=True, dtype=torch.float32, **options
+                folder, use_safetensors=True, output_loading_info=True, dtype=torch.float32, **options
             )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise _not_loaded(name, error) from error
@@ -222,29 +238,58 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _statistics(
-    source: str, *, on_hub: bool
-) -> tuple[tuple[float, float, float], tuple[float, float, float]] | None:
-    """Mean and std of pixel values in 0..1, as the model's own processor has them; None: no file says it."""
-    for name in PROCESSORS:
-        fields = _processor(source, name, on_hub=on_hub)
-        mean, std = fields.get("image_mean"), fields.get("image_std")
-        if mean is not None and std is not None:
-            return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
-    return None
+def _side(name: str, value: Any) -> int:  # noqa: ANN401 - a number, or one an axis
+    sides = {*value} if isinstance(value, list | tuple) else {value}
+    if len(sides) != 1:
+        raise BackboneError(
+            f"{name} has frames or patches of {value}, expected squares. "
+            "Type: --backbone hf:MCG-NJU/videomae-base"
+        )
+    return int(sides.pop())
 
 
-def _processor(source: str, name: str, *, on_hub: bool) -> Mapping[str, Any]:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+def _preprocess(folder: Path, size: int, resize: Resize, family: Family) -> Preprocess:
+    """As the model's own processor prepares frames; where no file says it, the family's mean and std.
 
-    file = Path(source) / name
-    if on_hub:
-        try:
-            file = Path(hf_hub_download(source, name))
-        except (EntryNotFoundError, OSError):
-            return {}
-    if not file.is_file():
+    A processor multiplies bytes by a factor, may subtract one, then a mean, and divides: of a pixel in 0..1
+    that is one mean and one std.
+    """
+    mean, std = family.mean_std
+    fields = _processor(folder)
+    if fields:
+        scale = 255 * (fields.get("rescale_factor", 1 / 255) if fields.get("do_rescale", True) else 1.0)
+        centre = 1.0 if fields.get("offset") else 0.0
+        if not fields.get("do_normalize", True):
+            mean, std = _over(scale, (0.0, 0.0, 0.0), centre), _over(scale, (1.0, 1.0, 1.0))
+        elif (own_mean := _three(fields.get("image_mean"))) and (own_std := _three(fields.get("image_std"))):
+            mean, std = _over(scale, own_mean, centre), _over(scale, own_std)
+    resized = fields.get("size")
+    shorter = resized.get("shortest_edge", size) if isinstance(resized, dict) else size
+    return Preprocess(
+        size=size,
+        resize=resize,
+        crop_fraction=min(1.0, size / shorter),
+        interpolation="bilinear",
+        mean=mean,
+        std=std,
+    )
+
+
+def _three(value: Any) -> Three | None:  # noqa: ANN401 - a number, or one a channel
+    if isinstance(value, int | float):
+        return (value, value, value)
+    return (value[0], value[1], value[2]) if isinstance(value, list) and len(value) == len(CENTRED) else None
+
+
+def _over(scale: float, values: Three, more: float = 0.0) -> Three:
+    first, second, third = ((value + more) / scale for value in values)
+    return first, second, third
+
+
+def _processor(folder: Path) -> Mapping[str, Any]:
+    """The first of the files that a processor is described in; nothing where there is none."""
+    file = next((folder / name for name in PROCESSORS if (folder / name).is_file()), None)
+    if file is None:
         return {}
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

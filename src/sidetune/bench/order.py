@@ -21,6 +21,7 @@ from sidetune.artifact import find_device
 from sidetune.backbones import build_backbone
 from sidetune.bench.order_set import CLIP, ORDERS, write_order_set
 from sidetune.bench.rows import Bench, Row, describe_machine
+from sidetune.bench.setting import require_images
 from sidetune.data import load_dataset
 from sidetune.errors import DivergedError, RequestError, nearest
 from sidetune.extract import sample_keys
@@ -108,6 +109,7 @@ def bench_order(setting: OrderSetting, out: Path, *, quiet: bool = False) -> Ben
         DivergedError: no network of a side ended.
     """
     backbone = build_backbone(setting.backbone, **setting.recipe.backbone.arguments())
+    require_images(backbone)
     backbone.to(find_device(setting.device))
     with locked(out):
         few = -(-setting.scenes // 2)

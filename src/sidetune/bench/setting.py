@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from sidetune.errors import RequestError, nearest
 from sidetune.features import Features, Spec, Tap
 from sidetune.keyed import generator
 from sidetune.store import DTYPES, DTypeName
+
+if TYPE_CHECKING:
+    from sidetune.backbones.base import Backbone
 
 LOSA_RANK, LAST_RANK = 8, 16  # the sides' own defaults
 LEFT_OPEN = {"rank": LOSA_RANK, "threads": 2}  # what an error tells to type where the default is None
@@ -101,6 +104,19 @@ def require_least(name: str, value: int | None, least: int, usual: int) -> None:
     """
     if value is not None and value < least:
         raise RequestError(f"{name} is {value}, expected {least} or more. Type: --{name} {usual}")
+
+
+def require_images(backbone: Backbone) -> None:
+    """Whether a backbone reads images, as this bench has them.
+
+    Raises:
+        RequestError: it reads clips at once.
+    """
+    if backbone.frames is not None:
+        raise RequestError(
+            f"{backbone.identity.architecture} reads {backbone.frames} frames of a clip at once, and this "
+            "bench is for backbones of images. Type: --backbone timm:vit_small_patch14_dinov2"
+        )
 
 
 def require_device(device: str) -> None:

@@ -99,6 +99,12 @@ class Reading:
         """How many pictures are read at once."""
         return 1 if self.frames is None else self.frames
 
+    @property
+    def pictures(self) -> int:
+        """How many pictures the backbone runs over for what is read at once."""
+        first = self.stored[0]
+        return first.frames if isinstance(first, Span) else self.together
+
     def spec(self, spec: Spec) -> Spec:
         """What a network reads, of a backbone that reads pictures."""
         return spec if self.frames is None else spec.of_clips(self.frames)

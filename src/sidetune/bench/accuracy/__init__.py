@@ -31,6 +31,7 @@ from sidetune.bench.accuracy.table import Report
 from sidetune.bench.accuracy.tasks import TaskFolder
 from sidetune.bench.accuracy.voices import answers
 from sidetune.bench.rows import describe_machine
+from sidetune.bench.setting import require_images
 from sidetune.blend import AUTO
 from sidetune.errors import RequestError
 from sidetune.files import locked, write_json
@@ -99,6 +100,7 @@ def bench_accuracy(request: Request, backbone: Backbone | None = None) -> Report
     _check(request)
     if backbone is None:
         backbone = build_backbone(request.base.backbone.name, **request.base.backbone.arguments())
+    require_images(backbone)
     backbone.to(find_device(request.device))
     recipes = {method: method.recipe(request.base, request.settings) for method in request.methods}
     check_settings(request.methods, list(recipes.values()), request.settings)
