@@ -187,8 +187,8 @@ def result_lines(
         "task": f"{options.data.parent.name} at {options.size} px, {options.frames} frames",
         "backbone": options.backbone,
         "command": f"python scripts/clip_results.py {'/'.join(options.data.parts[-2:])} "
-        f"--sides {options.sides} --backbone {options.backbone} --size {options.size} --frames {options.frames} "
-        f"--epochs {options.epochs} --seeds {options.seeds}",
+        f"--sides {options.sides} --backbone {options.backbone} --size {options.size} "
+        f"--frames {options.frames} --epochs {options.epochs} --seeds {options.seeds}",
         "commit": git("rev-parse", "HEAD"),
         "hardware": HARDWARE,
         "environment": environment(torch.device("cpu")),
