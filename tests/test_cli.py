@@ -493,7 +493,7 @@ def test_predict_on_what_is_no_run_exits_1(run_cli, image_folder):
     ("command", "names"),
     [
         ("sides", ["attentive", "bypass", "fusion", "ladder", "last", "linear", "losa", "ridge"]),
-        ("backbones", ["demo", "timm", "toy"]),
+        ("backbones", ["demo", "hf", "timm", "toy"]),
     ],
 )
 def test_names_are_listed_with_what_they_are(run_cli, command, names):
