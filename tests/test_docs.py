@@ -153,6 +153,8 @@ def test_the_table_of_cost_is_what_the_result_lines_say(monkeypatch: pytest.Monk
 def test_the_table_of_accuracy_is_what_the_result_lines_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "scripts")
     script = runpy.run_path(str(ROOT / "scripts" / "accuracy_results.py"))
+    timed = script["read"](ROOT / "results" / "accuracy-time-112.jsonl")
+    assert script["timed_table"](timed) in text_of("README.md")
     rows = script["read"](ROOT / script["OUT"])
     assert script["table"](rows) in text_of("README.md")
 
