@@ -27,13 +27,12 @@ from sidetune.backbones.checkpoint import load_weights, without
 from sidetune.backbones.hooked import HookedBackbone, check_choice
 from sidetune.backbones.timm import create, create_from, hub_config, known_architecture, no_hub
 from sidetune.backbones.vit import ViT, classifiers, described, run_vit, set_size, write_over
-from sidetune.backbones.weightfile import Stored, stored_tensors
+from sidetune.backbones.weightfile import HUB_PATTERNS, Stored, stored_tensors
 from sidetune.errors import BackboneError
 from sidetune.store import DTYPES
 
 CALL_BYTES = 2**30  # of the taps of one call, in float32
 CALL_IMAGES = 64  # at most
-HUB_PATTERNS = ["config.json", "model*.safetensors", "model*.json"]
 BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 Block = Mapping[str, Stored]  # a parameter's name inside the block -> where it stands
 Loaded = dict[str, Tensor]
@@ -273,7 +272,7 @@ def _downloaded(name: str) -> Path:
     """The folder of a model's files in the hub's cache."""
     found = timm.get_pretrained_cfg(name)
     try:
-        folder = snapshot_download(getattr(found, "hf_hub_id", None) or name, allow_patterns=HUB_PATTERNS)
+        folder = snapshot_download(getattr(found, "hf_hub_id", None) or name, allow_patterns=[*HUB_PATTERNS])
     except (OSError, ValueError) as error:
         raise no_hub(name, error) from error
     return Path(folder)

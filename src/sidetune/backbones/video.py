@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sidetune.backbones.base import Identity, Precision, Resize, tensors_digest
 from sidetune.backbones.hooked import HookedBackbone, Parts, Place, check_choice, final_norm
-from sidetune.backbones.weightfile import stored_tensors
+from sidetune.backbones.weightfile import HUB_PATTERNS, stored_tensors
 from sidetune.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from sidetune.errors import BackboneError, MissingExtraError
 from sidetune.features import Spec, Tap
@@ -26,7 +26,6 @@ CONFIG, WEIGHTS = "config.json", "model*.safetensors"
 PROCESSORS = ("video_preprocessor_config.json", "preprocessor_config.json")  # mean and std, as on the hub
 ENCODER = ("embeddings", "encoder", "layers")  # a model's own parts, as keys begin; heads are left behind
 CENTRED = (0.5, 0.5, 0.5)
-HUB_PATTERNS = [CONFIG, "model*.safetensors", "model*.json", *PROCESSORS]
 Three = tuple[float, float, float]
 
 
@@ -165,7 +164,7 @@ class VideoBackbone(HookedBackbone):
 def _downloaded(name: str) -> Path:
     """The folder of a model's files in the hub's cache."""
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
+        return Path(snapshot_download(name, allow_patterns=[*HUB_PATTERNS, *PROCESSORS]))
     except (OSError, ValueError) as error:
         raise _not_loaded(name, error) from error
 

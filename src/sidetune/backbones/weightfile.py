@@ -23,6 +23,7 @@ from sidetune.files import read_json, written
 
 INDEX = "model.safetensors.index.json"  # of a folder that holds a model in several files
 WHOLE = HUB_FILES[0]
+HUB_PATTERNS = ("config.json", "model*.safetensors", "model*.json")  # of such a folder, what is downloaded
 TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 NAMES = {dtype: name for name, dtype in TYPES.items()}
 

@@ -154,6 +154,11 @@ class CostCase:
     members: int = 1
     streamed: bool = False
 
+    @property
+    def keeps_taps(self) -> bool:
+        """Whether the backbone runs for all of its taps, and nothing trains."""
+        return self.recipe is None and self.name.startswith(FEATURES)
+
     @classmethod
     def parse(cls, name: str) -> CostCase:
         """Read a name.
@@ -208,16 +213,15 @@ class Trial:
         if store is None or isinstance(case.recipe and case.recipe.side, BaselineRecipe):
             whole = setting.build_backbone(streamed=case.streamed)
             self.backbone = whole.reading(self._taps(whole.spec))
+            if case.keeps_taps:
+                self.backbone = self.backbone.giving(self.dtype)
         self.fleet = None if case.recipe is None else self._fleet(case.recipe, store)
 
     def run(self) -> int:
         """One round: how many steps it made."""
         if self.fleet is None:
             assert self.backbone is not None
-            giving = (
-                self.backbone.giving(self.dtype) if self.case.name.startswith(FEATURES) else self.backbone
-            )
-            giving(self.images)
+            self.backbone(self.images)
             return 1
         self.fleet.train_epoch()
         return self.fleet.steps(self.setting.batch)
@@ -250,7 +254,7 @@ class Trial:
     def _taps(self, every: Spec) -> tuple[str, ...]:
         """What the backbone reads: no more than the method does."""
         if self.case.recipe is None:
-            return every.names if self.case.name.startswith(FEATURES) else (every.blocks[-1].name,)
+            return every.names if self.case.keeps_taps else (every.blocks[-1].name,)
         side = self.case.recipe.side
         if isinstance(side, BaselineRecipe):
             return (BASELINES[side.name].first_tap(len(every.blocks), side),)

@@ -111,20 +111,15 @@ def _rows(setting: CostSetting, cases: StreamCases, measured: Mapping[str, Measu
         yield Row(name, "resident_bytes", held, "B", goal=goals.get(name))
     for name, one in measured.items():
         yield one.timing.row(name, "step_s", "s", 1 / one.steps)
-    rates = {
-        name: measured[name].timing.rate(name, "images_per_s", "images/s", setting.pictures)
-        for name in (cases.forward, FORWARD)
-        if name in measured
-    }
-    memory = rates.pop(FORWARD, None)
-    for rate in rates.values():
-        yield (
-            rate
-            if memory is None
-            else rate.to(memory, goal=LEAST_RATE if setting.pictures >= CHUNK else None)
-        )
-    if memory is not None:
-        yield memory
+
+    def rate(name: str) -> Row:
+        return measured[name].timing.rate(name, "images_per_s", "images/s", setting.pictures)
+
+    if not cases.in_memory:
+        yield rate(cases.forward)
+        return
+    yield rate(cases.forward).to(rate(FORWARD), goal=LEAST_RATE if setting.pictures >= CHUNK else None)
+    yield rate(FORWARD)
 
 
 def _is_the_goal(setting: CostSetting) -> bool:
