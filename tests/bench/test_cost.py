@@ -290,6 +290,11 @@ def test_sizes_that_cannot_be_are_refused():
 CLIPS = replace(TOY, frames=3)
 
 
+def test_a_clip_has_a_frame_or_more():
+    with pytest.raises(RequestError, match=r"^frames is 0, expected 1 or more\. Type: --frames 8$"):
+        replace(TOY, frames=0)
+
+
 def test_of_clips_a_batch_is_all_their_frames(tmp_path):
     store = write_small_store(CLIPS, tmp_path)
     assert store.num_records == 4 * CLIPS.batch * 3

@@ -190,7 +190,8 @@ class CostCase:
         if how.get(STREAMED) and (how.get("stored") or method in BASELINES):
             raise RequestError(
                 f"case {name!r} is streamed, expected a side network that is live: a store needs no "
-                f"backbone, and a baseline trains inside of it. Type: --cases losa-{STREAMED}"
+                f"backbone, and a baseline trains inside of it. Type: --cases losa-{STREAMED}, or with bench "
+                "stream --side losa"
             )
         return cls(name, Recipe.build(parts), **how)
 

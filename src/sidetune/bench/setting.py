@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from sidetune.backbones.base import Backbone
 
 LOSA_RANK, LAST_RANK = 8, 16  # the sides' own defaults
-LEFT_OPEN = {"rank": LOSA_RANK, "threads": 2}  # what an error tells to type where the default is None
+LEFT_OPEN = {
+    "rank": LOSA_RANK,
+    "threads": 2,
+    "frames": 8,
+}  # what an error tells to type where the default is None
 UNKNOWN_CACHE = 64 * 2**20  # bytes, where the system does not say
 TIMES_CACHE = 4  # the batches of a case are so many times the last-level cache
 MOST_BATCHES = 64  # tiny sizes are for trying out: they stay in the cache
