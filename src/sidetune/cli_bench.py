@@ -150,7 +150,10 @@ def bench_cost(
     size: Annotated[
         int, typer.Option(metavar="PX", rich_help_panel=SIZES, help="Image side in pixels.")
     ] = 224,
-    batch: Batch = 16,
+    batch: Annotated[
+        int | None,
+        typer.Option(metavar="B", rich_help_panel=SIZES, help="Images a batch: 16; with --video clips: 1."),
+    ] = None,
     images: Annotated[
         int,
         typer.Option(
@@ -172,7 +175,18 @@ def bench_cost(
             metavar="A,B", help="Also how cost grows with batch, size, model, epochs, members, or all."
         ),
     ] = None,
+    video: Annotated[
+        bool,
+        typer.Option(
+            "--video", help="Instead: time and memory on clips from 0.02 to 4.4 billion parameters."
+        ),
+    ] = False,
+    models: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="With --video, of ViT-S, ViT-B, ViT-L, ViT-g, ViT-G, EVA-E."),
+    ] = None,
     frames: Frames = None,
+    precision: Annotated[str, typer.Option(metavar="NAME", help="Of the backbone: fp32 or bf16.")] = "fp32",
     threads: Threads = None,
     rounds: Rounds = 5,
     device: Annotated[str, typer.Option(metavar="NAME", help="cpu or cuda.")] = "cpu",
@@ -182,18 +196,25 @@ def bench_cost(
     """Time, memory and size of training by method, each in a process of its own, against LoRA's."""
     from sidetune.bench.cost import bench_cost as run
     from sidetune.bench.cost_cases import DEFAULT, CostSetting
+    from sidetune.bench.cost_scale import CASES, bench_scale, require_video
 
+    require_video(video, models, growth)
     setting = CostSetting(
         backbone=backbone,
         size=size,
-        batch=batch,
+        batch=batch if batch is not None else 1 if video else CostSetting.batch,
         images=images,
         epochs=epochs,
         threads=threads,
         rounds=rounds,
         device=device,
-        frames=frames,
+        frames=8 if frames is None and video else frames,
+        precision=cast("Precision", precision),
     )
+    if video:
+        own = CASES if cases is None else _words(cases)
+        _print(bench_scale(setting, _words(models or ""), cases=own, quiet=quiet), as_json)
+        return
     chosen = DEFAULT if cases is None else _words(cases)
     _print(run(setting, chosen, growth=_words(growth or ""), quiet=quiet), as_json)
 

@@ -106,6 +106,11 @@ def available_memory() -> int:
     return min(available, max(0, limit[0] - limit[1])) if limit is not None and within else available
 
 
+def free_memory(device: str) -> int:
+    """Bytes that are free on ``cuda``, or for this process on ``cpu``."""
+    return int(torch.cuda.mem_get_info()[0]) if device == "cuda" else available_memory()
+
+
 def _memory() -> Check:
     total, available, limit = _physical_memory()[0], available_memory(), memory_limit()
     where = ""

@@ -258,7 +258,8 @@ def run(trial):
 
 there_before = torch.ones(2**25)
 Trial.run, cost_worker.PeakMemory = run, Sampler
-print(cost_worker.peak_bytes(CostCase.parse("forward"), CostSetting(backbone="toy", size=16, batch=4)))
+found = cost_worker.peaks(CostCase.parse("forward"), CostSetting(backbone="toy", size=16, batch=4))
+print(found["peak_bytes"])
 """
 
 

@@ -292,6 +292,32 @@ def test_refuses_blocks_that_take_more_than_tokens(tmp_path: Path) -> None:
         rotary.stages()
 
 
+@pytest.fixture(scope="module")
+def eva(tmp_path_factory: pytest.TempPathFactory) -> TimmBackbone:
+    """Norms behind the branches, and biases of query and value that stand beside the layer qkv."""
+    name = "eva02_enormous_patch14_clip_224"
+    folder = hub_folder(tmp_path_factory.mktemp("eva"), name, img_size=28, mlp_ratio=2, global_pool="token")
+    return TimmBackbone(name, weights=folder, size=32 // 14 * 14, taps=TAPS)
+
+
+@pytest.mark.parametrize("name", ["lora", "lora linear", "bitfit", "stadapter", "full"])
+def test_eva_without_rotary_positions(name: str, eva: TimmBackbone) -> None:
+    model = build(name, eva)
+    pictures = images()[..., :28, :28]
+    inputs = eva(pictures).select(model.side.spec.names)
+    tokens = model.side.tokens(inputs)[0]
+    torch.testing.assert_close(tokens, eva(pictures)["block.3"], rtol=1e-4, atol=1e-5)
+    if name == "bitfit":
+        assert any(key.endswith("q_bias") for key in model.side.trained)
+    adam(model, inputs, torch.tensor([0, 1, 2, 0]), 2)
+    assert not [key for key, gradient in gradients(model, inputs).items() if not gradient.any()]
+
+
+def test_adaptformer_refuses_blocks_whose_norm_is_behind(eva: TimmBackbone) -> None:
+    with pytest.raises(SideError, match=r"behind its norm, .* EvaBlockPostNorm has none. Type: --backbone"):
+        build("adaptformer", eva)
+
+
 def test_stages_run_to_the_last_tap(backbone: TimmBackbone) -> None:
     stages, found = backbone.stages(), backbone(images())
     with torch.no_grad():

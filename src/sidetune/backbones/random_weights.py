@@ -15,7 +15,9 @@ from sidetune.backbones.weightfile import stored_tensors, write_in_turn
 STD = 0.02  # of matrices and tables
 
 
-def write_random_weights(name: str, path: Path, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> int:
+def write_random_weights(
+    name: str, path: Path, *, dtype: torch.dtype = torch.bfloat16, depth: int | None = None, seed: int = 0
+) -> int:
     """Weights of a model of timm as a safetensors file, never more than one tensor of them in memory.
 
     Matrices and tables are drawn, normal with a standard deviation of 0.02; scales are ones, biases zeros.
@@ -24,6 +26,7 @@ def write_random_weights(name: str, path: Path, *, dtype: torch.dtype = torch.bf
         name: timm's name.
         path: of the file.
         dtype: of all tensors.
+        depth: blocks; None: as the name says.
         seed: of the draws, a generator a tensor.
 
     Returns:
@@ -33,7 +36,7 @@ def write_random_weights(name: str, path: Path, *, dtype: torch.dtype = torch.bf
         BackboneError: an unknown or unsupported model.
         SidetuneError: the disk is full, or the folder cannot be written.
     """
-    shapes = _shapes(name)
+    shapes = weight_shapes(name, depth)
 
     def tensors() -> Iterator[Tensor]:
         for key, shape in shapes.items():
@@ -46,19 +49,20 @@ def write_random_weights(name: str, path: Path, *, dtype: torch.dtype = torch.bf
     return sum(shape.numel() for shape in shapes.values())
 
 
-def differing(name: str, path: Path, dtype: torch.dtype) -> str | None:
+def differing(name: str, path: Path, dtype: torch.dtype, depth: int | None = None) -> str | None:
     """Why a file is not what `write_random_weights` would write, in words; None: it is.
 
     Args:
         name: timm's name.
         path: of the file.
         dtype: of all tensors.
+        depth: blocks; None: as the name says.
 
     Raises:
         BackboneError: an unknown model, or no safetensors file.
     """
     stored = stored_tensors(path)
-    for key, shape in _shapes(name).items():
+    for key, shape in weight_shapes(name, depth).items():
         if key not in stored or tuple(stored[key].shape) != tuple(shape):
             found = tuple(stored[key].shape) if key in stored else "none"
             return f"has {key} {found} instead of {tuple(shape)}"
@@ -67,7 +71,17 @@ def differing(name: str, path: Path, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _shapes(name: str) -> dict[str, torch.Size]:
+def weight_shapes(name: str, depth: int | None = None) -> dict[str, torch.Size]:
+    """Name -> shape of every tensor of a model of timm, none of which is made.
+
+    Args:
+        name: timm's name.
+        depth: blocks; None: as the name says.
+
+    Raises:
+        BackboneError: an unknown or unsupported model.
+    """
     known_architecture(name)
+    given = {} if depth is None else {"depth": depth}
     with torch.device("meta"):
-        return {key: tensor.shape for key, tensor in create(name).state_dict().items()}
+        return {key: tensor.shape for key, tensor in create(name, **given).state_dict().items()}

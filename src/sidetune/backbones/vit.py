@@ -86,13 +86,14 @@ def vit_stages(model: nn.Module, tap: Tap) -> Stages:
     Raises:
         BackboneError: its blocks take more than tokens, as those with rotary positions do.
     """
-    if not isinstance(model, VisionTransformer):
+    if not isinstance(model, VisionTransformer | Eva) or getattr(model, "rope", None) is not None:
         raise BackboneError(
-            f"the blocks of {type(model).__name__} take more than tokens, expected a plain VisionTransformer "
-            "of timm. Type: --backbone timm:vit_base_patch16_224"
+            f"the blocks of this {type(model).__name__} take more than tokens, expected a plain "
+            "VisionTransformer of timm, or an Eva without rotary positions. "
+            "Type: --backbone timm:vit_base_patch16_224"
         )
     embed = shared_copy(model)
-    assert isinstance(embed, VisionTransformer)
+    assert isinstance(embed, VisionTransformer | Eva)
     embed.blocks, embed.norm = nn.Sequential(), nn.Identity()
     return Stages(_Embed(embed), tuple(model.blocks), tap)
 
@@ -100,7 +101,7 @@ def vit_stages(model: nn.Module, tap: Tap) -> Stages:
 class _Embed(nn.Module):
     """Images -> the tokens that enter block 1."""
 
-    def __init__(self, model: VisionTransformer) -> None:
+    def __init__(self, model: VisionTransformer | Eva) -> None:
         super().__init__()
         self.model = model
 

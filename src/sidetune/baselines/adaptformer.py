@@ -37,18 +37,18 @@ class AdaptFormer(Baseline[AdaptFormerRecipe]):
     Parameters: L (2 D R + R + D); ViT-B, R = 8: 156,768. Args as in `Baseline`.
 
     Raises:
-        SideError: the blocks have no branch called mlp, as those of timm.
+        SideError: the blocks have no branch called mlp behind a norm, as timm's usual blocks have.
     """
 
     def changed(self, module: nn.Module) -> nn.Module:
         """With the bottleneck beside its feed-forward branch."""
-        branch = getattr(module, "mlp", None)
-        if not isinstance(branch, nn.Module):
+        branch, scale = getattr(module, "mlp", None), getattr(module, "ls2", None)
+        if not isinstance(branch, nn.Module) or not isinstance(scale, nn.Module):
             raise SideError(
-                f"AdaptFormer needs a feed-forward branch called mlp, and {type(module).__name__} has none. "
-                "Type: --backbone timm:vit_base_patch16_224"
+                "AdaptFormer needs a feed-forward branch behind its norm, called mlp and scaled by ls2, and "
+                f"{type(module).__name__} has none. Type: --backbone timm:vit_base_patch16_224"
             )
-        scaled = nn.Sequential(branch, getattr(module, "ls2", nn.Identity()))
+        scaled = nn.Sequential(branch, scale)
         module.ls2, module.mlp = nn.Identity(), _Beside(scaled, self.out.width, self.recipe)
         return module
 

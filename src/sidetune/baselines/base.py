@@ -148,6 +148,10 @@ class Baseline(Side, Generic[AnyRecipe]):
                 own = self._frozen.get(key)
                 parameter[0] = self.drawn(key, parameter.shape[1:], keyed) if own is None else own
 
+    def doubled_bytes(self) -> int:
+        """Bytes of the backbone's own parameters that are trained here, and so are there twice."""
+        return sum(start.nbytes for start in self._frozen.values())
+
     def frozen(self) -> Iterator[Tensor]:
         """See `Side.frozen`."""
         for stage in self.stages:

@@ -58,8 +58,8 @@ class BitFit(Baseline[BitFitRecipe]):
     """
 
     def is_trained(self, module: nn.Module, name: str) -> bool:
-        """Those that are called bias."""
-        return name.rpartition(".")[2] == "bias"
+        """Those that are called bias, or q_bias and v_bias."""
+        return name.endswith("bias")
 
 
 class Norms(Baseline[NormsRecipe]):

@@ -74,6 +74,9 @@ class Lora(Baseline[LoraRecipe]):
             lora_alpha=self.recipe.alpha,  # type: ignore[arg-type]  # peft divides by R, so any number will do
             target_modules=_linear_layers(module, self.recipe.layers),
         )
+        for attention in module.modules():
+            if "qkv_bias_separate" in attention.__dict__:  # Eva's, which else reads qkv's weight past peft's
+                attention.__dict__["qkv_bias_separate"] = True
         return inject_adapter_in_model(config, module)
 
     def merged(self) -> nn.Sequential:

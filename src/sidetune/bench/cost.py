@@ -86,7 +86,7 @@ def measure(
         if any(case.stored for case in cases.values()):
             with _worker("the small store", "store", _json(setting), str(folder)) as worker:
                 worker.end()
-        peaks: dict[str, tuple[int, int]] = {}
+        peaks: dict[str, dict[str, int]] = {}
         with Progress("memory", len(cases), "cases", quiet=quiet) as progress:
             for name in cases:
                 with _worker(name, "memory", name, _json(setting), _store(cases[name], folder)) as worker:
@@ -101,12 +101,10 @@ def measure(
             runs = {name: worker.run for name, worker in workers.items()}
             timings = in_turn(runs, setting.rounds, label="bench cost", quiet=quiet)
             steps = {name: worker.steps for name, worker in workers.items()}
-    if streamed:
-        for name in cases:
-            facts[name]["resident_bytes"] = peaks[name][1]
-    return {
-        name: Measured(timings[name], steps[name], peak_bytes=peaks[name][0], **facts[name]) for name in cases
-    }
+    if not streamed:
+        for found in peaks.values():
+            del found["resident_bytes"]
+    return {name: Measured(timings[name], steps[name], **peaks[name], **facts[name]) for name in cases}
 
 
 def drawn(setting: CostSetting, file: Path) -> CostSetting:
@@ -120,18 +118,12 @@ def drawn(setting: CostSetting, file: Path) -> CostSetting:
         RequestError: another backbone.
         SidetuneError: no room on the disk.
     """
-    kind, _, model = setting.backbone.partition(":")
-    if kind != "timm":
-        raise RequestError(
-            f"{setting.backbone} cannot be streamed, expected a model of timm. "
-            "Type: --backbone timm:vit_base_patch16_224"
-        )
     dtype = DTYPES[setting.precision]
     if not file.exists():
-        write_random_weights(model, file, dtype=dtype)
-    elif wrong := differing(model, file, dtype):
+        write_random_weights(setting.model, file, dtype=dtype, depth=setting.depth)
+    elif wrong := differing(setting.model, file, dtype, setting.depth):
         raise RequestError(
-            f"{file} {wrong}, expected random weights of {model} in {setting.precision}. "
+            f"{file} {wrong}, expected random weights of {setting.model} in {setting.precision}. "
             "Type: --weights with a new file"
         )
     return replace(setting, weights=str(file))

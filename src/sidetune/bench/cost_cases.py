@@ -21,7 +21,7 @@ from sidetune.artifact import build_model
 from sidetune.backbones import build_backbone
 from sidetune.backbones.base import Backbone, Precision
 from sidetune.baselines import BASELINES
-from sidetune.baselines.base import BaselineRecipe
+from sidetune.baselines.base import Baseline, BaselineRecipe
 from sidetune.bench.setting import LEFT_OPEN, require_device, require_least
 from sidetune.data.reading import Reading
 from sidetune.data.views import split_key
@@ -30,7 +30,7 @@ from sidetune.features import Features, Spec
 from sidetune.fleet import Fleet, Member, TrainingSet
 from sidetune.keyed import Draws, generator
 from sidetune.model import SideModel
-from sidetune.recipe import Recipe
+from sidetune.recipe import Recipe, TrainRecipe
 from sidetune.sides import SIDES, SOLVED
 from sidetune.sources import StoredSource
 from sidetune.store import DTYPES, Store
@@ -48,7 +48,7 @@ NUM_CLASSES = 10
 STORE_BATCHES = 4  # of the small store: more than a cache holds at the default sizes
 STORE_PASSES = 4  # over it in one round, so that reading ahead is under way for most of the steps
 SEED = 0
-LATER = ("frames", "precision", "weights")  # fields of `CostSetting` that came after results did
+LATER = ("frames", "precision", "weights", "depth")  # fields of `CostSetting` that came after results did
 
 # what a suffix says of a recipe: its part, field and value
 FIELDS: dict[str, tuple[str, str, Any]] = {
@@ -76,6 +76,7 @@ class CostSetting:
         frames: T of a clip; None: the samples are images.
         precision: of the backbone, as ``backbone.precision``.
         weights: a file of a timm model's; None: drawn in memory.
+        depth: blocks of a timm model; None: as its name says.
 
     Raises:
         RequestError: a size that cannot be.
@@ -92,6 +93,7 @@ class CostSetting:
     frames: int | None = None
     precision: Precision = "fp32"
     weights: str | None = None
+    depth: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("size", "batch", "images", "epochs", "threads", "rounds", "frames"):
@@ -118,14 +120,31 @@ class CostSetting:
         """Images that the backbone sees a step."""
         return self.batch * (self.frames or 1)
 
+    @property
+    def model(self) -> str:
+        """What timm calls it.
+
+        Raises:
+            RequestError: it is no model of timm.
+        """
+        kind, _, model = self.backbone.partition(":")
+        if kind != "timm":
+            raise RequestError(
+                f"{self.backbone} cannot be streamed or cut, expected a model of timm. "
+                "Type: --backbone timm:vit_base_patch16_224"
+            )
+        return model
+
     def build_backbone(self, *, streamed: bool = False) -> Backbone:
         """The backbone on its device; it reads the embedding and every block."""
-        if not self.backbone.startswith("timm"):
-            return build_backbone(self.backbone, size=self.size).to(self.device)
-        how = {"precision": self.precision, "runtime": STREAMED if streamed else "eager"}
-        return build_backbone(self.backbone, size=self.size, weights=self.weights or "random", **how).to(
-            self.device
-        )
+        how: dict[str, Any] = {"size": self.size, "precision": self.precision}
+        if self.backbone.startswith("timm"):
+            if self.depth is not None and not streamed:
+                from sidetune.bench.shallow import ShallowBackbone
+
+                return ShallowBackbone(self.model, self.depth, **how).to(self.device)
+            how |= {"weights": self.weights or "random", "runtime": STREAMED if streamed else "eager"}
+        return build_backbone(self.backbone, **how).to(self.device)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values by name; those that came later are left out where they are left alone."""
@@ -239,6 +258,14 @@ class Trial:
         (bucket,) = self.fleet.buckets()
         return sum(one.nbytes for one in (*bucket.model.parameters(), *bucket.model.buffers()))
 
+    def doubled_bytes(self) -> int:
+        """Bytes of the backbone's own parameters that a baseline trains: nobody needs both."""
+        if self.fleet is None:
+            return 0
+        (bucket,) = self.fleet.buckets()
+        side = bucket.model.side
+        return side.doubled_bytes() if isinstance(side, Baseline) else 0
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the taps that a step holds: as in fit, that of features; a baseline goes on from its tap."""
@@ -283,13 +310,21 @@ class Trial:
         fleet = Fleet(data, build, NUM_CLASSES)
         task = Classify(tuple(map(str, range(NUM_CLASSES))), (1 / NUM_CLASSES,) * NUM_CLASSES)
         targets = torch.arange(int(data.rows.max()) + 1) % NUM_CLASSES
-        train = recipe.train.model_copy(update={"batch_size": self.setting.batch, "order_seed": SEED})
+        train = trained_as(recipe, self.setting)
         members = []
         for seed in range(self.case.members):
             own = recipe.model_copy(update={"train": train.model_copy(update={"seed": seed})})
             members.append(Member(str(seed), own, task, targets, np.unique(data.rows)))
         fleet.add(members)
         return fleet
+
+
+def trained_as(recipe: Recipe, setting: CostSetting) -> TrainRecipe:
+    """How a case trains: batches of the setting; a baseline's blocks, which are the backbone's, as those."""
+    own: dict[str, Any] = {"batch_size": setting.batch, "order_seed": SEED}
+    if isinstance(recipe.side, BaselineRecipe) and setting.precision == "bf16":
+        own["precision"] = "bf16"
+    return recipe.train.model_copy(update=own)
 
 
 def live(

@@ -30,6 +30,7 @@ class Measured:
         artifact_bytes: of the file that a run would keep.
         tap_bytes: of a batch's features.
         resident_bytes: the most that the process of `peak_bytes` ever held; where anything is streamed.
+        held_bytes: of two rounds, backbone and model among them.
     """
 
     timing: Timing
@@ -39,6 +40,7 @@ class Measured:
     artifact_bytes: int | None = None
     tap_bytes: int | None = None
     resident_bytes: int | None = None
+    held_bytes: int | None = None
 
     @property
     def step_s(self) -> float:

@@ -1,7 +1,7 @@
 """One case of `sidetune bench cost` in a process of its own: ``python -m sidetune.bench.cost_worker``.
 
     .. time CASE SETTING STORE      says what it is, then runs a round for each line that it reads
-    .. memory CASE SETTING STORE    says the peak of two rounds and of all that it ever held, and ends
+    .. memory CASE SETTING STORE    says the peaks of two rounds and of all that it ever held, and ends
     .. store SETTING FOLDER         writes the small store that stored cases read, and ends
 
 A process that has not been told to run waits in a read, and leaves the cores to the others.
@@ -32,8 +32,8 @@ INTERVAL = 0.002  # seconds between samples of memory: a block's largest tensor 
 DTYPE: DTypeName = "fp16"  # of stored features
 
 
-def peak_bytes(case: CostCase, setting: CostSetting, store: Store | None = None) -> int:
-    """Peak of two rounds, above the backbone and the model: gradients and the optimiser's state count.
+def peaks(case: CostCase, setting: CostSetting, store: Store | None = None) -> dict[str, int]:
+    """Memory of two rounds: gradients and the optimiser's state count.
 
     What libraries take once, packages that are imported and kernels that oneDNN compiles for each shape, is
     taken by a round before that: some 20 MB that do not grow.
@@ -42,19 +42,30 @@ def peak_bytes(case: CostCase, setting: CostSetting, store: Store | None = None)
         case: which.
         setting: sizes.
         store: as for `Trial`.
+
+    Returns:
+        ``peak_bytes`` above the backbone and the model; ``held_bytes`` with both, and with what libraries
+        take once. What a baseline trains of the backbone's own counts once in it, though it is there twice.
     """
+    cuda = setting.device == "cuda"
+    allocated = torch.cuda.memory_allocated if cuda else anonymous_bytes
+    empty = int(allocated())
     Trial(case, setting, store).run()
     gc.collect()
     trial = Trial(case, setting, store)
-    if trial.setting.device == "cuda":
+    before = int(allocated())
+    if cuda:
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
         model = _two_rounds(trial)
-        return int(torch.cuda.max_memory_allocated()) - before - model
-    before = anonymous_bytes()
-    with PeakMemory(INTERVAL) as memory:
-        model = _two_rounds(trial)
-    return max(0, memory.peak - before - model)
+        peak = int(torch.cuda.max_memory_allocated())
+    else:
+        with PeakMemory(INTERVAL) as memory:
+            model = _two_rounds(trial)
+        peak = memory.peak
+    return {
+        "peak_bytes": max(0, peak - before - model),
+        "held_bytes": max(0, peak - empty - trial.doubled_bytes()),
+    }
 
 
 def _two_rounds(trial: Trial) -> int:
@@ -122,7 +133,7 @@ def main() -> None:
     with torch_threads(setting.threads):
         case, store = CostCase.parse(name), Store.open(Path(folder)) if folder else None
         if task == "memory":
-            _say([peak_bytes(case, setting, store), resident_bytes()])
+            _say({**peaks(case, setting, store), "resident_bytes": resident_bytes()})
             return
         trial = Trial(case, setting, store)
         trial.seat()

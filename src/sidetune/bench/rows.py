@@ -25,6 +25,12 @@ GROWTHS = {
     "peak_bytes": "How the peak memory of a step grows, MB",
     "job_s": "How the whole job grows, s, computed",
 }
+SCALES = {
+    "backbone_parameters": "Parameters, billions",
+    "step_s": "Time of a step, s; * computed from small depths",
+    "held_bytes": "All that a step holds in memory, GB; * computed from small depths",
+    "largest_parameters": "The largest backbone of these that a device trains, billions of parameters",
+}
 MEANINGS = {
     "ms_per_image": "Time, ms an image",
     "kept_bytes": "Kept for backward, beside the stored taps",
@@ -124,7 +130,7 @@ class Bench:
 
     def lines(self) -> Iterator[str]:
         """The text table: a block a metric, at most 80 columns. Growth rows have a table of their own."""
-        rows = [row for row in self.rows if not row.case.startswith("growth/")]
+        rows = [row for row in self.rows if not row.case.startswith(("growth/", "scale/"))]
         for metric in dict.fromkeys(row.metric for row in rows):
             yield MEANINGS.get(metric, metric)
             yield from (f"  {_line(row)}".rstrip() for row in rows if row.metric == metric)
@@ -133,6 +139,11 @@ class Bench:
             for metric in dict.fromkeys(row.metric for row in growth):
                 yield GROWTHS.get(metric, metric)
                 yield from _growth_lines([row for row in growth if row.metric == metric])
+                yield ""
+        if scale := [row for row in self.rows if row.case.startswith("scale/")]:
+            for metric, heading in SCALES.items():
+                yield heading
+                yield from _scale_lines([row for row in scale if row.metric == metric])
                 yield ""
         yield from machine_lines(self.environment)
 
@@ -200,6 +211,23 @@ def _growth_lines(rows: Sequence[Row]) -> Iterator[str]:
     for point in points:
         cells = (value.get((point, case), "") for case in cases)
         yield f"  {point:<{label}}" + "".join(f"{cell:>15}" for cell in cells)
+
+
+def _scale_lines(rows: Sequence[Row]) -> Iterator[str]:
+    """A line a case, a column a model or device."""
+    billions = {"held_bytes", "largest_parameters", "backbone_parameters"}
+    cells = {}
+    for row in rows:
+        _, case, column = row.case.split("/")
+        value = row.value / (1e9 if row.metric in billions else 1)
+        cells[case, column] = f"{_short(value)}{'*' if row.unit.endswith('computed') else ''}"
+    cases, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+    yield f"  {'':<19}" + "".join(f"{column:>9}" for column in columns)
+    for case in cases:
+        yield f"  {case:<19}" + "".join(f"{cells[case, column]:>9}" for column in columns)
+    both = [row.ratio for row in rows if row.ratio is not None]
+    if both:
+        yield f"  Measured over computed, where both are: {_short(min(both))} .. {_short(max(both))}"
 
 
 def _cpu_name() -> str:

@@ -21,7 +21,7 @@ from sidetune.bench.cost_rows import Measured
 from sidetune.bench.rows import Bench, Row, describe_machine
 from sidetune.bench.stores import temporary_folder
 from sidetune.errors import RequestError
-from sidetune.machine import available_memory
+from sidetune.machine import free_memory
 from sidetune.threads import torch_threads
 
 GOAL = CostSetting(backbone="timm:eva02_enormous_patch14_clip_224", batch=1, frames=8, precision="bf16")
@@ -89,8 +89,8 @@ def bench_stream(
         assert setting.weights is not None
         tensors = stored_tensors(Path(setting.weights)).values()
         parameters = sum(math.prod(one.shape) for one in tensors)
-        free = _gpu_memory() if setting.device == "cuda" else available_memory()
-        cases = StreamCases(side, in_memory=ROOM * parameters * torch.float32.itemsize < free)
+        in_memory = ROOM * parameters * torch.float32.itemsize < free_memory(setting.device)
+        cases = StreamCases(side, in_memory=in_memory)
         parsed = {name: CostCase.parse(name) for name in cases.names}
         measured = measure(setting, parsed, quiet=quiet)
         rows = [
@@ -125,8 +125,3 @@ def _rows(setting: CostSetting, cases: StreamCases, measured: Mapping[str, Measu
 def _is_the_goal(setting: CostSetting) -> bool:
     own = ("backbone", "size", "batch", "frames", "device", "precision")
     return all(getattr(setting, name) == getattr(GOAL, name) for name in own)
-
-
-def _gpu_memory() -> int:
-    free, _ = torch.cuda.mem_get_info()
-    return int(free)

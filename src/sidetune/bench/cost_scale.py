@@ -1,0 +1,194 @@
+"""``sidetune bench cost --video``: what training on clips costs, from 0.02 to 4.4 billion parameters.
+
+All blocks of a vision transformer are alike: a step's time and memory grow by the same with each. So every
+model is measured at two small depths, at its own width, and a straight line through both says what the whole
+one takes: **computed**. Where that fits the memory that is free, and a step is no longer than a minute, the
+whole model is **measured**, too, and the measured value stands, with its ratio to the computed one.
+
+Memory is all that a step holds: the backbone's weights (of a streamed one two blocks), what is trained,
+gradients, the optimiser's state, activations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+
+import torch
+
+from sidetune.backbones.random_weights import weight_shapes
+from sidetune.backbones.streamed import BLOCK
+from sidetune.bench.cost import measure
+from sidetune.bench.cost_cases import CostCase, CostSetting
+from sidetune.bench.cost_growth import Measure
+from sidetune.bench.cost_rows import Measured
+from sidetune.bench.rows import Bench, Row, describe_machine
+from sidetune.errors import RequestError, nearest
+from sidetune.machine import free_memory
+from sidetune.threads import torch_threads
+
+MODELS = {
+    "ViT-S": "timm:vit_small_patch14_dinov2",
+    "ViT-B": "timm:vit_base_patch14_dinov2",
+    "ViT-L": "timm:vit_large_patch14_dinov2",
+    "ViT-g": "timm:vit_giant_patch14_dinov2",
+    "ViT-G": "timm:vit_gigantic_patch14_clip_224",
+    "EVA-E": "timm:eva02_enormous_patch14_clip_224",
+}
+CASES = ("losa", "losa-streamed", "last", "stadapter", "full", "full-checkpointing")
+DEPTHS = (2, 4)  # a line's two points
+DEVICES = (8, 24, 80, 141)  # GB of memory: what people have
+GB = 10**9
+LONGEST = 60.0  # seconds of a step that is measured
+SPARE = 0.8  # of free memory: the rest is for what a worker holds before it begins
+COMPUTED = "computed"
+UNITS = {"step_s": "s", "held_bytes": "B"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is known of a model without making it.
+
+    Args:
+        setting: that it is measured in.
+        depth: L, its blocks.
+        parameters: all of them.
+    """
+
+    setting: CostSetting
+    depth: int
+    parameters: int
+
+    @classmethod
+    def of(cls, setting: CostSetting) -> Model:
+        """A setting's model.
+
+        Raises:
+            RequestError: it is no model of timm.
+        """
+        shapes = weight_shapes(setting.model)
+        blocks = [int(found[1]) for name in shapes if (found := BLOCK.fullmatch(name))]
+        return cls(setting, max(blocks) + 1, sum(map(math.prod, shapes.values())))
+
+
+@dataclass(frozen=True)
+class Line:
+    """A straight line through what was measured at two depths."""
+
+    depths: tuple[int, int]
+    values: tuple[float, float]
+
+    def at(self, depth: int) -> float:
+        """Its value there. Noise may make it fall; it is never below what was measured."""
+        (near, far), (low, high) = self.depths, self.values
+        slope = max(0.0, (high - low) / (far - near))
+        return high + slope * (depth - far)
+
+
+def bench_scale(
+    setting: CostSetting, models: Sequence[str] = (), *, cases: Sequence[str] = CASES, quiet: bool = False
+) -> Bench:
+    """Time and memory of a step on clips by model and method, and the largest model that a device trains.
+
+    Args:
+        setting: sizes; its backbone is not heeded.
+        models: of `MODELS`; none: all.
+        cases: as `CostCase.parse` reads them, live ones.
+        quiet: no progress.
+
+    Returns:
+        Rows ``scale/CASE/MODEL`` of ``step_s`` and ``held_bytes``, whose unit says where they are computed;
+        ``scale/CASE/24 GB`` of ``largest_parameters``; ``scale/all/MODEL`` of ``backbone_parameters``.
+
+    Raises:
+        RequestError: an unknown model or case, or images instead of clips.
+        SidetuneError: a case's process failed.
+    """
+    chosen = _chosen(models)
+    if setting.frames is None:
+        raise RequestError("frames is not given, expected those of a clip. Type: --frames 8")
+    parsed = {name: CostCase.parse(name) for name in cases}
+    if stored := [name for name, case in parsed.items() if case.stored]:
+        raise RequestError(f"case {stored[0]!r} is stored, expected live ones. Type: --cases {CASES[0]}")
+    known = {label: Model.of(replace(setting, backbone=name)) for label, name in chosen.items()}
+    room = SPARE * free_memory(setting.device)
+    rows = list(scale_rows(known, parsed, partial(measure, quiet=quiet), room))
+    with torch_threads(setting.threads):
+        sizes = {**setting.to_json(), "models": list(chosen.values()), "cases": list(cases)}
+        return Bench(tuple(rows), describe_machine(torch.device(setting.device), sizes))
+
+
+def require_video(video: bool, models: str | None, growth: str | None) -> None:
+    """Options that go together.
+
+    Raises:
+        RequestError: models without video, or growth with it.
+    """
+    if models is not None and not video:
+        raise RequestError(f"--models is {models} without --video, expected both. Type: --video")
+    if growth is not None and video:
+        raise RequestError(f"--growth is {growth} with --video, expected one. Type: --growth without --video")
+
+
+def scale_rows(
+    models: Mapping[str, Model], cases: Mapping[str, CostCase], measure: Measure, room: float
+) -> Iterator[Row]:
+    """The rows of a run.
+
+    Args:
+        models: by label.
+        cases: by name.
+        measure: a setting and cases -> what was measured.
+        room: bytes that a whole model may hold to be measured.
+    """
+    held: dict[tuple[str, str], float] = {}
+    for label, model in models.items():
+        yield Row(f"scale/all/{label}", "backbone_parameters", model.parameters, "")
+        computed = _computed(model, cases, measure)
+        fits = {
+            name: case
+            for name, case in cases.items()
+            if computed[name, "held_bytes"] <= room and computed[name, "step_s"] <= LONGEST
+        }
+        whole = measure(model.setting, fits) if fits else {}
+        for name, metric in product(cases, UNITS):
+            row = _row(f"scale/{name}/{label}", metric, computed[name, metric], whole.get(name))
+            if metric == "held_bytes":
+                held[name, label] = row.value
+            yield row
+    for name, gigabytes in product(cases, DEVICES):
+        fitting = [models[label].parameters for label in models if held[name, label] <= gigabytes * GB]
+        yield Row(f"scale/{name}/{gigabytes} GB", "largest_parameters", max(fitting, default=0), "")
+
+
+def _chosen(models: Sequence[str]) -> dict[str, str]:
+    for label in models:
+        if label not in MODELS:
+            raise RequestError(f"--models names {label!r}.{nearest(label, MODELS)}")
+    return {label: name for label, name in MODELS.items() if label in models or not models}
+
+
+def _computed(model: Model, cases: Mapping[str, CostCase], measure: Measure) -> dict[tuple[str, str], float]:
+    """Case and metric -> what the whole model takes, from two small depths."""
+    near, far = (measure(replace(model.setting, depth=depth), cases) for depth in DEPTHS)
+    return {
+        (name, metric): Line(DEPTHS, (_value(near[name], metric), _value(far[name], metric))).at(model.depth)
+        for name, metric in product(cases, UNITS)
+    }
+
+
+def _value(one: Measured, metric: str) -> float:
+    value = getattr(one, metric)
+    assert value is not None
+    return float(value)
+
+
+def _row(case: str, metric: str, computed: float, whole: Measured | None) -> Row:
+    """The measured value where there is one, with its ratio to the computed one."""
+    if whole is None:
+        return Row(case, metric, computed, f"{UNITS[metric]}, {COMPUTED}")
+    value = _value(whole, metric)
+    return Row(case, metric, value, UNITS[metric], against=COMPUTED, ratio=value / computed)
