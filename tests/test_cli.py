@@ -217,7 +217,7 @@ def test_without_a_test_split_the_interval_is_of_validation(run_cli, tmp_path):
         (["--size", "33"], "size 33 is not a multiple of the patch size 8. Type: --size 32 or --size 40"),
         (
             ["--weights", "a.pth"],
-            "backbone 'toy' takes no 'weights'. Known: precision, resize, seed, size, taps.",
+            "backbone 'toy' takes no 'weights'. Known: pooled, precision, resize, seed, size, taps.",
         ),
         (["--device", "gpu"], "no device named 'gpu'. Did you mean 'cuda'?"),
         (["--live", "--store", "s"], "got --store s and --live, which stores nothing. Type one of the two"),

@@ -140,6 +140,7 @@ OTHERS = {
         "precision": "bf16",
         "resize": "crop",
         "seed": 1,
+        "pooled": 2,
     },
     "features": {
         "mode": "live",

@@ -37,6 +37,7 @@ UNHASHED = {"backbone": ("weights", "runtime"), "side": ("form",)}
 # settings that came after runs did: where they are left alone, a recipe's hash does not know them
 LATER = {
     "data": ("focal_gamma", "split_by"),
+    "backbone": ("pooled",),
     "features": ("tiles",),
     "clips": ("crops",),
     "head": ("ridge",),
@@ -107,6 +108,8 @@ class BackboneRecipe(Part):
         precision: ``bf16`` runs the backbone under autocast.
         resize: ``squash`` keeps all of the image, ``crop`` its aspect ratio; None: squash.
         seed: of a random start.
+        pooled: k: the mean of k x k neighbouring patch tokens in the place of each, and a store of about
+            1/k² the bytes; None: every token.
     """
 
     name: str = "demo"
@@ -117,6 +120,7 @@ class BackboneRecipe(Part):
     precision: Precision = "fp32"
     resize: Literal["squash", "crop"] | None = None
     seed: int | None = None
+    pooled: int | None = Field(None, ge=2)
 
     @property
     def reads_clips(self) -> bool:

@@ -15,6 +15,7 @@ from sidetune.errors import RecipeError
 SHOWN = 200  # characters of a value that an error repeats
 # of settings whose types say little: what they are, and what to type
 EXPECTED = {
+    "backbone.pooled": "null, or 2 or more. Type: --set backbone.pooled=2",
     "clips.crops": "1 or 3. Type: --set clips.crops=3",
     "clips.frames": "a whole number, 1 or more. Type: --frames 8",
     "features.tiles": "0, or 2 to 8. Type: --set features.tiles=2",

@@ -49,7 +49,7 @@ def test_unknown_names(name):
 def test_an_argument_that_a_backbone_does_not_take_is_named():
     with pytest.raises(
         BackboneError,
-        match=r"backbone 'toy' takes no 'weights'\. .*Known: precision, resize, seed, size, taps",
+        match=r"backbone 'toy' takes no 'weights'\. .*Known: pooled, precision, resize, seed, size, taps",
     ):
         build_backbone("toy", weights="x.pth")
     with pytest.raises(BackboneError, match=r"backbone 'toy' takes no 'sizes'\. Did you mean 'size'\?"):

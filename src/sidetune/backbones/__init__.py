@@ -107,7 +107,8 @@ def build_backbone(name: str, **arguments: object) -> Backbone:
             transformer that timm knows.
         **arguments: ``size``, ``taps``, ``precision``, ``resize``; ``seed`` (toy, timm); ``weights``
             (timm): ``hub``, which is the default, ``random``, or a path; ``runtime`` (timm): ``eager``, or
-            ``streamed`` from a local path. None stands for the backbone's own default.
+            ``streamed`` from a local path; ``pooled``: k, for means of k x k neighbouring patch tokens, see
+            `sidetune.backbones.pooled`. None stands for the backbone's own default.
 
     Raises:
         BackboneError: an unknown name, an argument that this backbone does not take, or whatever
@@ -124,11 +125,18 @@ def build_backbone(name: str, **arguments: object) -> Backbone:
         example = f" Type: --backbone {named[kind] if wants_model else kind}"
         raise BackboneError(f"no backbone named {name!r}.{nearest('', _names())}{example}")
     given = {key: value for key, value in arguments.items() if value is not None}
+    by = given.pop("pooled", None)
     options = [key for key, item in takes.items() if item.kind is item.KEYWORD_ONLY]
     for key in given:
         if key not in options:
-            raise BackboneError(f"backbone {name!r} takes no {key!r}.{nearest(key, options)}")
-    return BACKBONES[kind](*model, **given)
+            raise BackboneError(f"backbone {name!r} takes no {key!r}.{nearest(key, [*options, 'pooled'])}")
+    backbone = BACKBONES[kind](*model, **given)
+    if by is None:
+        return backbone
+    from sidetune.backbones.pooled import PooledBackbone
+
+    assert isinstance(by, int)
+    return PooledBackbone(backbone, by)
 
 
 def _hint(kind: str, model: Sequence[str]) -> str:
