@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -10,7 +11,7 @@ import sidetune
 from clips import make_clips
 from fitted_runs import read_csv
 from sidetune.backbones import build_backbone
-from sidetune.backbones.video import FAMILIES
+from sidetune.backbones.video_models import FAMILIES
 from sidetune.bench.setting import require_images
 from sidetune.data import load_dataset
 from sidetune.data.clips import Span, frames_at
@@ -103,6 +104,56 @@ def test_a_whole_checkpoint_in_pieces_is_the_same_backbone(folders, tmp_path):
     )
     for name in ours.spec.names:
         torch.testing.assert_close(ours[name], theirs[name])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_is_the_model_in_memory_bit_for_bit(folders, family, precision, monkeypatch):
+    images = torch.randn(3, FRAMES, 3, SIZE, SIZE)
+    whole = build_backbone(NAME, weights=folders[family], precision=precision)
+    streamed = build_backbone(NAME, weights=folders[family], precision=precision, runtime="streamed")
+    assert streamed.identity == whole.identity and streamed.spec == whole.spec
+    assert streamed.variant.runtime == "streamed" and streamed.norm.eps == whole.norm.eps
+    for name in whole.spec.names:
+        assert torch.equal(streamed(images)[name], whole(images)[name]), name
+    monkeypatch.setattr("sidetune.backbones.video.TOKENS", 1)
+    one_by_one = build_backbone(NAME, weights=folders[family], precision=precision, runtime="streamed")
+    alone = torch.cat([whole(image[None])["block.2"] for image in images])
+    assert torch.equal(one_by_one(images)["block.2"], alone), "a micro-batch of one clip"
+    held = sum(one.numel() for one in streamed.module.parameters())
+    assert held < sum(one.numel() for one in whole.module.parameters())
+
+
+def test_a_streamed_checkpoint_in_pieces_with_its_heads(folders, tmp_path):
+    whole = transformers.VivitForVideoClassification(CONFIGS["vivit"]())
+    whole.vivit.load_state_dict(video_model("vivit").state_dict())
+    whole.save_pretrained(tmp_path / "whole", max_shard_size="20KB")
+    images = torch.randn(2, FRAMES, 3, SIZE, SIZE)
+    ours = build_backbone(NAME, weights=folders["vivit"])(images)
+    theirs = build_backbone(NAME, weights=tmp_path / "whole", runtime="streamed")(images)
+    for name in ours.spec.names:
+        torch.testing.assert_close(ours[name], theirs[name])
+
+
+def test_a_streamed_folder_that_lacks_something_says_so(folders, tmp_path):
+    def refused(change, said):
+        tensors = safetensors.torch.load_file(folders["vjepa2"] / "model.safetensors")
+        change(tensors)
+        (tmp_path / "config.json").write_bytes((folders["vjepa2"] / "config.json").read_bytes())
+        safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(BackboneError, match=said):
+            build_backbone(NAME, weights=tmp_path, runtime="streamed")
+
+    refused(lambda t: t.pop("encoder.layernorm.bias"), r"lack encoder\.layernorm\.bias, expected")
+    refused(lambda t: t.pop("encoder.layer.1.norm1.bias"), r"1\.norm1\.bias has shape None, expected \(24")
+    refused(lambda t: t.update({"encoder.more": torch.ones(1)}), r"have encoder\.more")
+    last = [f"encoder.layer.1.{name}" for name in ("norm1", "norm2", "attention", "mlp")]
+    refused(
+        lambda t: [t.pop(key) for key in list(t) if key.startswith(tuple(last))],
+        r"have 1 blocks, and config\.json says 2",
+    )
+    with pytest.raises(BackboneError, match="unknown runtime 'steamed'"):
+        build_backbone(NAME, weights=folders["vivit"], runtime="steamed")
 
 
 def test_a_clip_is_stored_at_once_and_is_the_live_one(folders, clips, tmp_path):

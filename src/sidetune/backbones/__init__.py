@@ -83,6 +83,7 @@ def _hf(
     /,
     *,
     weights: str | Path = "hub",
+    runtime: Runtime = "eager",
     size: int | None = None,
     taps: Sequence[str] | None = None,
     precision: Precision = "fp32",
@@ -91,7 +92,9 @@ def _hf(
     """A video transformer: hf:MCG-NJU/videomae-base (ViViT, VideoMAE, V-JEPA 2). --weights hub | FOLDER."""
     from sidetune.backbones.video import VideoBackbone
 
-    return VideoBackbone(model, weights=weights, size=size, taps=taps, precision=precision, resize=resize)
+    return VideoBackbone(
+        model, weights=weights, runtime=runtime, size=size, taps=taps, precision=precision, resize=resize
+    )
 
 
 # The name on the command line -> what builds it. A builder with a positional argument takes the

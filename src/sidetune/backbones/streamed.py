@@ -9,10 +9,8 @@ and under autocast.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -23,6 +21,15 @@ from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from sidetune.backbones.base import MICRO_BATCH, Precision, Resize, Stages, tensors_digest
+from sidetune.backbones.blocks import (
+    CALL_BYTES,
+    CALL_IMAGES,
+    Stream,
+    StreamedBlock,
+    blocks_of,
+    numbered,
+    run_in_parts,
+)
 from sidetune.backbones.checkpoint import load_weights, without
 from sidetune.backbones.hooked import HookedBackbone, check_choice
 from sidetune.backbones.timm import create, create_from, hub_config, known_architecture, no_hub
@@ -31,11 +38,7 @@ from sidetune.backbones.weightfile import HUB_PATTERNS, Stored, stored_tensors
 from sidetune.errors import BackboneError
 from sidetune.store import DTYPES
 
-CALL_BYTES = 2**30  # of the taps of one call, in float32
-CALL_IMAGES = 64  # at most
-BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
-Block = Mapping[str, Stored]  # a parameter's name inside the block -> where it stands
-Loaded = dict[str, Tensor]
+BLOCKS = "blocks"  # where timm's models have them
 
 
 class StreamedBackbone(HookedBackbone):
@@ -75,10 +78,10 @@ class StreamedBackbone(HookedBackbone):
         digest = tensors_digest((name, stored.read().float()) for name, stored in sorted(tensors.items()))
         set_size(model, size)
         write_over(model)
-        blocks = _blocks(tensors, model.blocks[0], weights)
-        self._stream = _Stream(model.blocks[0], blocks, DTYPES[precision], micro_batch)
-        model.patch_embed.proj = _InParts(model.patch_embed.proj, micro_batch)
-        streamed = [_Streamed(self._stream, number) for number in range(len(blocks))]
+        blocks = blocks_of(tensors, BLOCKS, model.blocks[0], weights)
+        self._stream = Stream(model.blocks[0], blocks, DTYPES[precision], micro_batch)
+        run_in_parts(model.patch_embed.proj, micro_batch)
+        streamed = [StreamedBlock(self._stream, number) for number in range(len(blocks))]
         # timm calls a sequence of blocks as one, or one by one with what they take beside tokens
         sequence = isinstance(model.blocks, nn.Sequential)
         model.blocks = nn.Sequential(*streamed) if sequence else nn.ModuleList(streamed)
@@ -109,143 +112,6 @@ class StreamedBackbone(HookedBackbone):
             f"{self.identity.architecture} is streamed: its blocks are not in memory to be trained in. "
             "Type: --set backbone.runtime=eager, or a side network, which needs no gradient there"
         )
-
-
-@dataclass
-class BlockReader:
-    """Blocks one after another, the next one read on a thread while one is used.
-
-    Args:
-        blocks: of the model.
-        types: a parameter's name inside a block -> the type it is used in.
-        device: to read to.
-    """
-
-    blocks: Sequence[Block]
-    types: Mapping[str, torch.dtype]
-    device: torch.device
-
-    def __post_init__(self) -> None:
-        self._slots = [self._empty(), self._empty()]
-        self._thread = ThreadPoolExecutor(1, "blocks")
-        self._ahead: tuple[int, Future[None]] | None = None
-        self._used = 0  # the slot that was given last
-        largest = max(stored.nbytes for stored in self.blocks[0].values())
-        self._staging = torch.empty(largest, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-
-    def take(self, number: int) -> Loaded:
-        """A block's parameters, to be used until the next block is asked for."""
-        if self._ahead is None or self._ahead[0] != number:
-            self._begin(number)
-        assert self._ahead is not None
-        self._ahead[1].result()
-        self._used = 1 - self._used
-        loaded = self._slots[self._used]
-        self._begin((number + 1) % len(self.blocks))
-        return loaded
-
-    def _begin(self, number: int) -> None:
-        """Read a block into the slot that is not in use, once the device has done with it."""
-        done = None
-        if self.device.type == "cuda":
-            done = torch.cuda.Event()
-            done.record()
-        self._ahead = number, self._thread.submit(self._read, number, 1 - self._used, done)
-
-    def _read(self, number: int, slot: int, done: torch.cuda.Event | None) -> None:
-        if done is not None:
-            done.synchronize()
-        for name, stored in self.blocks[number].items():
-            into = self._slots[slot][name]
-            if into.dtype == stored.dtype and into.device.type == "cpu":
-                stored.read_into(into)
-                continue
-            staged = self._staging[: stored.nbytes].view(stored.dtype).view(stored.shape)
-            stored.read_into(staged)
-            into.copy_(staged)
-        if done is not None:
-            torch.cuda.current_stream(self.device).synchronize()
-
-    def _empty(self) -> Loaded:
-        return {
-            name: torch.empty(stored.shape, dtype=self.types[name], device=self.device)
-            for name, stored in self.blocks[0].items()
-        }
-
-
-class _Stream:
-    """One block's modules, into which the parameters of each are put in turn.
-
-    Args:
-        template: a block; its parameters are given up.
-        blocks: where those of each block stand.
-        lower: the type that autocast multiplies in.
-        micro_batch: images at once.
-    """
-
-    def __init__(
-        self, template: nn.Module, blocks: Sequence[Block], lower: torch.dtype, micro_batch: int
-    ) -> None:
-        types = dict.fromkeys(blocks[0], torch.float32)
-        for name, module in template.named_modules():
-            if isinstance(module, nn.Linear):  # what autocast rounds at every call is rounded once
-                types[f"{name}.weight"] = lower
-        self.template = template.eval()
-        self.micro_batch = micro_batch
-        self._places = {}
-        for name in blocks[0]:
-            where, _, attribute = name.rpartition(".")
-            module = template.get_submodule(where)
-            delattr(module, attribute)
-            self._places[name] = module, attribute
-        self._reader = BlockReader(blocks, types, torch.device("cpu"))
-
-    def run(self, number: int, tokens: Tensor, *arguments: Any, **named: Any) -> Tensor:  # noqa: ANN401 - timm's
-        """Block `number` over all tokens, (B, N, D) -> (B, N, D), a micro-batch at a time."""
-        for name, tensor in self._reader.take(number).items():
-            module, attribute = self._places[name]
-            module.__dict__[attribute] = tensor
-        return in_parts(lambda part: self.template(part, *arguments, **named), tokens, self.micro_batch)
-
-    def to(self, device: torch.device) -> None:
-        """Read to a device from now on."""
-        self.template.to(device)  # buffers
-        self._reader = BlockReader(self._reader.blocks, self._reader.types, device)
-
-
-class _Streamed(nn.Module):
-    """Stands where a block stood."""
-
-    def __init__(self, stream: _Stream, number: int) -> None:
-        super().__init__()
-        self._stream, self._number = stream, number
-
-    def forward(self, tokens: Tensor, *arguments: Any, **named: Any) -> Tensor:  # noqa: ANN401 - timm's own
-        return self._stream.run(self._number, tokens, *arguments, **named)
-
-
-class _InParts(nn.Module):
-    """A module that sees a micro-batch at a time: its products do not depend on how many there are."""
-
-    def __init__(self, module: nn.Module, micro_batch: int) -> None:
-        super().__init__()
-        self.module, self.micro_batch = module, micro_batch
-
-    def forward(self, images: Tensor) -> Tensor:
-        return in_parts(self.module, images, self.micro_batch)
-
-
-def in_parts(run: Callable[[Tensor], Tensor], inputs: Tensor, size: int) -> Tensor:
-    """What `run` gives for all inputs, asked for `size` of them at a time: (B, ..) -> (B, ..)."""
-    if len(inputs) <= size:
-        return run(inputs)
-    first = run(inputs[:size])
-    whole = first.new_empty(len(inputs), *first.shape[1:])
-    whole[:size] = first
-    del first
-    for start in range(size, len(inputs), size):
-        whole[start : start + size] = run(inputs[start : start + size])
-    return whole
 
 
 def _outline(name: str, weights: Path) -> tuple[ViT, dict[str, Any], dict[str, Stored]]:
@@ -280,24 +146,5 @@ def _downloaded(name: str) -> Path:
 
 def _number(key: str) -> int | None:
     """Of the block that a weight belongs to; None: it stands outside of all."""
-    found = BLOCK.fullmatch(key)
+    found = numbered(BLOCKS).fullmatch(key)
     return int(found[1]) if found else None
-
-
-def _blocks(tensors: Mapping[str, Stored], template: nn.Module, weights: Path) -> list[Block]:
-    """Where each block's parameters stand. All must be as the template."""
-    blocks: dict[int, dict[str, Stored]] = {}
-    for key, stored in tensors.items():
-        if found := BLOCK.fullmatch(key):
-            blocks.setdefault(int(found[1]), {})[found[2]] = stored
-    expected = {name: tuple(tensor.shape) for name, tensor in template.state_dict().items()}
-    for number in range(max(blocks) + 1):
-        shapes = {name: stored.shape for name, stored in blocks.get(number, {}).items()}
-        for name in sorted(expected.keys() | shapes.keys()):
-            if expected.get(name) != shapes.get(name):
-                raise BackboneError(
-                    f"weights {weights}: blocks.{number}.{name} has shape {shapes.get(name)}, expected "
-                    f"{expected.get(name)}; blocks are streamed where all are alike, at the model's own size "
-                    "where their shapes go with it. Type: --set backbone.runtime=eager"
-                )
-    return [blocks[number] for number in range(len(blocks))]

@@ -3,89 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, get_args
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sidetune.backbones.base import Identity, Precision, Resize, tensors_digest
+from sidetune.backbones.base import Identity, Precision, Resize, Runtime, tensors_digest
+from sidetune.backbones.blocks import CALL_BYTES, CALL_IMAGES, Stream, StreamedBlock, run_in_parts
 from sidetune.backbones.hooked import HookedBackbone, Parts, Place, check_choice, final_norm
-from sidetune.backbones.weightfile import HUB_PATTERNS, stored_tensors
-from sidetune.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from sidetune.errors import BackboneError, MissingExtraError
+from sidetune.backbones.video_models import PROCESSORS, Family, Three, VideoModel, downloaded
+from sidetune.backbones.weightfile import stored_tensors
+from sidetune.data.preprocess import Preprocess
+from sidetune.errors import BackboneError
 from sidetune.features import Spec, Tap
+from sidetune.store import DTYPES
 
-CONFIG, WEIGHTS = "config.json", "model*.safetensors"
-PROCESSORS = ("video_preprocessor_config.json", "preprocessor_config.json")  # mean and std, as on the hub
-ENCODER = ("embeddings", "encoder", "layers")  # a model's own parts, as keys begin; heads are left behind
-CENTRED = (0.5, 0.5, 0.5)
-Three = tuple[float, float, float]
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where the parts of a family's models are.
-
-    Args:
-        model: class of the transformers library.
-        encoder: what runs, of the whole model.
-        layers: the encoder's blocks.
-        size: field of the configuration with the side of a frame in pixels.
-        frames: likewise the number of frames.
-        patch: of a configuration, frames and pixels of a tubelet.
-        num_prefix: class tokens in front, of the whole clip.
-        mean_std: of pixels, where no file says it.
-    """
-
-    model: str
-    encoder: Callable[[Any], nn.Module]
-    layers: Callable[[Any], nn.ModuleList]
-    size: str
-    frames: str
-    patch: Callable[[Any], tuple[int, Any]]
-    num_prefix: int
-    mean_std: tuple[Three, Three]
-
-
-FAMILIES = {
-    "vivit": Family(
-        "VivitModel",
-        encoder=lambda model: model,
-        layers=lambda encoder: encoder.layers,
-        size="image_size",
-        frames="num_frames",
-        patch=lambda config: (config.tubelet_size[0], config.tubelet_size[1]),
-        num_prefix=1,
-        mean_std=(CENTRED, CENTRED),
-    ),
-    "videomae": Family(
-        "VideoMAEModel",
-        encoder=lambda model: model,
-        layers=lambda encoder: encoder.encoder.layer,
-        size="image_size",
-        frames="num_frames",
-        patch=lambda config: (config.tubelet_size, config.patch_size),
-        num_prefix=0,
-        mean_std=(IMAGENET_MEAN, IMAGENET_STD),
-    ),
-    "vjepa2": Family(
-        "VJEPA2Model",
-        encoder=lambda model: model.encoder,
-        layers=lambda encoder: encoder.layer,
-        size="crop_size",
-        frames="frames_per_clip",
-        patch=lambda config: (config.tubelet_size, config.patch_size),
-        num_prefix=0,
-        mean_std=(IMAGENET_MEAN, IMAGENET_STD),
-    ),
-}
+TOKENS = 8192  # of the clips that go through a streamed block at once
+CHANNELS = 3
 
 
 class VideoBackbone(HookedBackbone):
@@ -102,6 +39,7 @@ class VideoBackbone(HookedBackbone):
         taps: names of the taps to read.
         precision: ``fp32``, or ``bf16`` or ``fp16`` by autocast.
         resize: of each frame: ``squash`` or ``crop``.
+        runtime: ``eager``, or ``streamed``: the blocks stay on disk, see `sidetune.backbones.streamed`.
 
     Attributes:
         frames: T, that it reads at once.
@@ -120,19 +58,24 @@ class VideoBackbone(HookedBackbone):
         taps: Sequence[str] | None = None,
         precision: Precision = "fp32",
         resize: Resize = "squash",
+        runtime: Runtime = "eager",
     ) -> None:
-        check_choice("resize", resize, ("squash", "crop"))
-        folder = _downloaded(name) if weights == "hub" else Path(weights)
-        family, model = _load(name, folder)
-        config = model.config
-        encoder, self.frames = family.encoder(model), int(getattr(config, family.frames))
+        for what, value, choices in (("resize", resize, Resize), ("precision", precision, Precision)):
+            check_choice(what, value, get_args(choices))
+        check_choice("runtime", runtime, get_args(Runtime))
+        folder = downloaded(name) if weights == "hub" else Path(weights)
+        streamed = runtime == "streamed"
+        loaded = VideoModel.outline(name, folder) if streamed else VideoModel.whole(name, folder)
+        family, config = loaded.family, loaded.config
+        self.frames = int(getattr(config, family.frames))
         own, (deep, wide) = _side(name, getattr(config, family.size)), family.patch(config)
         wide = _side(name, wide)
         if size not in (None, own):
             raise BackboneError(f"size {size}, and {name} reads frames of {own} px alone. Leave --size out")
         preprocess = _preprocess(folder, own, resize, family)
-        layers = family.layers(encoder)
         grid = (self.frames // deep, own // wide, own // wide)
+        self._stream = _streaming(loaded, DTYPES[precision], math.prod(grid)) if streamed else None
+        encoder, layers = family.encoder(loaded.model), loaded.model.get_submodule(family.blocks)
 
         def tap(tap_name: str, kind: Any) -> Tap:  # noqa: ANN401 - a literal
             cls = 0 if family.num_prefix else None
@@ -154,87 +97,45 @@ class VideoBackbone(HookedBackbone):
             identity,
             final_norm(getattr(encoder, "layernorm", None)),
             {"transformers": _version()},
+            runtime=runtime,
         )
         super().__init__(parts, taps=taps, precision=precision)
+
+    @property
+    def fewest(self) -> int:
+        """See `Backbone.fewest`; of a streamed one, clips whose taps fit."""
+        if self._stream is None:
+            return super().fewest
+        return max(1, min(CALL_IMAGES, CALL_BYTES // (self.spec.record_numel() * torch.float32.itemsize)))
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move what is in memory to a device; returns itself."""
+        super().to(device)
+        if self._stream is not None:
+            self._stream.to(self.device)
+        return self
 
     def _forward(self, images: Tensor) -> object:
         return self.module(images)
 
 
-def _downloaded(name: str) -> Path:
-    """The folder of a model's files in the hub's cache."""
-    try:
-        return Path(snapshot_download(name, allow_patterns=[*HUB_PATTERNS, *PROCESSORS]))
-    except (OSError, ValueError) as error:
-        raise _not_loaded(name, error) from error
+def _streaming(loaded: VideoModel, lower: torch.dtype, tokens: int) -> Stream:
+    """Put stand-ins where the blocks of an outline stood.
 
-
-def _load(name: str, folder: Path) -> tuple[Family, Any]:
-    """The model, all of whose parameters were in the folder's files."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingExtraError("transformers", "pip install 'sidetune[hf]'") from error
-    _check_folder(folder)
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise _not_loaded(name, error) from error
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise BackboneError(
-            f"{name} is of the family {config.model_type!r}, expected {', '.join(FAMILIES)}. An image "
-            "backbone reads clips frame by frame. Type: --backbone timm:vit_base_patch16_224 --frames 8"
-        )
-    kind = getattr(transformers, family.model)
-    options = {"add_pooling_layer": False} if config.model_type == "vivit" else {}
-    try:
-        with _silent():
-            model, said = kind.from_pretrained(
-                folder, use_safetensors=True, output_loading_info=True, dtype=torch.float32, **options
-            )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise _not_loaded(name, error) from error
-    lacking = [f"lack {key}" for key in said["missing_keys"] if not key.startswith("predictor.")]
-    foreign = [f"have {key}" for key in said["unexpected_keys"] if key.partition(".")[0] in ENCODER]
-    if wrong := sorted(lacking) + sorted(foreign):
-        raise BackboneError(
-            f"the weights of {name} {wrong[0]}{f', and {len(wrong) - 1} more' if len(wrong) > 1 else ''}, "
-            f"expected those of a {family.model}. Type: --weights with the folder of the whole model"
-        )
-    return family, model.eval()
-
-
-def _not_loaded(name: str, error: Exception) -> BackboneError:
-    return BackboneError(
-        f"{name} cannot be loaded: {str(error).partition(chr(10))[0]} Expected a network, a filled cache, or "
-        f"a folder with {CONFIG} and {WEIGHTS}, as on the hub. Type: --weights FOLDER"
-    )
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without the library's progress and its table of keys: what is wrong with them is said here."""
-    from transformers.utils import logging as given
-
-    logging: Any = given  # its functions have no types
-    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _check_folder(folder: Path) -> None:
-    if not (folder / CONFIG).is_file() or not list(folder.glob(WEIGHTS)):
-        raise BackboneError(
-            f"weights {folder}: expected a folder with {CONFIG} and {WEIGHTS}, as on the hub. "
-            "Type: --weights FOLDER"
-        )
+    Args:
+        loaded: an outline.
+        lower: the type that autocast multiplies in.
+        tokens: of a clip.
+    """
+    model, family = loaded.model, loaded.family
+    clips = max(1, TOKENS // tokens)
+    (template,) = model.get_submodule(family.blocks)
+    stream = Stream(template, loaded.blocks, lower, clips)
+    run_in_parts(model.get_submodule(family.pixels), clips)
+    parent, _, name = family.blocks.rpartition(".")
+    stand_ins = nn.ModuleList(StreamedBlock(stream, number) for number in range(len(loaded.blocks)))
+    setattr(model.get_submodule(parent), name, stand_ins)
+    return stream
 
 
 def _side(name: str, value: Any) -> int:  # noqa: ANN401 - a number, or one an axis
@@ -277,7 +178,7 @@ def _preprocess(folder: Path, size: int, resize: Resize, family: Family) -> Prep
 def _three(value: Any) -> Three | None:  # noqa: ANN401 - a number, or one a channel
     if isinstance(value, int | float):
         return (value, value, value)
-    return (value[0], value[1], value[2]) if isinstance(value, list) and len(value) == len(CENTRED) else None
+    return (value[0], value[1], value[2]) if isinstance(value, list) and len(value) == CHANNELS else None
 
 
 def _over(scale: float, values: Three, more: float = 0.0) -> Three:

@@ -19,8 +19,9 @@ from itertools import product
 
 import torch
 
+from sidetune.backbones.blocks import numbered
 from sidetune.backbones.random_weights import weight_shapes
-from sidetune.backbones.streamed import BLOCK
+from sidetune.backbones.streamed import BLOCKS
 from sidetune.bench.cost import measure
 from sidetune.bench.cost_cases import CostCase, CostSetting
 from sidetune.bench.cost_growth import Measure
@@ -69,8 +70,8 @@ class Model:
         Raises:
             RequestError: it is no model of timm.
         """
-        shapes = weight_shapes(setting.model)
-        blocks = [int(found[1]) for name in shapes if (found := BLOCK.fullmatch(name))]
+        shapes, block = weight_shapes(setting.model), numbered(BLOCKS)
+        blocks = [int(found[1]) for name in shapes if (found := block.fullmatch(name))]
         return cls(setting, max(blocks) + 1, sum(map(math.prod, shapes.values())))
 
 
