@@ -198,7 +198,7 @@ def bench_cost(
     from sidetune.bench.cost_cases import DEFAULT, CostSetting
     from sidetune.bench.cost_scale import CASES, bench_scale, require_video
 
-    require_video(video, models, growth)
+    require_video(video, models, growth, backbone)
     setting = CostSetting(
         backbone=backbone,
         size=size,

@@ -76,7 +76,15 @@ def ready_backbone(
         recipe: as asked for.
         backbone: an object in place of the one that the recipe names.
         device: to be on.
+
+    Raises:
+        RequestError: the recipe would pool the tokens of an object.
     """
+    if backbone is not None and recipe.backbone.pooled is not None:
+        raise RequestError(
+            f"backbone.pooled is {recipe.backbone.pooled} and the backbone is an object. Give "
+            f"sidetune.backbones.pooled.PooledBackbone(backbone, {recipe.backbone.pooled})"
+        )
     if backbone is None:
         backbone = build_backbone(recipe.backbone.name, **recipe.backbone.arguments())
     elif recipe.backbone == BackboneRecipe():  # no choice was made: the default names what was not used

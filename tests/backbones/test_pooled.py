@@ -1,5 +1,6 @@
 """Means of neighbouring patch tokens in their place."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,14 +9,17 @@ from torch import Tensor
 
 from images import make_folder
 from sidetune import build_backbone, fit, load
-from sidetune.backbones.pooled import PooledBackbone, pooled
+from sidetune.backbones.pooled import PooledBackbone, _smaller, pooled
 from sidetune.backbones.toy import ToyBackbone
 from sidetune.data import load_dataset
-from sidetune.errors import BackboneError, StoreError
-from sidetune.extract import extract
+from sidetune.errors import BackboneError, RequestError, StoreError
+from sidetune.extract import extract, sample_keys
 from sidetune.features import Tap
 from sidetune.keyed import generator
+from sidetune.opening import ready_backbone
 from sidetune.recipe import Recipe
+from sidetune.sources import LiveSource, StoredSource
+from tiny_videos import FRAMES, SIZE, video_folder
 
 TAPS = {
     "an image": Tap("block.1", "block", 3, (1, 4, 6), num_prefix=2, cls_index=0),
@@ -68,12 +72,50 @@ def test_is_another_backbone_whose_taps_have_fewer_tokens() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(BackboneError, match=r"3 and the grid of embedding 4 x 4.* Type: .*pooled=2"):
+    with pytest.raises(BackboneError, match=r"3 and the grid of embedding 4 x 4.* Type: --size 24"):
         build_backbone("toy", size=32, pooled=3)
+    tap = Tap("block.1", "block", 3, (2, 4, 4))
+    with pytest.raises(BackboneError, match=r"expected a divisor\. Type: --set backbone\.pooled=2"):
+        _smaller(tap, 3, [2, 8])  # of a video transformer, whose size is its own
+    with pytest.raises(BackboneError, match=r"Type: --set backbone\.pooled=null"):
+        _smaller(replace(tap, grid=(2, 5, 5)), 3, [2, 8])
+    for by in ("2", 2.0, True):
+        with pytest.raises(BackboneError, match=r"expected 2 or more"):
+            build_backbone("toy", pooled=by)
+    fields = {"backbone": {"pooled": 2}}
+    with pytest.raises(RequestError, match=r"backbone is an object\. Give .*PooledBackbone\(backbone, 2\)"):
+        ready_backbone(Recipe.build(fields), ToyBackbone(), torch.device("cpu"))
     with pytest.raises(BackboneError, match=r"backbone\.pooled is 1, expected 2 or more"):
         build_backbone("toy", size=32, pooled=1)
     with pytest.raises(BackboneError, match=r"its blocks need all of them\. Type: --set .*pooled=null"):
         build_backbone("toy", size=32, pooled=2).stages()
+
+
+def test_twice_two_is_four() -> None:
+    twice, four = PooledBackbone(PooledBackbone(ToyBackbone(32), 2), 2), PooledBackbone(ToyBackbone(32), 4)
+    assert twice.identity == four.identity
+    images = torch.randn(2, 3, 32, 32, generator=generator(0, "images"))
+    torch.testing.assert_close(twice(images)["block.2"], four(images)["block.2"])
+
+
+def test_live_features_are_those_of_a_store(tmp_path: Path) -> None:
+    dataset = load_dataset(make_folder(tmp_path / "data", 2, 6))
+    backbone, keys = PooledBackbone(ToyBackbone(32), 2), sample_keys(dataset)
+    stored = StoredSource(extract(dataset, backbone, tmp_path / "store", quiet=True), keys)
+    live = LiveSource(dataset, backbone, dtype="fp16", keys=keys, quiet=True)
+    for ours, theirs in zip(stored.features([0, 3]).layers, live.features([0, 3]).layers, strict=True):
+        assert torch.equal(ours, theirs.to(ours.dtype))
+
+
+def test_of_clips_at_once_and_of_blocks_on_disk(tmp_path: Path) -> None:
+    folder = video_folder(tmp_path / "vjepa2", "vjepa2")
+    clips = torch.randn(2, FRAMES, 3, SIZE, SIZE, generator=generator(0, "clips"))
+    for runtime in ("eager", "streamed"):
+        named = {"weights": folder, "runtime": runtime}
+        plain, fewer = build_backbone("hf:a/b", **named), build_backbone("hf:a/b", **named, pooled=2)
+        assert fewer.frames == FRAMES and fewer.fewest == plain.fewest
+        expected = one_by_one(plain(clips)["block.1"], plain.spec.last, 2)
+        torch.testing.assert_close(fewer(clips)["block.1"], expected)
 
 
 @pytest.mark.parametrize("mode", ["stored", "live"])

@@ -332,5 +332,5 @@ def test_features_keep_every_tap_in_the_type_of_a_store():
 
 
 def test_a_backbone_that_is_not_timms_cannot_be_streamed():
-    with pytest.raises(RequestError, match="toy cannot be streamed, expected a model of timm"):
+    with pytest.raises(RequestError, match="toy cannot be streamed or cut, expected a model of timm"):
         bench_cost(TOY, ["losa-streamed"], quiet=True)

@@ -129,17 +129,16 @@ def build_backbone(name: str, **arguments: object) -> Backbone:
         raise BackboneError(f"no backbone named {name!r}.{nearest('', _names())}{example}")
     given = {key: value for key, value in arguments.items() if value is not None}
     by = given.pop("pooled", None)
+    if by is not None:
+        from sidetune.backbones.pooled import PooledBackbone, checked
+
+        by = checked(by)
     options = [key for key, item in takes.items() if item.kind is item.KEYWORD_ONLY]
     for key in given:
         if key not in options:
             raise BackboneError(f"backbone {name!r} takes no {key!r}.{nearest(key, [*options, 'pooled'])}")
     backbone = BACKBONES[kind](*model, **given)
-    if by is None:
-        return backbone
-    from sidetune.backbones.pooled import PooledBackbone
-
-    assert isinstance(by, int)
-    return PooledBackbone(backbone, by)
+    return backbone if by is None else PooledBackbone(backbone, by)
 
 
 def _hint(kind: str, model: Sequence[str]) -> str:

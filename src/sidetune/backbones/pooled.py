@@ -34,20 +34,22 @@ class PooledBackbone(Backbone):
     """
 
     def __init__(self, inner: Backbone, by: int) -> None:
-        if by < 2:
-            raise BackboneError(f"backbone.pooled is {by}, expected 2 or more. Type: --set backbone.pooled=2")
-        self.inner, self.by = inner, by
-        self.spec = Spec(tuple(_smaller(tap, by) for tap in inner.spec.taps))
-        arguments = {**inner.identity.arguments, "pooled": by}
+        self.inner, self.by = inner, checked(by)
+        patch = inner.identity.arguments.get("patch")
+        self.spec = Spec(tuple(_smaller(tap, by, patch) for tap in inner.spec.taps))
+        arguments = {**inner.identity.arguments}
+        arguments["pooled"] = by * arguments.get("pooled", 1)  # a mean of means of as many is their mean
         self.identity = replace(inner.identity, arguments=arguments)
         self.preprocess, self.variant, self.norm = inner.preprocess, inner.variant, inner.norm
         self.device, self.frames = inner.device, inner.frames
+        self._dtype: torch.dtype | None = None
 
     def __call__(self, images: Tensor) -> Features:
         """See `Backbone.__call__`."""
         read = self.inner(images)
-        pairs = zip(read.layers, read.spec.taps, strict=True)
-        return Features(tuple(pooled(layer, tap, self.by) for layer, tap in pairs), self.spec)
+        means = (pooled(layer, tap, self.by) for layer, tap in zip(read.layers, read.spec.taps, strict=True))
+        given = means if self._dtype is None else (layer.to(self._dtype) for layer in means)
+        return Features(tuple(given), self.spec)
 
     def to(self, device: torch.device | str) -> Self:
         """Move the backbone to a device; returns itself."""
@@ -65,9 +67,9 @@ class PooledBackbone(Backbone):
         return type(self)(self.inner.reading(taps), self.by)
 
     def giving(self, dtype: torch.dtype) -> Self:
-        """See `Backbone.giving`."""
+        """See `Backbone.giving`: of the means, which are of what the backbone gives by itself."""
         other = copy.copy(self)
-        other.inner = self.inner.giving(dtype)
+        other._dtype = dtype
         return other
 
     def stages(self) -> Stages:
@@ -101,15 +103,32 @@ def pooled(tokens: Tensor, tap: Tap, by: int) -> Tensor:
     return torch.cat([prefix, means], 2).flatten(1, 2)
 
 
-def _smaller(tap: Tap, by: int) -> Tap:
+def checked(by: object) -> int:
+    """A k.
+
+    Raises:
+        BackboneError: it is not.
+    """
+    if not isinstance(by, int) or isinstance(by, bool) or by < 2:
+        raise BackboneError(f"backbone.pooled is {by!r}, expected 2 or more. Type: --set backbone.pooled=2")
+    return by
+
+
+def _smaller(tap: Tap, by: int, patch: object) -> Tap:
     time, height, width = tap.grid
     if tap.kind == "image":
         return tap
     if height % by or width % by:
-        known = [k for k in range(2, max(height, width) + 1) if height % k == width % k == 0]
-        remedy = f"--set backbone.pooled={known[0]}" if known else "--size with another one"
         raise BackboneError(
             f"backbone.pooled is {by} and the grid of {tap.name} {height} x {width}, expected a divisor. "
-            f"Type: {remedy}"
+            f"Type: {_remedy(height, width, by, patch)}"
         )
     return replace(tap, grid=(time, height // by, width // by))
+
+
+def _remedy(height: int, width: int, by: int, patch: object) -> str:
+    """A size whose grid it divides, of a model whose size may be chosen; else a divisor."""
+    if isinstance(patch, int) and height == width and height >= by:
+        return f"--size {height // by * by * patch}"
+    known = [k for k in range(2, min(height, width)) if height % k == width % k == 0]
+    return f"--set backbone.pooled={known[0] if known else 'null'}"

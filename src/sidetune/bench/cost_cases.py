@@ -320,10 +320,19 @@ class Trial:
 
 
 def trained_as(recipe: Recipe, setting: CostSetting) -> TrainRecipe:
-    """How a case trains: batches of the setting; a baseline's blocks, which are the backbone's, as those."""
+    """How a case trains: batches of the setting; a baseline's blocks, which are the backbone's, as those.
+
+    Raises:
+        RequestError: a baseline in fp16, whose gradients would need a scale.
+    """
     own: dict[str, Any] = {"batch_size": setting.batch, "order_seed": SEED}
-    if isinstance(recipe.side, BaselineRecipe) and setting.precision == "bf16":
-        own["precision"] = "bf16"
+    if isinstance(recipe.side, BaselineRecipe) and recipe.train.precision == "auto":
+        if setting.precision == "fp16":
+            raise RequestError(
+                f"precision is fp16 and {recipe.side.name} a baseline, expected fp32 or bf16. "
+                "Type: --precision bf16"
+            )
+        own["precision"] = setting.precision
     return recipe.train.model_copy(update=own)
 
 

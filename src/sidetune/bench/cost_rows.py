@@ -31,6 +31,7 @@ class Measured:
         tap_bytes: of a batch's features.
         resident_bytes: the most that the process of `peak_bytes` ever held; where anything is streamed.
         held_bytes: of two rounds, backbone and model among them.
+        doubled_bytes: what a baseline has twice, and counts once in that.
     """
 
     timing: Timing
@@ -41,6 +42,7 @@ class Measured:
     tap_bytes: int | None = None
     resident_bytes: int | None = None
     held_bytes: int | None = None
+    doubled_bytes: int = 0
 
     @property
     def step_s(self) -> float:

@@ -3,7 +3,8 @@
 All blocks of a vision transformer are alike: a step's time and memory grow by the same with each. So every
 model is measured at two small depths, at its own width, and a straight line through both says what the whole
 one takes: **computed**. Where that fits the memory that is free, and a step is no longer than a minute, the
-whole model is **measured**, too, and the measured value stands, with its ratio to the computed one.
+whole model is **measured**, too, and the measured value stands, with its ratio to the computed one. Each case
+runs alone, so that all memory is its own.
 
 Memory is all that a step holds: the backbone's weights (of a streamed one two blocks), what is trained,
 gradients, the optimiser's state, activations.
@@ -22,13 +23,18 @@ import torch
 from sidetune.backbones.blocks import numbered
 from sidetune.backbones.random_weights import weight_shapes
 from sidetune.backbones.streamed import BLOCKS
+from sidetune.baselines import BASELINES
+from sidetune.baselines.base import BaselineRecipe
 from sidetune.bench.cost import measure
 from sidetune.bench.cost_cases import CostCase, CostSetting
 from sidetune.bench.cost_growth import Measure
 from sidetune.bench.cost_rows import Measured
 from sidetune.bench.rows import Bench, Row, describe_machine
-from sidetune.errors import RequestError, nearest
+from sidetune.bench.shallow import outline_stages
+from sidetune.errors import RequestError, SidetuneError, nearest, without_remedy
+from sidetune.features import Spec, Tap
 from sidetune.machine import free_memory
+from sidetune.progress import say
 from sidetune.threads import torch_threads
 
 MODELS = {
@@ -47,6 +53,7 @@ LONGEST = 60.0  # seconds of a step that is measured
 SPARE = 0.8  # of free memory: the rest is for what a worker holds before it begins
 COMPUTED = "computed"
 UNITS = {"step_s": "s", "held_bytes": "B"}
+UNUSED = ("backbone", "images", "epochs")  # of a setting
 
 
 @dataclass(frozen=True)
@@ -105,37 +112,54 @@ def bench_scale(
         ``scale/CASE/24 GB`` of ``largest_parameters``; ``scale/all/MODEL`` of ``backbone_parameters``.
 
     Raises:
-        RequestError: an unknown model or case, or images instead of clips.
-        SidetuneError: a case's process failed.
+        RequestError: an unknown model or case, no clips, or a method that a model's blocks do not take.
+        SidetuneError: the process of a case at a small depth failed.
     """
     chosen = _chosen(models)
     if setting.frames is None:
         raise RequestError("frames is not given, expected those of a clip. Type: --frames 8")
     parsed = {name: CostCase.parse(name) for name in cases}
+    if not parsed:
+        raise RequestError(f"no case is named, expected one or more. Type: --cases {CASES[0]}")
     if stored := [name for name, case in parsed.items() if case.stored]:
         raise RequestError(f"case {stored[0]!r} is stored, expected live ones. Type: --cases {CASES[0]}")
     known = {label: Model.of(replace(setting, backbone=name)) for label, name in chosen.items()}
+    for (label, model), (name, case) in product(known.items(), parsed.items()):
+        _require_fitting(label, model.setting, name, case)
     room = SPARE * free_memory(setting.device)
-    rows = list(scale_rows(known, parsed, partial(measure, quiet=quiet), room))
+    rows = list(scale_rows(known, parsed, partial(measure, quiet=quiet), room, quiet=quiet))
     with torch_threads(setting.threads):
-        sizes = {**setting.to_json(), "models": list(chosen.values()), "cases": list(cases)}
+        sizes = {name: value for name, value in setting.to_json().items() if name not in UNUSED}
+        sizes |= {"models": list(chosen.values()), "cases": list(cases)}
         return Bench(tuple(rows), describe_machine(torch.device(setting.device), sizes))
 
 
-def require_video(video: bool, models: str | None, growth: str | None) -> None:
+def require_video(video: bool, models: str | None, growth: str | None, backbone: str) -> None:
     """Options that go together.
 
     Raises:
-        RequestError: models without video, or growth with it.
+        RequestError: models without video, or with it what is not heeded there.
     """
-    if models is not None and not video:
-        raise RequestError(f"--models is {models} without --video, expected both. Type: --video")
-    if growth is not None and video:
+    if not video:
+        if models is not None:
+            raise RequestError(f"--models is {models} without --video, expected both. Type: --video")
+        return
+    if growth is not None:
         raise RequestError(f"--growth is {growth} with --video, expected one. Type: --growth without --video")
+    if backbone != CostSetting.backbone:
+        raise RequestError(
+            f"--backbone is {backbone} with --video, which has models of its own, {', '.join(MODELS)}. "
+            "Type: --models ViT-B"
+        )
 
 
 def scale_rows(
-    models: Mapping[str, Model], cases: Mapping[str, CostCase], measure: Measure, room: float
+    models: Mapping[str, Model],
+    cases: Mapping[str, CostCase],
+    measure: Measure,
+    room: float,
+    *,
+    quiet: bool = True,
 ) -> Iterator[Row]:
     """The rows of a run.
 
@@ -143,26 +167,44 @@ def scale_rows(
         models: by label.
         cases: by name.
         measure: a setting and cases -> what was measured.
-        room: bytes that a whole model may hold to be measured.
+        room: bytes that a process with a whole model may hold.
+        quiet: nothing is said of a whole model that could not be measured.
     """
     held: dict[tuple[str, str], float] = {}
     for label, model in models.items():
         yield Row(f"scale/all/{label}", "backbone_parameters", model.parameters, "")
-        computed = _computed(model, cases, measure)
-        fits = {
-            name: case
-            for name, case in cases.items()
-            if computed[name, "held_bytes"] <= room and computed[name, "step_s"] <= LONGEST
-        }
-        whole = measure(model.setting, fits) if fits else {}
-        for name, metric in product(cases, UNITS):
-            row = _row(f"scale/{name}/{label}", metric, computed[name, metric], whole.get(name))
-            if metric == "held_bytes":
-                held[name, label] = row.value
-            yield row
+        for name, case in cases.items():
+            found = _measured(model, {name: case}, measure, room, quiet)
+            for metric in UNITS:
+                row = found.row(f"scale/{name}/{label}", metric)
+                if metric == "held_bytes":
+                    held[name, label] = row.value
+                yield row
     for name, gigabytes in product(cases, DEVICES):
         fitting = [models[label].parameters for label in models if held[name, label] <= gigabytes * GB]
         yield Row(f"scale/{name}/{gigabytes} GB", "largest_parameters", max(fitting, default=0), "")
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a case takes of a model.
+
+    Args:
+        computed: by metric.
+        whole: measured; None where it does not fit.
+    """
+
+    computed: Mapping[str, float]
+    whole: Measured | None
+
+    def row(self, case: str, metric: str) -> Row:
+        """The measured value where there is one, with its ratio to the computed one."""
+        computed = self.computed[metric]
+        if self.whole is None:
+            return Row(case, metric, computed, f"{UNITS[metric]}, {COMPUTED}")
+        value, timing = _value(self.whole, metric), self.whole.timing
+        spread = (timing.least, timing.most) if metric == "step_s" else None
+        return Row(case, metric, value, UNITS[metric], COMPUTED, value / computed, spread=spread)
 
 
 def _chosen(models: Sequence[str]) -> dict[str, str]:
@@ -172,24 +214,46 @@ def _chosen(models: Sequence[str]) -> dict[str, str]:
     return {label: name for label, name in MODELS.items() if label in models or not models}
 
 
-def _computed(model: Model, cases: Mapping[str, CostCase], measure: Measure) -> dict[tuple[str, str], float]:
-    """Case and metric -> what the whole model takes, from two small depths."""
-    near, far = (measure(replace(model.setting, depth=depth), cases) for depth in DEPTHS)
-    return {
-        (name, metric): Line(DEPTHS, (_value(near[name], metric), _value(far[name], metric))).at(model.depth)
-        for name, metric in product(cases, UNITS)
-    }
+def _require_fitting(label: str, setting: CostSetting, name: str, case: CostCase) -> None:
+    """A baseline must find in a model's blocks what it changes; tried on one block without numbers."""
+    if case.recipe is None or not isinstance(case.recipe.side, BaselineRecipe):
+        return
+    side = case.recipe.side
+    try:
+        with torch.device("meta"):
+            stages = outline_stages(setting.model)
+            first = BASELINES[side.name].first_tap(len(stages.blocks), side)
+            tap = replace(stages.tap, name=first, kind="embedding")
+            pixels = Tap("image", "image", 3, (1, 1, 1))
+            BASELINES[side.name](Spec((pixels if first == "image" else tap,)), stages, side)
+    except SidetuneError as error:
+        raise RequestError(
+            f"case {name!r} does not go with {label}: {without_remedy(error)}. Type: --models or --cases "
+            "without it"
+        ) from error
+
+
+def _measured(
+    model: Model, case: Mapping[str, CostCase], measure: Measure, room: float, quiet: bool
+) -> Point:
+    """A case at two small depths, and whole where the line says that it fits."""
+    (name,) = case
+    near, far = (measure(replace(model.setting, depth=depth), case)[name] for depth in DEPTHS)
+
+    def at(metric: str) -> float:
+        return Line(DEPTHS, (_value(near, metric), _value(far, metric))).at(model.depth)
+
+    computed = {metric: at(metric) for metric in UNITS}
+    if computed["held_bytes"] + at("doubled_bytes") > room or computed["step_s"] > LONGEST:
+        return Point(computed, None)
+    try:
+        return Point(computed, measure(model.setting, case)[name])
+    except SidetuneError as error:
+        say(f"{model.setting.model}, {name}: not measured whole, {error}", quiet=quiet)
+        return Point(computed, None)
 
 
 def _value(one: Measured, metric: str) -> float:
     value = getattr(one, metric)
     assert value is not None
     return float(value)
-
-
-def _row(case: str, metric: str, computed: float, whole: Measured | None) -> Row:
-    """The measured value where there is one, with its ratio to the computed one."""
-    if whole is None:
-        return Row(case, metric, computed, f"{UNITS[metric]}, {COMPUTED}")
-    value = _value(whole, metric)
-    return Row(case, metric, value, UNITS[metric], against=COMPUTED, ratio=value / computed)

@@ -44,14 +44,14 @@ def peaks(case: CostCase, setting: CostSetting, store: Store | None = None) -> d
         store: as for `Trial`.
 
     Returns:
-        ``peak_bytes`` above the backbone and the model; ``held_bytes`` with both, and with what libraries
-        take once. What a baseline trains of the backbone's own counts once in it, though it is there twice.
+        ``peak_bytes`` above the backbone and the model; ``held_bytes`` with both. What a baseline trains of
+        the backbone's own counts once in it, though it is there twice: that is ``doubled_bytes``.
     """
     cuda = setting.device == "cuda"
     allocated = torch.cuda.memory_allocated if cuda else anonymous_bytes
-    empty = int(allocated())
     Trial(case, setting, store).run()
     gc.collect()
+    empty = int(allocated())
     trial = Trial(case, setting, store)
     before = int(allocated())
     if cuda:
@@ -65,6 +65,7 @@ def peaks(case: CostCase, setting: CostSetting, store: Store | None = None) -> d
     return {
         "peak_bytes": max(0, peak - before - model),
         "held_bytes": max(0, peak - empty - trial.doubled_bytes()),
+        "doubled_bytes": trial.doubled_bytes(),
     }
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from sidetune.backbones.base import Precision
+from sidetune.backbones.base import Precision, Stages
 from sidetune.backbones.hooked import HookedBackbone
 from sidetune.backbones.timm import TimmBackbone, create, known_architecture
-from sidetune.backbones.vit import vit_parts
+from sidetune.backbones.vit import vit_parts, vit_stages
+from sidetune.features import Tap
 
 
 class ShallowBackbone(TimmBackbone):
@@ -29,3 +30,19 @@ class ShallowBackbone(TimmBackbone):
             model = create(name, depth=depth)
         parts = vit_parts(model, {"depth": depth}, size=size, resize="squash")
         HookedBackbone.__init__(self, parts, taps=None, precision=precision)
+
+
+def outline_stages(name: str) -> Stages:
+    """A model with one block, taken apart: what its blocks are made of. On the meta device it has no numbers.
+
+    Args:
+        name: timm's name.
+
+    Raises:
+        BackboneError: an unknown or unsupported model.
+    """
+    known_architecture(name)
+    model = create(name, depth=1)
+    height, width = model.patch_embed.grid_size
+    tap = Tap("block.1", "block", model.embed_dim, (1, height, width), model.num_prefix_tokens)
+    return vit_stages(model, tap)
