@@ -169,7 +169,7 @@ def test_bad_requests() -> None:
         require_video(False, "ViT-S", None, SETTING.backbone)
     with pytest.raises(RequestError, match="--growth without --video"):
         require_video(True, None, "batch", CostSetting.backbone)
-    with pytest.raises(RequestError, match="which has models of its own, ViT-S, .* Type: --models ViT-B"):
+    with pytest.raises(RequestError, match=r"which has models of its own, ViT-S, .* Type: --models ViT-B"):
         require_video(True, None, None, "toy")
     with pytest.raises(RequestError, match="cannot be streamed or cut"):
         _ = replace(SETTING, backbone="toy").model
