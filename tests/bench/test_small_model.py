@@ -11,7 +11,18 @@ from clips import make_clips
 from images import make_folder
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-SHARED = ["--backbone", "toy", "--size", "32", "--weights", "random", "--minutes", "0.02,0.1", "--seeds", "2"]
+SHARED = [
+    "--backbone",
+    "toy",
+    "--size",
+    "32",
+    "--weights",
+    "random",
+    "--minutes",
+    "0.001,0.15",
+    "--seeds",
+    "2",
+]
 
 
 @pytest.fixture
