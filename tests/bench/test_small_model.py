@@ -19,7 +19,7 @@ SHARED = [
     "--weights",
     "random",
     "--minutes",
-    "0.001,0.15",
+    "0.001,2",
     "--seeds",
     "2",
 ]
