@@ -7,9 +7,10 @@
 Each contender has so many minutes for one training, from nothing. What it takes to read what it learns from
 is part of them: of the one the backbone's features, of the other prepared pixels, each stored once. It trains
 for as many epochs as fit, 100 at most, and its schedule ends with them. Rates are chosen on validation images
-at the middle number of minutes; of clips in folds on one fold. Then it trains on training and validation
-images, a network a seed, and is scored on test images; of clips in folds each answers for the fold that it
-did not see. What a training took, and what the process held, is in its line.
+at the middle of those minutes that an epoch fits into; of clips in folds on one fold. Then it trains on
+training and validation images, a network a seed, and is scored on test images; of clips in folds each answers
+for the fold that it did not see. What each training took is in its line, and what the process held:
+`--contender` runs one alone.
 
 The small model is EfficientNet-Lite0 with weights of ImageNet, a convolutional network of 3.4 million
 parameters beside its classifier, of which all are trained; statistics of its batch norms stay. Both train in
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import shutil
 import sys
@@ -49,6 +51,7 @@ from sidetune.extract import extract, sample_keys
 from sidetune.features import Spec, Tap
 from sidetune.job import Job
 from sidetune.memory import PeakMemory
+from sidetune.model import SideModel
 from sidetune.recipe import Recipe
 from sidetune.runs import environment
 from sidetune.side_fit import new_member, open_fleet, row_outputs, solo_epoch_seconds
@@ -75,13 +78,15 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--backbone", default="demo")
     parser.add_argument("--weights", default=None, help="of the small model; random: none")
+    parser.add_argument("--contender", choices=("losa", "full"), help="one alone")
     parser.add_argument("--out", type=Path, default=Path("runs/small"))
     parser.add_argument("--into", type=Path, default=OUT)
     options = parser.parse_args()
     if git("status", "--porcelain", "--untracked-files=no"):
         sys.exit("the tree has changes, and a result line names a commit. Type: git commit")
     dataset = dataset_of(options)
-    for build in (side_network, small_model):
+    builds = {"losa": side_network, "full": small_model}
+    for build in [builds[options.contender]] if options.contender else builds.values():
         for line in contest(options, build(options, dataset)):
             with options.into.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
@@ -116,13 +121,13 @@ class Contender:
         member = new_member(self.job, self.recipe(1e-3, 1, 0), name="clock", rows=rows)
         return solo_epoch_seconds(self.job, member, TIMED)
 
-    def outputs(self, recipe: Recipe, rows: Rows, asked: Rows) -> Tensor:
-        """Train on some rows, answer for others: (n, K)."""
+    def trained(self, recipe: Recipe, rows: Rows) -> SideModel:
+        """Trained on some rows."""
         fleet = open_fleet(self.job, [recipe], rows, scaled_on=rows)
         member = new_member(self.job, recipe, name="one", rows=rows)
         model = train(fleet, [member], quiet=True)["one"].model
         assert model is not None, f"{self.name} diverged at {recipe.train.lr:g}"
-        return row_outputs(self.job, model, asked)
+        return model
 
 
 def contest(options: argparse.Namespace, contender: Contender) -> Iterator[dict[str, Any]]:
@@ -130,31 +135,45 @@ def contest(options: argparse.Namespace, contender: Contender) -> Iterator[dict[
     splits = splits_of(options, contender.job)
     learned = [np.concatenate([split.train, split.val]) for split in splits]
     an_image = contender.epoch_seconds(learned[0]) / len(learned[0])
-    minutes = sorted(map(float, options.minutes.split(",")))
 
     def epochs(minutes: float, rows: Rows) -> int:
         left = 60 * minutes - contender.before
         return max(0, min(MOST_EPOCHS, int(left / (an_image * len(rows)))))
 
-    middle = epochs(minutes[(len(minutes) - 1) // 2], splits[0].train)
-    rate = chosen_rate(contender, splits[0], max(1, middle))
-    for given in minutes:
-        counts = [epochs(given, rows) for rows in learned]
-        if not all(counts):
-            print(f"{contender.name}: {given:g} minutes are too few", file=sys.stderr)
-            continue
-        for seed in range(options.seeds):
-            right, began = [], time.monotonic()
-            recipes = [contender.recipe(rate, count, seed) for count in counts]
-            with PeakMemory() as memory:
-                for split, rows, recipe in zip(splits, learned, recipes, strict=True):
-                    answers = contender.outputs(recipe, rows, split.test)
-                    right.append(answers.argmax(1).numpy() == contender.job.dataset.targets[split.test])
-            facts = {"minutes": given, "epochs": counts[0], "lr": rate, "before_seconds": contender.before}
-            facts |= {"epoch_seconds": an_image * len(learned[0]), "peak_bytes": memory.peak}
-            facts |= {"took_seconds": (time.monotonic() - began) / len(splits)}
-            facts |= {"value": float(np.concatenate(right).mean())}
-            yield {"method": contender.name, "seed": seed, **facts, **shared(options, recipes[0])}
+    counts = {
+        given: [epochs(given, rows) for rows in learned] for given in map(float, options.minutes.split(","))
+    }
+    fitting = sorted(given for given, of_folds in counts.items() if all(of_folds))
+    for given in sorted(counts.keys() - set(fitting)):
+        print(f"{contender.name}: {given:g} minutes are too few", file=sys.stderr)
+    if not fitting:
+        return
+    middle = fitting[(len(fitting) - 1) // 2]
+    rate = chosen_rate(contender, splits[0], epochs(middle, splits[0].train))
+    for given, seed in itertools.product(fitting, range(options.seeds)):
+        recipes = [contender.recipe(rate, count, seed) for count in counts[given]]
+        right, seconds = [], []
+        with PeakMemory() as memory:
+            for split, rows, recipe in zip(splits, learned, recipes, strict=True):
+                began = time.monotonic()
+                model = contender.trained(recipe, rows)
+                seconds.append(time.monotonic() - began)
+                answers = row_outputs(contender.job, model, split.test).argmax(1).numpy()
+                right.append(answers == contender.job.dataset.targets[split.test])
+        yield {
+            "method": contender.name,
+            "seed": seed,
+            "value": float(np.concatenate(right).mean()),
+            "minutes": given,
+            "before_seconds": contender.before,
+            "took_seconds": seconds,
+            "epochs": counts[given],
+            "epoch_seconds": [an_image * len(rows) for rows in learned],
+            "lr": rate,
+            "lr_chosen_at_minutes": middle,
+            "peak_bytes": memory.peak,
+            **shared(options, recipes[0]),
+        }
 
 
 def shared(options: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
@@ -201,8 +220,9 @@ def chosen_rate(contender: Contender, split: Split, epochs: int) -> float:
     """The rate that is best on validation."""
     right = {}
     for rate in RATES[contender.side]:
-        answers = contender.outputs(contender.recipe(rate, epochs, 0), split.train, split.val)
-        right[rate] = np.mean(answers.argmax(1).numpy() == contender.job.dataset.targets[split.val])
+        model = contender.trained(contender.recipe(rate, epochs, 0), split.train)
+        answers = row_outputs(contender.job, model, split.val).argmax(1).numpy()
+        right[rate] = np.mean(answers == contender.job.dataset.targets[split.val])
     return max(right, key=right.__getitem__)
 
 

@@ -6,7 +6,7 @@ import torch
 import transformers
 
 FRAMES, SIZE = 4, 16
-SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL = {"num_hidden_layers": 3, "num_attention_heads": 2}
 CONFIGS = {
     "vivit": lambda: transformers.VivitConfig(
         image_size=SIZE,

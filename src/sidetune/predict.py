@@ -327,7 +327,7 @@ def answer_together(
     ]
     unreadable: dict[int, str] = {}
     with ThreadPoolExecutor(DECODERS) as pool, torch.inference_mode():
-        for first, images, bad in decoded(shown, backbone.preprocess, pool):
+        for first, images, bad in decoded(shown, backbone.preprocess, pool, fewest=backbone.fewest):
             features = reading.joined(backbone(images)).to(backbone.device, torch.float32)
             for own, one in zip(outputs, predictors, strict=True):
                 own.append(one.committee.outputs(features))

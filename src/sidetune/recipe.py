@@ -100,7 +100,7 @@ class BackboneRecipe(Part):
     """Which backbone and how it is run. See `build_backbone`.
 
     Args:
-        name: ``demo``, ``toy`` or ``timm:MODEL``; ``--backbone``.
+        name: ``demo``, ``toy``, ``timm:MODEL`` or ``hf:MODEL``; ``--backbone``.
         size: side of the image in pixels; None: the backbone's own. ``--size``.
         taps: names of the taps to read; None: the embedding and every block.
         weights: a file, a folder, ``hub`` or ``random``; no part of the recipe's hash. ``--weights``.

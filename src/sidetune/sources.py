@@ -218,7 +218,7 @@ class LiveSource(Source):
         pictures = [one for row, view in zip(rows, chosen, strict=True) for one in self._pictures(row, view)]
         spec = self.spec if spec is None else self.spec.select(spec.names)
         parts: list[list[Tensor]] = [[] for _ in spec.taps]
-        for first, images, bad in decoded(pictures, self.backbone.preprocess, self._pool):
+        for first, images, bad in self._decoded(pictures):
             for slot, reason in bad.items():
                 if self.valid[rows[(first + slot) // self.reading.together]]:
                     raise SidetuneError(
@@ -240,6 +240,13 @@ class LiveSource(Source):
         shown = [self.reading.stored[stored] for stored in self.reading.views[view]]
         return [Picture(self.files[row], one, self.keys[row]) for one in shown]
 
+    def _decoded(
+        self, pictures: Sequence[Picture], animated: list[Path] | None = None
+    ) -> Iterator[tuple[int, Tensor, dict[int, str]]]:
+        """See `decoded`; as many at a time as the backbone asks for."""
+        backbone = self.backbone
+        return decoded(pictures, backbone.preprocess, self._pool, animated, fewest=backbone.fewest)
+
     def _pass(self, view: int, quiet: bool) -> Summary:
         animated: list[Path] = []
         pictures = [one for row in range(len(self.files)) for one in self._pictures(row, view)]
@@ -247,7 +254,7 @@ class LiveSource(Source):
         with Progress("features", len(pictures), "images", quiet=quiet) as progress:
 
             def parts() -> Iterator[Summary]:
-                for first, images, bad in decoded(pictures, self.backbone.preprocess, self._pool, animated):
+                for first, images, bad in self._decoded(pictures, animated):
                     self.skipped |= {(first + slot) // together: reason for slot, reason in bad.items()}
                     with torch.no_grad():
                         features = rounded(self.backbone(images), self.dtype, self.backbone.variant.precision)

@@ -1,6 +1,7 @@
 """Video transformers: a clip at once, from files to answers."""
 
 import json
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -15,6 +16,7 @@ from sidetune.backbones.video_models import FAMILIES
 from sidetune.bench.setting import require_images
 from sidetune.data import load_dataset
 from sidetune.data.clips import Span, frames_at
+from sidetune.data.pictures import MICRO_BATCH, Picture, batch_size
 from sidetune.data.reading import Reading
 from sidetune.errors import BackboneError, RecipeError, RequestError
 from sidetune.extract import extract, sample_keys
@@ -55,13 +57,13 @@ def test_taps_are_what_the_model_computes(folders, family):
     for name, expected in zip(backbone.spec.names, [heard[1][0], *outputs], strict=True):
         torch.testing.assert_close(features[name], expected, rtol=1e-4, atol=1e-5)
     normed = torch.nn.functional.layer_norm(
-        features["block.2"], last.shape[-1:], backbone.norm.weight, backbone.norm.bias, backbone.norm.eps
+        features["block.3"], last.shape[-1:], backbone.norm.weight, backbone.norm.bias, backbone.norm.eps
     )
     torch.testing.assert_close(normed, last, rtol=1e-4, atol=1e-5)
     tap = backbone.spec.last
     prefix = int(family == "vivit")
     assert (tap.grid, tap.num_prefix, tap.cls_index) == ((2, 2, 2), prefix, 0 if prefix else None)
-    assert backbone.spec.names == ("embedding", "block.1", "block.2")
+    assert backbone.spec.names == ("embedding", "block.1", "block.2", "block.3")
     assert set(backbone.check_values()) == set(backbone.spec.names)
 
 
@@ -120,8 +122,14 @@ def test_streamed_is_the_model_in_memory_bit_for_bit(folders, family, precision,
     one_by_one = build_backbone(NAME, weights=folders[family], precision=precision, runtime="streamed")
     alone = torch.cat([whole(image[None])["block.2"] for image in images])
     assert torch.equal(one_by_one(images)["block.2"], alone), "a micro-batch of one clip"
-    held = sum(one.numel() for one in streamed.module.parameters())
-    assert held < sum(one.numel() for one in whole.module.parameters())
+    assert not list(streamed._stream.template.parameters()), "of blocks two slots alone are held"
+    assert streamed.fewest > 1 == whole.fewest
+
+
+def test_as_many_clips_go_into_a_batch_as_a_streamed_one_asks_for():
+    spans = [Picture(Path(f"{number}.mp4"), Span(0, 1, FRAMES), "") for number in range(100)]
+    assert batch_size(spans) == MICRO_BATCH // FRAMES
+    assert batch_size(spans, 17) == 17
 
 
 def test_a_streamed_checkpoint_in_pieces_with_its_heads(folders, tmp_path):
@@ -145,12 +153,19 @@ def test_a_streamed_folder_that_lacks_something_says_so(folders, tmp_path):
             build_backbone(NAME, weights=tmp_path, runtime="streamed")
 
     refused(lambda t: t.pop("encoder.layernorm.bias"), r"lack encoder\.layernorm\.bias, expected")
-    refused(lambda t: t.pop("encoder.layer.1.norm1.bias"), r"1\.norm1\.bias has shape None, expected \(24")
-    refused(lambda t: t.update({"encoder.more": torch.ones(1)}), r"have encoder\.more")
-    last = [f"encoder.layer.1.{name}" for name in ("norm1", "norm2", "attention", "mlp")]
     refused(
-        lambda t: [t.pop(key) for key in list(t) if key.startswith(tuple(last))],
-        r"have 1 blocks, and config\.json says 2",
+        lambda t: t.pop("encoder.layer.1.norm1.bias"), r"lack encoder\.layer\.1\.norm1\.bias, expected \(24"
+    )
+    refused(lambda t: t.update({"encoder.more": torch.ones(1)}), r"have encoder\.more")
+    twice = {"vjepa2.encoder.layernorm.bias": torch.ones(24)}
+    refused(lambda t: t.update(twice), r"have encoder\.layernorm\.bias twice")
+    refused(
+        lambda t: t.update({"encoder.layer.0.norm1.bias": torch.ones(5)}),
+        r"have encoder\.layer\.0\.norm1\.bias \(5,\), and config\.json asks for \(24,\)",
+    )
+    refused(
+        lambda t: [t.pop(key) for key in list(t) if key.startswith("encoder.layer.2")],
+        r"have 2 blocks, and config\.json says 3",
     )
     with pytest.raises(BackboneError, match="unknown runtime 'steamed'"):
         build_backbone(NAME, weights=folders["vivit"], runtime="steamed")

@@ -69,9 +69,9 @@ def fake(seconds: float, gigabytes: float, fails: bool = False):
     return measure, asked
 
 
-def rows(measure, room: float = 20 * GB) -> Bench:
+def rows(measure, failed: dict[str, str] | None = None) -> Bench:
     models = {"a": Model(replace(SETTING, backbone="timm:a"), 12, 86_000_000)}
-    return Bench(tuple(scale_rows(models, PARSED, measure, room)), {})
+    return Bench(tuple(scale_rows(models, PARSED, measure, 20 * GB, {} if failed is None else failed)), {})
 
 
 @pytest.mark.parametrize(
@@ -107,9 +107,11 @@ def test_measured_where_it_fits_and_is_no_longer_than_a_minute(
 
 def test_a_whole_model_that_fails_leaves_what_was_computed() -> None:
     measure, asked = fake(1.0, 0.5, fails=True)
-    bench = rows(measure)
+    failed: dict[str, str] = {}
+    bench = rows(measure, failed)
     assert ("losa", None) in asked
     assert bench.row("scale/losa/a", "step_s").unit == "s, computed"
+    assert failed == {"losa/a": "killed", "full/a": "killed"}
 
 
 def test_what_is_there_twice_must_fit_twice() -> None:

@@ -44,9 +44,11 @@ def lines_of(script, monkeypatch, tmp_path, *words):
 
 def check(lines):
     for line in lines:
-        seconds = line["before_seconds"] + line["epochs"] * line["epoch_seconds"]
-        assert 60 * line["minutes"] - line["epoch_seconds"] < seconds <= 60 * line["minutes"]
-        assert 1 <= line["epochs"] <= 4 and 0 <= line["value"] <= 1
+        for epochs, of_one in zip(line["epochs"], line["epoch_seconds"], strict=True):
+            seconds = line["before_seconds"] + epochs * of_one
+            assert 60 * line["minutes"] - of_one < seconds <= 60 * line["minutes"] and epochs >= 1
+        assert len(line["took_seconds"]) == len(line["epochs"]) and min(line["took_seconds"]) > 0
+        assert line["lr_chosen_at_minutes"] == 2.0 and 0 <= line["value"] <= 1
         assert len(line["recipe"]) == 64 and line["metric"] == "accuracy" and line["peak_bytes"] > 10**7
     assert {line["method"] for line in lines} == {"DINOv2-S, LoSA", "EfficientNet-Lite0, full"}
     assert {line["seed"] for line in lines} == {0, 1}

@@ -109,8 +109,8 @@ def build_backbone(name: str, **arguments: object) -> Backbone:
         name: ``demo``, ``toy``, or ``timm:MODEL`` (also ``timm/MODEL``) with any plain vision
             transformer that timm knows.
         **arguments: ``size``, ``taps``, ``precision``, ``resize``; ``seed`` (toy, timm); ``weights``
-            (timm): ``hub``, which is the default, ``random``, or a path; ``runtime`` (timm): ``eager``, or
-            ``streamed`` from a local path; ``pooled``: k, for means of k x k neighbouring patch tokens, see
+            (timm, hf): ``hub``, which is the default, ``random`` (timm), or a path; ``runtime`` (timm, hf):
+            ``eager``, or ``streamed``; ``pooled``: k, for means of k x k neighbouring patch tokens, see
             `sidetune.backbones.pooled`. None stands for the backbone's own default.
 
     Raises:

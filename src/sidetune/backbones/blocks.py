@@ -40,7 +40,7 @@ class BlockReader:
         self._thread = ThreadPoolExecutor(1, "blocks")
         self._ahead: tuple[int, Future[None]] | None = None
         self._used = 0  # the slot that was given last
-        largest = max(stored.nbytes for stored in self.blocks[0].values())
+        largest = max(stored.nbytes for block in self.blocks for stored in block.values())
         self._staging = torch.empty(largest, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
 
     def take(self, number: int) -> Loaded:
@@ -59,7 +59,7 @@ class BlockReader:
         done = None
         if self.device.type == "cuda":
             done = torch.cuda.Event()
-            done.record()
+            done.record(torch.cuda.current_stream(self.device))
         self._ahead = number, self._thread.submit(self._read, number, 1 - self._used, done)
 
     def _read(self, number: int, slot: int, done: torch.cuda.Event | None) -> None:
@@ -188,9 +188,14 @@ def blocks_of(tensors: Mapping[str, Stored], path: str, template: nn.Module, wei
     for number in range(max(blocks) + 1):
         shapes = {name: stored.shape for name, stored in blocks.get(number, {}).items()}
         for name in sorted(expected.keys() | shapes.keys()):
-            if expected.get(name) != shapes.get(name):
+            if name not in shapes:
                 raise BackboneError(
-                    f"weights {weights}: {path}.{number}.{name} has shape {shapes.get(name)}, expected "
+                    f"weights {weights} lack {path}.{number}.{name}, expected {expected[name]}. "
+                    "Type: --weights with those of the whole model"
+                )
+            if expected.get(name) != shapes[name]:
+                raise BackboneError(
+                    f"weights {weights}: {path}.{number}.{name} has shape {shapes[name]}, expected "
                     f"{expected.get(name)}; blocks are streamed where all are alike, at the model's own size "
                     "where their shapes go with it. Type: --set backbone.runtime=eager"
                 )

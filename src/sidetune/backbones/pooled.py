@@ -64,7 +64,9 @@ class PooledBackbone(Backbone):
 
     def reading(self, taps: Sequence[str]) -> Self:
         """See `Backbone.reading`."""
-        return type(self)(self.inner.reading(taps), self.by)
+        other = type(self)(self.inner.reading(taps), self.by)
+        other._dtype = self._dtype
+        return other
 
     def giving(self, dtype: torch.dtype) -> Self:
         """See `Backbone.giving`: of the means, which are of what the backbone gives by itself."""

@@ -103,10 +103,12 @@ class VideoBackbone(HookedBackbone):
 
     @property
     def fewest(self) -> int:
-        """See `Backbone.fewest`; of a streamed one, clips whose taps fit."""
-        if self._stream is None:
+        """See `Backbone.fewest`; of a streamed one, clips whose pixels, tokens and taps fit."""
+        if self._stream is None or self.frames is None:
             return super().fewest
-        return max(1, min(CALL_IMAGES, CALL_BYTES // (self.spec.record_numel() * torch.float32.itemsize)))
+        pixels, tap = 3 * self.frames * self.preprocess.size**2, self.spec.last
+        numel = pixels + 2 * tap.num_tokens * tap.width + self.spec.record_numel()
+        return max(1, min(CALL_IMAGES, CALL_BYTES // (numel * torch.float32.itemsize)))
 
     def to(self, device: torch.device | str) -> Self:
         """Move what is in memory to a device; returns itself."""

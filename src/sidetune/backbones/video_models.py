@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,8 +174,9 @@ class VideoModel:
             own, block = model.state_dict(), numbered(family.blocks)
             known = [key for key in tensors if key in own or block.fullmatch(key)]
             _check_names(name, family, set(own) - set(tensors), set(tensors) - set(known))
-            given = {key: tensors[key].read().float() for key in own if key in tensors}
-            model.load_state_dict(given, strict=False)
+            given = {key: tensors[key] for key in own if key in tensors}
+            _check_shapes(name, {key: (one.shape, own[key].shape) for key, one in given.items()})
+            model.load_state_dict({key: one.read().float() for key, one in given.items()}, strict=False)
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise _not_loaded(name, error) from error
         blocks = blocks_of(tensors, family.blocks, model.get_submodule(family.blocks)[0], folder)
@@ -226,6 +227,16 @@ def _check_names(name: str, family: Family, missing: Iterable[str], unexpected: 
         )
 
 
+def _check_shapes(name: str, shapes: Mapping[str, tuple[Sequence[int], Sequence[int]]]) -> None:
+    """Shapes in files must be those of the configuration."""
+    for key, (found, expected) in shapes.items():
+        if tuple(found) != tuple(expected):
+            raise BackboneError(
+                f"the weights of {name} have {key} {tuple(found)}, and {CONFIG} asks for {tuple(expected)}. "
+                "Type: --weights with the folder of the whole model"
+            )
+
+
 def _renamed(folder: Path, family: Family, prefix: str) -> dict[str, Stored]:
     """A folder's tensors under the model's own names, as the library renames them when it loads."""
     found = {}
@@ -233,6 +244,8 @@ def _renamed(folder: Path, family: Family, prefix: str) -> dict[str, Stored]:
         name = key.removeprefix(f"{prefix}.")
         for pattern, instead in family.renames:
             name = re.sub(pattern, instead, name)
+        if name in found:
+            raise BackboneError(f"weights {folder} have {name} twice, one of them as {key}")
         found[name] = stored
     return found
 

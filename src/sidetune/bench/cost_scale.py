@@ -126,12 +126,15 @@ def bench_scale(
     known = {label: Model.of(replace(setting, backbone=name)) for label, name in chosen.items()}
     for (label, model), (name, case) in product(known.items(), parsed.items()):
         _require_fitting(label, model.setting, name, case)
-    room = SPARE * free_memory(setting.device)
-    rows = list(scale_rows(known, parsed, partial(measure, quiet=quiet), room, quiet=quiet))
+    room, failed = SPARE * free_memory(setting.device), dict[str, str]()
+    rows = list(scale_rows(known, parsed, partial(measure, quiet=quiet), room, failed))
+    for what, reason in failed.items():
+        say(f"{what}: not measured whole, {reason}", quiet=quiet)
     with torch_threads(setting.threads):
         sizes = {name: value for name, value in setting.to_json().items() if name not in UNUSED}
         sizes |= {"models": list(chosen.values()), "cases": list(cases)}
-        return Bench(tuple(rows), describe_machine(torch.device(setting.device), sizes))
+        about = describe_machine(torch.device(setting.device), sizes)
+        return Bench(tuple(rows), {**about, "not_measured_whole": failed})
 
 
 def require_video(video: bool, models: str | None, growth: str | None, backbone: str) -> None:
@@ -158,8 +161,7 @@ def scale_rows(
     cases: Mapping[str, CostCase],
     measure: Measure,
     room: float,
-    *,
-    quiet: bool = True,
+    failed: dict[str, str],
 ) -> Iterator[Row]:
     """The rows of a run.
 
@@ -168,13 +170,16 @@ def scale_rows(
         cases: by name.
         measure: a setting and cases -> what was measured.
         room: bytes that a process with a whole model may hold.
-        quiet: nothing is said of a whole model that could not be measured.
+        failed: case and model -> why it could not be measured whole, though it should fit; added to.
     """
     held: dict[tuple[str, str], float] = {}
     for label, model in models.items():
         yield Row(f"scale/all/{label}", "backbone_parameters", model.parameters, "")
         for name, case in cases.items():
-            found = _measured(model, {name: case}, measure, room, quiet)
+            try:
+                found = _measured(model, {name: case}, measure, room)
+            except _NotWhole as error:
+                found, failed[f"{name}/{label}"] = Point(error.computed, None), str(error)
             for metric in UNITS:
                 row = found.row(f"scale/{name}/{label}", metric)
                 if metric == "held_bytes":
@@ -233,9 +238,15 @@ def _require_fitting(label: str, setting: CostSetting, name: str, case: CostCase
         ) from error
 
 
-def _measured(
-    model: Model, case: Mapping[str, CostCase], measure: Measure, room: float, quiet: bool
-) -> Point:
+class _NotWhole(Exception):  # noqa: N818 - what was computed stands
+    """A whole model that should fit could not be measured."""
+
+    def __init__(self, computed: Mapping[str, float], error: SidetuneError) -> None:
+        super().__init__(str(error))
+        self.computed = computed
+
+
+def _measured(model: Model, case: Mapping[str, CostCase], measure: Measure, room: float) -> Point:
     """A case at two small depths, and whole where the line says that it fits."""
     (name,) = case
     near, far = (measure(replace(model.setting, depth=depth), case)[name] for depth in DEPTHS)
@@ -249,8 +260,7 @@ def _measured(
     try:
         return Point(computed, measure(model.setting, case)[name])
     except SidetuneError as error:
-        say(f"{model.setting.model}, {name}: not measured whole, {error}", quiet=quiet)
-        return Point(computed, None)
+        raise _NotWhole(computed, error) from error
 
 
 def _value(one: Measured, metric: str) -> float:

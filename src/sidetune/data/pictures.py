@@ -112,7 +112,7 @@ def decoded(
         preprocess: what the backbone reads.
         pool: decodes.
         animated: the files of which only the first frame or page is used are added to it, in any order.
-        fewest: pictures of a batch that is not the last, where `MICRO_BATCH` are fewer.
+        fewest: pictures, or spans, of a batch that is not the last, where `MICRO_BATCH` are fewer.
 
     Yields:
         The first picture's index, images (b, 3, size, size) or spans (b, T, 3, size, size), and slot ->
@@ -145,10 +145,10 @@ def decoded(
 def batch_size(pictures: Sequence[Picture], fewest: int = 1) -> int:
     """Pictures of a batch: no fewer than `MICRO_BATCH` and `fewest`, and whole clips of their frames.
 
-    A span counts as its frames, of which a batch has no more than that.
+    A span, which is one of `fewest`, counts as its frames among `MICRO_BATCH`, and a batch has no more.
     """
     size, view = max(MICRO_BATCH, fewest), pictures[0].view if pictures else PLAIN
     if isinstance(view, Span):
-        return max(1, size // view.frames)
+        return max(1, MICRO_BATCH // view.frames, fewest)
     frames = len(next(by_file(pictures), [])) if isinstance(view, Frame) else 1
     return -(-size // frames) * frames
