@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sidetune.backbones.weightfile import Stored
 from sidetune.errors import BackboneError
 
-CALL_BYTES = 2**30  # of the taps of one call, in float32
+CALL_BYTES = 2**30  # of what one call holds, in float32
 CALL_IMAGES = 64  # at most
 Block = Mapping[str, Stored]  # a parameter's name inside the block -> where it stands
 Loaded = dict[str, Tensor]
@@ -141,6 +141,11 @@ class StreamedBlock(nn.Module):
         """See `Stream.run`; where blocks of the model give a tuple, a tuple of it alone."""
         out = self._stream.run(self._number, tokens, *arguments, **named)
         return (out,) if self._stream.gives_tuple else out
+
+
+def a_call(numel: int) -> int:
+    """Images, or clips, of so many numbers each that a call has: reading is little beside them, and they fit."""
+    return max(1, min(CALL_IMAGES, CALL_BYTES // (numel * torch.float32.itemsize)))
 
 
 def run_in_parts(module: nn.Module, size: int) -> None:

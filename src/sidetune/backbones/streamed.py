@@ -22,10 +22,9 @@ from torch import Tensor, nn
 
 from sidetune.backbones.base import MICRO_BATCH, Precision, Resize, Stages, tensors_digest
 from sidetune.backbones.blocks import (
-    CALL_BYTES,
-    CALL_IMAGES,
     Stream,
     StreamedBlock,
+    a_call,
     blocks_of,
     numbered,
     run_in_parts,
@@ -91,7 +90,7 @@ class StreamedBackbone(HookedBackbone):
     @property
     def fewest(self) -> int:
         """So many images that reading the weights is little beside them, and that their taps fit."""
-        return max(1, min(CALL_IMAGES, CALL_BYTES // (self.spec.record_numel() * torch.float32.itemsize)))
+        return a_call(self.spec.record_numel())
 
     def _forward(self, images: Tensor) -> object:
         return run_vit(self.module, images)

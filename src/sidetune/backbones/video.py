@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sidetune.backbones.base import Identity, Precision, Resize, Runtime, tensors_digest
-from sidetune.backbones.blocks import CALL_BYTES, CALL_IMAGES, Stream, StreamedBlock, run_in_parts
+from sidetune.backbones.blocks import Stream, StreamedBlock, a_call, run_in_parts
 from sidetune.backbones.hooked import HookedBackbone, Parts, Place, check_choice, final_norm
 from sidetune.backbones.video_models import PROCESSORS, Family, Three, VideoModel, downloaded
 from sidetune.backbones.weightfile import stored_tensors
@@ -107,8 +107,7 @@ class VideoBackbone(HookedBackbone):
         if self._stream is None or self.frames is None:
             return super().fewest
         pixels, tap = 3 * self.frames * self.preprocess.size**2, self.spec.last
-        numel = pixels + 2 * tap.num_tokens * tap.width + self.spec.record_numel()
-        return max(1, min(CALL_IMAGES, CALL_BYTES // (numel * torch.float32.itemsize)))
+        return a_call(pixels + 2 * tap.num_tokens * tap.width + self.spec.record_numel())
 
     def to(self, device: torch.device | str) -> Self:
         """Move what is in memory to a device; returns itself."""

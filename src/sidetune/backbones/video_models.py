@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from sidetune.backbones.blocks import Block, blocks_of, numbered
 from sidetune.backbones.weightfile import HUB_PATTERNS, Stored, stored_tensors
@@ -175,7 +175,7 @@ class VideoModel:
             known = [key for key in tensors if key in own or block.fullmatch(key)]
             _check_names(name, family, set(own) - set(tensors), set(tensors) - set(known))
             given = {key: tensors[key] for key in own if key in tensors}
-            _check_shapes(name, {key: (one.shape, own[key].shape) for key, one in given.items()})
+            _check_shapes(name, given, own)
             model.load_state_dict({key: one.read().float() for key, one in given.items()}, strict=False)
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise _not_loaded(name, error) from error
@@ -227,12 +227,12 @@ def _check_names(name: str, family: Family, missing: Iterable[str], unexpected: 
         )
 
 
-def _check_shapes(name: str, shapes: Mapping[str, tuple[Sequence[int], Sequence[int]]]) -> None:
+def _check_shapes(name: str, given: Mapping[str, Stored], own: Mapping[str, Tensor]) -> None:
     """Shapes in files must be those of the configuration."""
-    for key, (found, expected) in shapes.items():
-        if tuple(found) != tuple(expected):
+    for key, stored in given.items():
+        if stored.shape != (expected := tuple(own[key].shape)):
             raise BackboneError(
-                f"the weights of {name} have {key} {tuple(found)}, and {CONFIG} asks for {tuple(expected)}. "
+                f"the weights of {name} have {key} {stored.shape}, and {CONFIG} asks for {expected}. "
                 "Type: --weights with the folder of the whole model"
             )
 

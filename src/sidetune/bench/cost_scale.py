@@ -176,10 +176,9 @@ def scale_rows(
     for label, model in models.items():
         yield Row(f"scale/all/{label}", "backbone_parameters", model.parameters, "")
         for name, case in cases.items():
-            try:
-                found = _measured(model, {name: case}, measure, room)
-            except _NotWhole as error:
-                found, failed[f"{name}/{label}"] = Point(error.computed, None), str(error)
+            found = _measured(model, {name: case}, measure, room)
+            if found.reason:
+                failed[f"{name}/{label}"] = found.reason
             for metric in UNITS:
                 row = found.row(f"scale/{name}/{label}", metric)
                 if metric == "held_bytes":
@@ -196,11 +195,13 @@ class Point:
 
     Args:
         computed: by metric.
-        whole: measured; None where it does not fit.
+        whole: measured; None where it does not fit, or failed.
+        reason: why it failed.
     """
 
     computed: Mapping[str, float]
-    whole: Measured | None
+    whole: Measured | None = None
+    reason: str = ""
 
     def row(self, case: str, metric: str) -> Row:
         """The measured value where there is one, with its ratio to the computed one."""
@@ -238,14 +239,6 @@ def _require_fitting(label: str, setting: CostSetting, name: str, case: CostCase
         ) from error
 
 
-class _NotWhole(Exception):  # noqa: N818 - what was computed stands
-    """A whole model that should fit could not be measured."""
-
-    def __init__(self, computed: Mapping[str, float], error: SidetuneError) -> None:
-        super().__init__(str(error))
-        self.computed = computed
-
-
 def _measured(model: Model, case: Mapping[str, CostCase], measure: Measure, room: float) -> Point:
     """A case at two small depths, and whole where the line says that it fits."""
     (name,) = case
@@ -256,11 +249,11 @@ def _measured(model: Model, case: Mapping[str, CostCase], measure: Measure, room
 
     computed = {metric: at(metric) for metric in UNITS}
     if computed["held_bytes"] + at("doubled_bytes") > room or computed["step_s"] > LONGEST:
-        return Point(computed, None)
+        return Point(computed)
     try:
         return Point(computed, measure(model.setting, case)[name])
-    except SidetuneError as error:
-        raise _NotWhole(computed, error) from error
+    except SidetuneError as error:  # what was computed stands
+        return Point(computed, reason=str(error))
 
 
 def _value(one: Measured, metric: str) -> float:

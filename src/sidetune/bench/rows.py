@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -204,30 +204,32 @@ def _short(value: float) -> str:
 def _growth_lines(rows: Sequence[Row]) -> Iterator[str]:
     """A line a point, a column a case."""
     scale = {"B": 1e6}
-    value = {tuple(row.case.split("/")[1:]): _short(row.value / scale.get(row.unit, 1)) for row in rows}
-    points, cases = (list(dict.fromkeys(key[i] for key in value)) for i in (0, 1))
-    label = max(8, *(len(point) + 1 for point in points))
-    yield f"  {'':<{label}}" + "".join(f"{case:>15}" for case in cases)
-    for point in points:
-        cells = (value.get((point, case), "") for case in cases)
-        yield f"  {point:<{label}}" + "".join(f"{cell:>15}" for cell in cells)
+    yield from _grid(rows, lambda row: _short(row.value / scale.get(row.unit, 1)), label=8, column=15)
 
 
 def _scale_lines(rows: Sequence[Row]) -> Iterator[str]:
     """A line a case, a column a model or device."""
     billions = {"held_bytes", "largest_parameters", "backbone_parameters"}
-    cells = {}
-    for row in rows:
-        _, case, column = row.case.split("/")
+
+    def cell(row: Row) -> str:
         value = row.value / (1e9 if row.metric in billions else 1)
-        cells[case, column] = f"{_short(value)}{'*' if row.unit.endswith('computed') else ''}"
-    cases, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
-    yield f"  {'':<19}" + "".join(f"{column:>9}" for column in columns)
-    for case in cases:
-        yield f"  {case:<19}" + "".join(f"{cells[case, column]:>9}" for column in columns)
+        return f"{_short(value)}{'*' if row.unit.endswith('computed') else ''}"
+
+    yield from _grid(rows, cell, label=19, column=9)
     both = [row.ratio for row in rows if row.ratio is not None]
     if both:
         yield f"  Measured over computed, where both are: {_short(min(both))} .. {_short(max(both))}"
+
+
+def _grid(rows: Sequence[Row], cell: Callable[[Row], str], *, label: int, column: int) -> Iterator[str]:
+    """Cases ``TABLE/LINE/COLUMN``: a cell each, lines labelled in so many characters or more."""
+    cells = {tuple(row.case.split("/")[1:]): cell(row) for row in rows}
+    names, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+    label = max(label, *(len(name) + 1 for name in names))
+    yield f"  {'':<{label}}" + "".join(f"{one:>{column}}" for one in columns)
+    for name in names:
+        own = (cells.get((name, one), "") for one in columns)
+        yield f"  {name:<{label}}" + "".join(f"{one:>{column}}" for one in own)
 
 
 def _cpu_name() -> str:
