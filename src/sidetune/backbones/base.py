@@ -146,7 +146,7 @@ class Backbone(ABC):
 
     @property
     def fewest(self) -> int:
-        """Images that a call should have, so that what every call costs is small; clips where it reads clips."""
+        """Images that a call should have, so that what each call costs is small; or clips."""
         return 1
 
     def reading(self, taps: Sequence[str]) -> Self:

@@ -144,7 +144,7 @@ class StreamedBlock(nn.Module):
 
 
 def a_call(numel: int) -> int:
-    """Images, or clips, of so many numbers each that a call has: reading is little beside them, and they fit."""
+    """Images or clips of so many numbers each that a call has. Reading is little beside them, they fit."""
     return max(1, min(CALL_IMAGES, CALL_BYTES // (numel * torch.float32.itemsize)))
 
 
