@@ -249,6 +249,28 @@ def test_folds_of_the_csv_keep_their_numbers_and_test_rows_have_none(ensemble, t
     assert run.metrics["fleet"]["folds"] == 3 and run.metrics["fleet"]["answering"] == 3
 
 
+@pytest.mark.parametrize("asked", [3, "column"])
+def test_a_table_with_folds_and_no_splits_is_tested_by_its_folds_alone(ensemble, tmp_path, capsys, asked):
+    rows = read_csv(ensemble.table)
+    for number, row in enumerate(rows):
+        row.pop("split")
+        row["fold"] = str(number // 2 % 3)
+    shutil.copytree(ensemble.table.parent / "images", tmp_path / "data" / "images")
+    table = write_table(tmp_path / "data" / "table.csv", rows)
+    run = fit(table, out=tmp_path / "run", recipe=fleet_recipe(None, folds=asked), store=ensemble.store)
+    assert "the data's own 3 folds hold out every image; no test split is drawn" in capsys.readouterr().err
+    found = Artifact.read(run.folder / read_csv(run.folder / "members.csv")[0]["folder"]).recipe
+    assert found.data.test_fraction == 0
+    assert run.row["test"] is None
+    assert run.metrics["fleet"]["held_out"]["num_samples"] == len(rows)
+    answers = read_csv(run.folder / "predictions.csv")
+    fold_of = {row["path"]: row["fold"] for row in rows}
+    # validation is whole folds: what a probe is scored on has no neighbour in what it learnt from
+    assert len({fold_of[row["path"]] for row in answers if row["split"] == "val"}) == 1
+    again = fit(table, out=tmp_path / "run", recipe=fleet_recipe(None, folds=asked), store=ensemble.store)
+    assert again.row == run.row
+
+
 def test_drawn_folds_say_that_a_column_is_there_and_leave_groups_whole(
     ensemble, tmp_path, monkeypatch, capsys
 ):

@@ -27,7 +27,7 @@ from sidetune.artifact import find_device
 from sidetune.backbones.base import Backbone
 from sidetune.columns import ColumnsRun, folder_names, write_columns, write_links
 from sidetune.data import Dataset, load_datasets
-from sidetune.data.folds import shared_folds
+from sidetune.data.folds import own_folds, shared_folds
 from sidetune.errors import RequestError
 from sidetune.extract import require_readable, sample_keys
 from sidetune.files import locked
@@ -149,7 +149,7 @@ def _fit(data: Path, out: Path, recipe: Recipe, backbone: Backbone | None, how: 
     place = find_device(how.device)
     if how.store is not None:
         check_store(recipe, Path(how.store), out)
-    datasets = load_datasets(data, **recipe.data_arguments())
+    recipe, datasets = _with_own_folds(recipe, data)
     recipe, backbone = ready_backbone(recipe, backbone, place)
     _check_members(recipe, datasets, backbone)
     store = default_store(backbone, recipe.features.dtype) if how.store is None else Path(how.store)
@@ -166,6 +166,24 @@ def _fit(data: Path, out: Path, recipe: Recipe, backbone: Backbone | None, how: 
             _check_strict(out, how.strict)
         if not (out / "report.html").exists():
             _write_end(request)
+
+
+def _with_own_folds(recipe: Recipe, data: Path) -> tuple[Recipe, tuple[Dataset, ...]]:
+    """The data; and where folds are asked for that they have of their own, a recipe of these.
+
+    Such folds hold out every sample once. Who has drawn them has said what belongs together, and a test
+    split that is drawn across them would tear it: there is none but what the data name.
+    """
+    datasets = load_datasets(data, **recipe.data_arguments())
+    own = own_folds(datasets[0])
+    if recipe.fleet.folds not in ("column", own or "column"):
+        return recipe, datasets
+    fleet = recipe.fleet.model_copy(update={"folds": "column"})
+    recipe = recipe.model_copy(update={"fleet": fleet})
+    if not own or "test" not in datasets[0].carved:
+        return recipe, datasets
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"test_fraction": 0.0})})
+    return recipe, load_datasets(data, **recipe.data_arguments())
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class DataRecipe(Part):
             or the first of several class columns.
         split_seed: draws the splits that the data does not have.
         val_fraction: share of the training samples that becomes validation where the data has none.
-        test_fraction: the same for test.
+        test_fraction: the same for test; 0: none is drawn.
         class_weights: ``balanced`` weighs a sample by the rarity of its class in training.
         label_smoothing: share of the target spread over all classes in training.
         focal_gamma: of the focal loss, 2 in its paper; 0: plain cross-entropy. See `sidetune.focal`.
@@ -76,7 +76,7 @@ class DataRecipe(Part):
     split_by: str | None = None
     split_seed: int = Field(0, ge=0)
     val_fraction: float = Field(0.2, gt=0, lt=1)
-    test_fraction: float = Field(0.2, gt=0, lt=1)
+    test_fraction: float = Field(0.2, ge=0, lt=1)
     class_weights: Literal["none", "balanced"] = "none"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     focal_gamma: float = Field(0.0, ge=0)
@@ -243,7 +243,8 @@ class FleetRecipe(Part):
     Args:
         members: what they differ in, as ``lr=1e-3,3e-3;seed=0,1``: every combination trains; ``--members``.
         folds: cross-validation over training and validation samples: how many folds, or ``column`` for
-            those of the CSV. A network a fold, and out-of-fold scores. ``--folds``.
+            those of the CSV, which are taken, too, where they are as many. A network a fold, and out-of-fold
+            scores. ``--folds``.
         ensemble: choose members, greedily and with weights, whose joint answer is best on what they were
             not trained on; else the best one answers. ``--ensemble``.
         own_order: members of another seed read batches in another order; else in one, which is read once.

@@ -55,6 +55,8 @@ def load_dataset(  # noqa: PLR0913 - each is a field of the recipe
     - a CSV with ``train`` and ``test`` gets ``val``;
     - a CSV with ``train`` and ``val`` keeps an empty test split: a fit reports validation only.
 
+    Without a test split, and with `test_fraction` 0, the folds that a CSV has stay whole as groups do.
+
     `Dataset.carved` names the splits that were carved.
 
     Args:

@@ -187,6 +187,14 @@ def given_folds(dataset: Dataset, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     return fold
 
 
+def own_folds(dataset: Dataset) -> int:
+    """How many folds the ``fold`` column of a CSV has outside test; 0 where a row there has none."""
+    if dataset.fold is None:
+        return 0
+    fold = dataset.fold[dataset.split != "test"]
+    return 0 if (fold < 0).any() else len(np.unique(fold))
+
+
 def shared_folds(
     datasets: Mapping[str, Dataset], valid: NDArray[np.bool_], folds: int | Literal["column"], *, seed: int
 ) -> NDArray[np.int64]:

@@ -43,7 +43,9 @@ class Carving:
 def carve(dataset: Dataset, *, missing: Sequence[Split], carving: Carving) -> Dataset:
     """Move training samples into the splits that are missing, test first.
 
-    Samples are drawn in order of their paths, so the order of a CSV's rows does not matter.
+    Groups stay whole. Without groups and without a test split the folds do that the data have of their own:
+    there each sample is tested by its fold. Samples are drawn in order of their paths, so the order of a
+    CSV's rows does not matter.
 
     Raises:
         DataError: a class, or the set of groups, is too small for that many splits.
@@ -53,16 +55,26 @@ def carve(dataset: Dataset, *, missing: Sequence[Split], carving: Carving) -> Da
     rows = dataset.rows("train")
     rows = rows[np.argsort([dataset.paths[row].as_posix() for row in rows], kind="stable")]
     _check_sizes(dataset, rows, wanted)
+    untested = not carving.test and not len(dataset.rows("test"))
+    whole = _by_fold(dataset) if dataset.group is None and untested else dataset.group
     split = dataset.split.astype("<U5")
     left = 1.0
     for name in wanted:
-        groups = None if dataset.group is None else dataset.group[rows]
+        groups = None if whole is None else whole[rows]
         fraction = shares[name] / left
         drawn = stratified_split(dataset.targets[rows], fraction=fraction, seed=carving.seed, groups=groups)
         split[rows[drawn]] = name
         rows = rows[~drawn]
         left -= shares[name]
     return replace(dataset, split=split, carved=tuple(sorted(wanted)))
+
+
+def _by_fold(dataset: Dataset) -> NDArray[np.str_] | None:
+    """Folds as groups; None where the data have no two, or not of every sample."""
+    fold = dataset.fold
+    if fold is None or (fold < 0).any() or len(np.unique(fold)) < 2:
+        return None
+    return fold.astype(np.str_)
 
 
 def _check_sizes(dataset: Dataset, rows: NDArray[np.int64], wanted: Sequence[Split]) -> None:
