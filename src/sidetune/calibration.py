@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from sidetune.errors import SidetuneError
@@ -51,7 +51,7 @@ def fit_temperature(
         scaled = output / math.exp(log_temperature)
         return unbent.loss(scaled[None], target).mean().item() + pull * log_temperature**2
 
-    return math.exp(minimize_scalar(loss, bounds=LOG_TEMPERATURES, method="bounded").x)
+    return math.exp(scipy.optimize.minimize_scalar(loss, bounds=LOG_TEMPERATURES, method="bounded").x)
 
 
 def plain(task: Task) -> Task:

@@ -6,13 +6,14 @@ a split lacks is left out of every mean over classes, so nothing is averaged tha
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn import metrics as sk
 
 from sidetune.calibration import answered, calibration_curve, calibration_error
 from sidetune.errors import RequestError, SidetuneError, nearest
@@ -155,7 +156,7 @@ def _scores(task: Task, predictions: Array, targets: Targets, rows: list[Row]) -
     guesses = predictions.argmax(1)
     present = [row for row in rows if row["support"]]
     return {
-        "accuracy": float(sk.accuracy_score(targets, guesses)),
+        "accuracy": float(_sk().accuracy_score(targets, guesses)),
         "balanced_accuracy": _mean(present, "recall"),
         "macro_f1": _mean(present, "f1"),
         "auroc": rows[1]["auroc"] if task.num_outputs == 2 else _mean(rows, "auroc"),
@@ -201,7 +202,7 @@ def confusion(task: Task, predictions: NDArray[Any], targets: NDArray[Any]) -> N
     predictions, targets = _checked(task, predictions, targets)
     if task.kind != "classify":
         return None
-    matrix: NDArray[np.int64] = sk.confusion_matrix(
+    matrix: NDArray[np.int64] = _sk().confusion_matrix(
         targets, predictions.argmax(1), labels=np.arange(task.num_outputs)
     )
     return matrix
@@ -283,7 +284,7 @@ def _interval(values: Array, level: float) -> Interval:
 
 def _class_rows(names: tuple[str, ...], predictions: Array, targets: NDArray[np.int64]) -> list[Row]:
     """One-vs-rest scores of each class."""
-    values = sk.precision_recall_fscore_support(
+    values = _sk().precision_recall_fscore_support(
         targets, predictions.argmax(1), labels=np.arange(len(names)), zero_division=np.nan
     )
     rows = []
@@ -300,25 +301,31 @@ def _label(target: Array, predicted: Array) -> Row:
     support = int(truth.sum())
     return {
         "support": support,
-        "precision": float(sk.precision_score(truth, guess)) if guess.any() else None,
-        "recall": float(sk.recall_score(truth, guess)) if support else None,
-        "f1": float(sk.f1_score(truth, guess)) if support or guess.any() else None,
+        "precision": float(_sk().precision_score(truth, guess)) if guess.any() else None,
+        "recall": float(_sk().recall_score(truth, guess)) if support else None,
+        "f1": float(_sk().f1_score(truth, guess)) if support or guess.any() else None,
         "auroc": _auroc(truth, predicted),
-        "average_precision": float(sk.average_precision_score(truth, predicted)) if support else None,
+        "average_precision": float(_sk().average_precision_score(truth, predicted)) if support else None,
     }
 
 
 def _auroc(truth: NDArray[np.bool_], predicted: Array) -> float | None:
-    return float(sk.roc_auc_score(truth, predicted)) if 0 < truth.sum() < len(truth) else None
+    return float(_sk().roc_auc_score(truth, predicted)) if 0 < truth.sum() < len(truth) else None
 
 
 def _regression(target: Array, predicted: Array) -> Row:
     varies = len(target) > 0 and target.min() < target.max()
     return {
         "support": len(target),
-        "r2": float(sk.r2_score(target, predicted)) if varies else None,
-        "mae": float(sk.mean_absolute_error(target, predicted)) if len(target) else None,
+        "r2": float(_sk().r2_score(target, predicted)) if varies else None,
+        "mae": float(_sk().mean_absolute_error(target, predicted)) if len(target) else None,
     }
+
+
+def _sk() -> ModuleType:
+    """Scikit-learn's metrics: 70 MB with what they bring, which extracting and answering do not need."""
+    metrics: ModuleType = importlib.import_module("sklearn.metrics")
+    return metrics
 
 
 def _mean(rows: list[Row], name: str) -> float | None:

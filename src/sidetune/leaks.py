@@ -19,10 +19,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.ndimage import uniform_filter
 from torch import Tensor
 from torch.nn import functional
 
@@ -190,7 +190,7 @@ def _picture(dataset: Dataset, row: int) -> Floats:
     except ImageError:  # it could be read when features were extracted
         return np.zeros(SIDE * SIDE, np.float32)
     grey = np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32)
-    sharp = grey - uniform_filter(grey, BLUR, mode="nearest")
+    sharp = grey - scipy.ndimage.uniform_filter(grey, BLUR, mode="nearest")
     picture: Floats = _unit((sharp - sharp.mean()).reshape(1, -1))[0]
     return picture
 

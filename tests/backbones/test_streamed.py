@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from sidetune.backbones import build_backbone
+from sidetune.backbones import blocks, build_backbone
 from sidetune.backbones.random_weights import write_random_weights
 from sidetune.backbones.streamed import StreamedBackbone
 from sidetune.backbones.timm import TimmBackbone
@@ -55,6 +55,23 @@ def test_streamed_equals_in_memory_bit_for_bit(folders, name, precision):
         found = streamed(given)
         for position, layer in enumerate(found.layers):
             assert torch.equal(layer, torch.cat([part.layers[position] for part in parts]))
+
+
+def test_as_many_images_go_through_a_block_as_its_widest_layer_has_room_for(folders, monkeypatch):
+    eager, streamed = (
+        build_backbone(f"timm:{PLAIN}", weights=folders[PLAIN], runtime=how) for how in ("eager", "streamed")
+    )
+    seen, given = [], images(eager, 8)
+    streamed.module.blocks[1]._stream.template.register_forward_pre_hook(
+        lambda _, args: seen.append(len(args[0]))
+    )
+    widest = 4 * eager.spec.last.width * torch.float32.itemsize * eager.spec.last.num_tokens
+    monkeypatch.setattr(blocks, "PART_BYTES", 3 * widest + 1)
+    found = streamed(given).layers[-1]
+    assert set(seen) == {3, 2}
+    assert torch.equal(
+        found, torch.cat([eager(given[some]).layers[-1] for some in (slice(3), slice(3, 6), slice(6, 8))])
+    )
 
 
 def test_fewer_taps_and_another_type(folders):

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sidetune.backbones.base import MICRO_BATCH
 from sidetune.backbones.weightfile import Stored
 from sidetune.errors import BackboneError
 
 CALL_BYTES = 2**30  # of what one call holds, in float32
 CALL_IMAGES = 64  # at most
+PART_BYTES = 32 * 2**20  # of the widest layer's output, of what goes through a block at once
 Block = Mapping[str, Stored]  # a parameter's name inside the block -> where it stands
 Loaded = dict[str, Tensor]
 
@@ -90,16 +92,18 @@ class Stream:
         template: a block; its parameters are given up.
         blocks: where those of each block stand.
         lower: the type that autocast multiplies in.
-        micro_batch: images at once.
+        micro_batch: images at once; None: on a CPU as many as `PART_BYTES` allow, `MICRO_BATCH` at most.
     """
 
     def __init__(
-        self, template: nn.Module, blocks: Sequence[Block], lower: torch.dtype, micro_batch: int
+        self, template: nn.Module, blocks: Sequence[Block], lower: torch.dtype, micro_batch: int | None = None
     ) -> None:
-        types = dict.fromkeys(blocks[0], torch.float32)
+        types, widest = dict.fromkeys(blocks[0], torch.float32), 1
         for name, module in template.named_modules():
             if isinstance(module, nn.Linear):  # what autocast rounds at every call is rounded once
                 types[f"{name}.weight"] = lower
+                widest = max(widest, module.out_features)
+        self._token_bytes = widest * lower.itemsize
         self.template, self.gives_tuple = template.eval(), False
         self.micro_batch = micro_batch
         self._places = {}
@@ -122,7 +126,13 @@ class Stream:
             out: Tensor = given[0] if self.gives_tuple else given
             return out
 
-        return in_parts(block, tokens, self.micro_batch)
+        return in_parts(block, tokens, self.micro_batch or self._fitting(tokens))
+
+    def _fitting(self, tokens: Tensor) -> int:
+        """Samples whose widest activation is small beside a block."""
+        if tokens.device.type != "cpu":
+            return MICRO_BATCH
+        return max(1, min(MICRO_BATCH, PART_BYTES // (tokens.shape[1] * self._token_bytes)))
 
     def to(self, device: torch.device) -> None:
         """Read to a device from now on."""

@@ -53,7 +53,7 @@ class StreamedBackbone(HookedBackbone):
         taps: names of the taps to read.
         precision: ``fp32``, or ``bf16`` or ``fp16`` by autocast; matrices are held in it.
         resize: ``squash`` or ``crop``.
-        micro_batch: images that go through a block at once.
+        micro_batch: images that go through a block at once; None: as `Stream` has it.
 
     Raises:
         BackboneError: as of `TimmBackbone`; blocks that differ from each other, or whose shapes go with the
@@ -69,7 +69,7 @@ class StreamedBackbone(HookedBackbone):
         taps: Sequence[str] | None = None,
         precision: Precision = "fp32",
         resize: Resize = "squash",
-        micro_batch: int = MICRO_BATCH,
+        micro_batch: int | None = None,
     ) -> None:
         check_choice("precision", precision, get_args(Precision))
         weights = _downloaded(name) if weights == "hub" else Path(weights)
@@ -79,7 +79,7 @@ class StreamedBackbone(HookedBackbone):
         write_over(model)
         blocks = blocks_of(tensors, BLOCKS, model.blocks[0], weights)
         self._stream = Stream(model.blocks[0], blocks, DTYPES[precision], micro_batch)
-        run_in_parts(model.patch_embed.proj, micro_batch)
+        run_in_parts(model.patch_embed.proj, micro_batch or MICRO_BATCH)
         streamed = [StreamedBlock(self._stream, number) for number in range(len(blocks))]
         # timm calls a sequence of blocks as one, or one by one with what they take beside tokens
         sequence = isinstance(model.blocks, nn.Sequential)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy.optimize import minimize
 from torch import Tensor
 
 from sidetune.errors import DivergedError
@@ -129,7 +129,9 @@ def solve_linear(
         "maxcor": HISTORY,
     }
     with one_thread():
-        found = minimize(objective, first.flatten().numpy(), jac=True, method="L-BFGS-B", options=options)
+        found = scipy.optimize.minimize(
+            objective, first.flatten().numpy(), jac=True, method="L-BFGS-B", options=options
+        )
     gradient = float(np.abs(found.jac).max())
     if not gradient <= 10 * GRADIENT_TOLERANCE:
         raise DivergedError(
