@@ -52,11 +52,13 @@ def test_a_tap_has_its_type_as_soon_as_it_is_read():
     assert (half.module, half.spec, half.variant) == (whole.module, whole.spec, whole.variant)
     found, expected = half(images), whole(images)
     assert all(torch.equal(a, b.half()) for a, b in zip(found.layers, expected.layers, strict=True))
+    blocks = [found[tap.name].untyped_storage().data_ptr() for tap in found.spec.blocks]
+    assert len(set(blocks)) == 1, "what stays is one piece of memory"
     seen: list[torch.dtype] = []
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     net[1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
     places = [Place("block.1", net[0]), Place("block.2", net[1])]
-    read = capture(places, lambda: net(torch.ones(1, 3, 2)), dtype=torch.float16)
+    read = capture(places, lambda: net(torch.ones(1, 3, 2)), keep=lambda _, tap: tap.to(torch.float16))
     assert {one.dtype for one in read.values()} == {torch.float16}
     assert seen == [torch.float32], "the network goes on with what it had"
 

@@ -10,9 +10,11 @@ import safetensors.torch
 import torch
 
 from sidetune.backbones import blocks, build_backbone
+from sidetune.backbones.blocks import AheadReader
 from sidetune.backbones.random_weights import write_random_weights
 from sidetune.backbones.streamed import StreamedBackbone
 from sidetune.backbones.timm import TimmBackbone
+from sidetune.backbones.weightfile import Stored
 from sidetune.errors import BackboneError
 from tiny_vits import hub_folder
 
@@ -173,10 +175,31 @@ def test_a_file_that_is_cut_meanwhile_is_an_error_of_the_call(folders, tmp_path)
         streamed(images(streamed, 2))  # what was read ahead was whole
 
 
-def test_reading_happens_beside_the_arithmetic(folders):
-    """While a block computes, another thread reads the next one: never the one in use, never two."""
+def test_the_system_is_told_of_the_next_block_beside_the_arithmetic(folders, monkeypatch):
     streamed = StreamedBackbone(PLAIN, weights=folders[PLAIN])
-    reader = streamed._stream._reader
+    reader, told = streamed._stream._reader, []
+    numbers = {
+        stored.start: number for number, block in enumerate(reader.blocks) for stored in block.values()
+    }
+    expect = Stored.expect
+
+    def noted(stored):
+        told.append((numbers[stored.start], threading.current_thread() is threading.main_thread()))
+        expect(stored)
+
+    monkeypatch.setattr(Stored, "expect", noted)
+    streamed(images(streamed, 2))
+    reader._threads.shutdown()
+    assert [number for number, _ in told] == [number for number in (1, 2, 0) for _ in reader.blocks[number]]
+    assert not any(main for _, main in told)
+
+
+def test_where_a_block_is_read_ahead_it_is_never_the_one_in_use(folders):
+    """As for a GPU: while a block computes, another thread reads the next one, and no other."""
+    streamed = StreamedBackbone(PLAIN, weights=folders[PLAIN])
+    expected = streamed(images(streamed, 2)).layers[-1]
+    cached = streamed._stream._reader
+    reader = streamed._stream._reader = AheadReader(cached.blocks, cached.types, cached.device)
     read, seen = reader._read, []
 
     def noted(number, slot, done):
@@ -184,7 +207,7 @@ def test_reading_happens_beside_the_arithmetic(folders):
         read(number, slot, done)
 
     reader._read = noted
-    streamed(images(streamed, 2))
+    assert torch.equal(streamed(images(streamed, 2)).layers[-1], expected)
     reader._ahead[1].result()
     assert [number for number, _, _ in seen] == [0, 1, 2, 0]
     assert all(one != other for (_, one, _), (_, other, _) in itertools.pairwise(seen))
@@ -205,7 +228,7 @@ print(anonymous_bytes(), memory.peak - before)
 """
 
 
-def test_memory_holds_two_blocks_not_twelve(tmp_path):
+def test_memory_holds_one_block_not_twelve(tmp_path):
     """ViT-B in float32 is 340 MB, a block 28: a process that has streamed it has grown by a few."""
     count = write_random_weights("vit_base_patch16_224", tmp_path / "b.safetensors", dtype=torch.float32)
     assert count == 85_798_656

@@ -1,11 +1,11 @@
-"""Blocks of a model that stay on disk: read ahead, one after another, into the modules of one of them."""
+"""Blocks of a model that stay on disk: one after another they are read into the modules of one of them."""
 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ from sidetune.errors import BackboneError
 CALL_BYTES = 2**30  # of what one call holds, in float32
 CALL_IMAGES = 64  # at most
 PART_BYTES = 32 * 2**20  # of the widest layer's output, of what goes through a block at once
+COPIES = 2  # of a block's tensors at a time
 Block = Mapping[str, Stored]  # a parameter's name inside the block -> where it stands
 Loaded = dict[str, Tensor]
 
 
-@dataclass
-class BlockReader:
-    """Blocks one after another, the next one read on a thread while one is used.
+class BlockReader(ABC):
+    """Blocks of a model one after another, read where the last one stood.
 
     Args:
         blocks: of the model.
@@ -33,20 +33,71 @@ class BlockReader:
         device: to read to.
     """
 
-    blocks: Sequence[Block]
-    types: Mapping[str, torch.dtype]
-    device: torch.device
+    def __init__(
+        self, blocks: Sequence[Block], types: Mapping[str, torch.dtype], device: torch.device
+    ) -> None:
+        self.blocks, self.types, self.device = blocks, types, device
 
-    def __post_init__(self) -> None:
-        self._slots = [self._empty(), self._empty()]
+    @abstractmethod
+    def take(self, number: int) -> Loaded:
+        """A block's parameters, to be used until the next block is asked for."""
+
+    def _room(self) -> Loaded:
+        return {
+            name: torch.empty(stored.shape, dtype=self.types[name], device=self.device)
+            for name, stored in self.blocks[0].items()
+        }
+
+
+class CachedReader(BlockReader):
+    """On a CPU: the system reads the next block into its cache while one is used.
+
+    From there a block comes in a fraction of the time that its products take, and memory holds one block.
+    """
+
+    def __init__(
+        self, blocks: Sequence[Block], types: Mapping[str, torch.dtype], device: torch.device
+    ) -> None:
+        super().__init__(blocks, types, device)
+        self._loaded = self._room()
+        self._threads = ThreadPoolExecutor(COPIES + 1, "blocks")  # one more to tell the system
+
+    def take(self, number: int) -> Loaded:
+        """See `BlockReader.take`."""
+        largest_first = sorted(self.blocks[number].items(), key=lambda item: -item[1].nbytes)
+        for _ in self._threads.map(lambda item: self._read(*item), largest_first):
+            pass
+        self._threads.submit(self._expect, (number + 1) % len(self.blocks))
+        return self._loaded
+
+    def _read(self, name: str, stored: Stored) -> None:
+        into = self._loaded[name]
+        if into.dtype == stored.dtype:
+            stored.read_into(into)
+        else:
+            into.copy_(stored.read())
+
+    def _expect(self, number: int) -> None:
+        for stored in self.blocks[number].values():
+            stored.expect()
+
+
+class AheadReader(BlockReader):
+    """On a GPU: a thread reads the next block into a second place there while one is used."""
+
+    def __init__(
+        self, blocks: Sequence[Block], types: Mapping[str, torch.dtype], device: torch.device
+    ) -> None:
+        super().__init__(blocks, types, device)
+        self._slots = [self._room(), self._room()]
         self._thread = ThreadPoolExecutor(1, "blocks")
         self._ahead: tuple[int, Future[None]] | None = None
         self._used = 0  # the slot that was given last
-        largest = max(stored.nbytes for block in self.blocks for stored in block.values())
-        self._staging = torch.empty(largest, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        largest = max(stored.nbytes for block in blocks for stored in block.values())
+        self._staging = torch.empty(largest, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
     def take(self, number: int) -> Loaded:
-        """A block's parameters, to be used until the next block is asked for."""
+        """See `BlockReader.take`."""
         if self._ahead is None or self._ahead[0] != number:
             self._begin(number)
         assert self._ahead is not None
@@ -68,21 +119,17 @@ class BlockReader:
         if done is not None:
             done.synchronize()
         for name, stored in self.blocks[number].items():
-            into = self._slots[slot][name]
-            if into.dtype == stored.dtype and into.device.type == "cpu":
-                stored.read_into(into)
-                continue
             staged = self._staging[: stored.nbytes].view(stored.dtype).view(stored.shape)
             stored.read_into(staged)
-            into.copy_(staged)
+            self._slots[slot][name].copy_(staged)
         if done is not None:
             torch.cuda.current_stream(self.device).synchronize()
 
-    def _empty(self) -> Loaded:
-        return {
-            name: torch.empty(stored.shape, dtype=self.types[name], device=self.device)
-            for name, stored in self.blocks[0].items()
-        }
+
+def reader_of(blocks: Sequence[Block], types: Mapping[str, torch.dtype], device: torch.device) -> BlockReader:
+    """The reader for a device. Args as for `BlockReader`."""
+    kind = CachedReader if device.type == "cpu" else AheadReader
+    return kind(blocks, types, device)
 
 
 class Stream:
@@ -112,7 +159,7 @@ class Stream:
             module = template.get_submodule(where)
             delattr(module, attribute)
             self._places[name] = module, attribute
-        self._reader = BlockReader(blocks, types, torch.device("cpu"))
+        self._reader = reader_of(blocks, types, torch.device("cpu"))
 
     def run(self, number: int, tokens: Tensor, *arguments: Any, **named: Any) -> Tensor:  # noqa: ANN401 - the model's
         """Block `number` over all tokens, (B, N, D) -> (B, N, D), a micro-batch at a time."""
@@ -137,7 +184,7 @@ class Stream:
     def to(self, device: torch.device) -> None:
         """Read to a device from now on."""
         self.template.to(device)  # buffers
-        self._reader = BlockReader(self._reader.blocks, self._reader.types, device)
+        self._reader = reader_of(self._reader.blocks, self._reader.types, device)
 
 
 class StreamedBlock(nn.Module):

@@ -128,7 +128,8 @@ class HookedBackbone(Backbone):
         lower = self.variant.precision != "fp32"
         # no_grad, not inference_mode: a side that trains live saves these tensors for its backward.
         with torch.no_grad(), torch.autocast(self.device.type, half, enabled=lower):
-            read = capture(self._places, lambda: self._forward(images.to(self.device)), dtype=self._dtype)
+            keep = None if self._dtype is None else _Room(self.spec, self._dtype).keep
+            read = capture(self._places, lambda: self._forward(images.to(self.device)), keep=keep)
         return Features(tuple(_as_tokens(read[name]) for name in self.spec.names), self.spec)
 
     def to(self, device: torch.device | str) -> Self:
@@ -159,6 +160,33 @@ class HookedBackbone(Backbone):
         """Run the module at least as far as its last tap. What it returns is not used."""
 
 
+class _Room:
+    """Where taps stand that change their type: those of one shape in one piece of memory.
+
+    Each in its own, between what a block makes and gives back, they tear the heap: a call of the model of
+    4.4 billion held 0.1 GiB more, and 0.4 GiB after it.
+
+    Args:
+        spec: the taps.
+        dtype: to keep them in.
+    """
+
+    def __init__(self, spec: Spec, dtype: torch.dtype) -> None:
+        shape = spec.taps[-1].num_tokens, spec.taps[-1].width
+        alike = [tap.name for tap in spec.taps if (tap.num_tokens, tap.width) == shape]
+        self._dtype, self._shape = dtype, shape
+        self._places = {name: place for place, name in enumerate(alike)}
+        self._whole: Tensor | None = None
+
+    def keep(self, name: str, tensor: Tensor) -> Tensor:
+        """What stays of a tap."""
+        if tensor.dtype == self._dtype or name not in self._places or tensor.shape[1:] != self._shape:
+            return tensor.to(self._dtype)
+        if self._whole is None:
+            self._whole = tensor.new_empty(len(self._places), *tensor.shape, dtype=self._dtype)
+        return self._whole[self._places[name]].copy_(tensor)
+
+
 class _LastTapRead(Exception):  # noqa: N818 - a signal, not an error
     """Leaves the forward pass once nothing more is to be read."""
 
@@ -167,7 +195,7 @@ def capture(
     places: Sequence[Place],
     run: Callable[[], object],
     *,
-    dtype: torch.dtype | None = None,
+    keep: Callable[[str, Tensor], Tensor] | None = None,
     to_the_end: bool = False,
 ) -> dict[str, Tensor]:
     """Listen to submodules while `run` runs.
@@ -175,7 +203,7 @@ def capture(
     Args:
         places: what to listen to.
         run: runs the module.
-        dtype: of what is kept, from the moment it is read; None: as it is.
+        keep: gives what stays of a tap, from its name and what was read; None: that itself.
         to_the_end: do not leave once everything has been read.
 
     Returns:
@@ -186,19 +214,19 @@ def capture(
     """
     read: dict[str, Tensor] = {}
 
-    def keep(place: Place, value: object) -> None:
+    def heard(place: Place, value: object) -> None:
         if place.name in read:
             raise BackboneError(
                 f"the submodule of tap {place.name!r} runs more than once; choose one that runs once"
             )
         tensor = _tensor(place, value)
-        read[place.name] = tensor if dtype is None else tensor.to(dtype)
+        read[place.name] = tensor if keep is None else keep(place.name, tensor)
         if len(read) == len(places) and not to_the_end:
             raise _LastTapRead
 
     with ExitStack() as hooks:
         for place in places:
-            hooks.callback(_listen(place, keep))
+            hooks.callback(_listen(place, heard))
         with suppress(_LastTapRead):
             run()
     for place in places:

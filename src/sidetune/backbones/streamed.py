@@ -1,10 +1,10 @@
 """A vision transformer whose blocks stay on disk, for models that no memory here can hold.
 
-All images of a call go through one block before the next, which is read meanwhile: the weights are read
-once a call, however many images it has. In memory are two blocks, the activations of one micro-batch, and the
-tokens (B, N, D) before and behind a block. No gradient enters a backbone, so nothing is lost with a block
-that is gone. The arithmetic is that of the model in memory at the same micro-batch, bit for bit, in float32
-and under autocast.
+All images of a call go through one block before the next, which the system reads into its cache meanwhile:
+the weights are read once a call, however many images it has. In memory are one block, on a GPU two, the
+activations of one micro-batch, and the tokens (B, N, D) before and behind a block. No gradient enters a
+backbone, so nothing is lost with a block that is gone. The arithmetic is that of the model in memory at the
+same micro-batch, bit for bit, in float32 and under autocast.
 """
 
 from __future__ import annotations

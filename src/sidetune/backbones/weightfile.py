@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +74,13 @@ class Stored:
                     place = place[count:]
         except OSError as error:
             raise BackboneError(f"weights {self.file} cannot be read: {error.strerror}") from error
+
+    def expect(self) -> None:
+        """Have the system read it into its cache, where it can be asked to."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        with suppress(OSError), self.file.open("rb", buffering=0) as stream:
+            os.posix_fadvise(stream.fileno(), self.start, self.nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def stored_tensors(path: Path) -> dict[str, Stored]:
