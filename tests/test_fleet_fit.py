@@ -258,7 +258,10 @@ def test_a_table_with_folds_and_no_splits_is_tested_by_its_folds_alone(ensemble,
     shutil.copytree(ensemble.table.parent / "images", tmp_path / "data" / "images")
     table = write_table(tmp_path / "data" / "table.csv", rows)
     run = fit(table, out=tmp_path / "run", recipe=fleet_recipe(None, folds=asked), store=ensemble.store)
-    assert "the data's own 3 folds hold out every image; no test split is drawn" in capsys.readouterr().err
+    assert (
+        "folds are the data's own, and hold out every image; no test split is drawn"
+        in capsys.readouterr().err
+    )
     found = Artifact.read(run.folder / read_csv(run.folder / "members.csv")[0]["folder"]).recipe
     assert found.data.test_fraction == 0
     assert run.row["test"] is None
@@ -269,6 +272,9 @@ def test_a_table_with_folds_and_no_splits_is_tested_by_its_folds_alone(ensemble,
     assert len({fold_of[row["path"]] for row in answers if row["split"] == "val"}) == 1
     again = fit(table, out=tmp_path / "run", recipe=fleet_recipe(None, folds=asked), store=ensemble.store)
     assert again.row == run.row
+    with pytest.raises(DataError, match=r"is what the run was fitted on, and no split of it is test"):
+        evaluate_run(run.folder, table)
+    assert evaluate_run(run.folder, table, split="all").evaluation.num_samples == len(rows)
 
 
 def test_drawn_folds_say_that_a_column_is_there_and_leave_groups_whole(

@@ -174,15 +174,16 @@ def _with_own_folds(recipe: Recipe, data: Path) -> tuple[Recipe, tuple[Dataset, 
     Such folds hold out every sample once. Who has drawn them has said what belongs together, and a test
     split that is drawn across them would tear it: there is none but what the data name.
     """
-    datasets = load_datasets(data, **recipe.data_arguments())
-    own = own_folds(datasets[0])
-    if recipe.fleet.folds not in ("column", own or "column"):
-        return recipe, datasets
-    fleet = recipe.fleet.model_copy(update={"folds": "column"})
-    recipe = recipe.model_copy(update={"fleet": fleet})
-    if not own or "test" not in datasets[0].carved:
-        return recipe, datasets
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"test_fraction": 0.0})})
+    asked = recipe.fleet.folds
+    if asked is not None:
+        nothing = {"val_fraction": 0.0, "test_fraction": 0.0, "to_train": False}
+        whole = load_datasets(data, **recipe.data_arguments() | nothing)
+        own = own_folds(whole)
+        if own and asked in ("column", own):
+            data_of, fleet = recipe.data, recipe.fleet.model_copy(update={"folds": "column"})
+            if not (whole[0].split == "test").any():
+                data_of = data_of.model_copy(update={"test_fraction": 0.0})
+            recipe = recipe.model_copy(update={"data": data_of, "fleet": fleet})
     return recipe, load_datasets(data, **recipe.data_arguments())
 
 

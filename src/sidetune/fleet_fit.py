@@ -24,7 +24,7 @@ from sidetune.blend import AUTO, Blend, give_best_share, ridge_alone
 from sidetune.bucket import Member
 from sidetune.calibration import fit_temperature
 from sidetune.checkpoint import Scores
-from sidetune.data.folds import own_folds, shared_folds
+from sidetune.data.folds import shared_folds
 from sidetune.ensemble import Committee, Voice, pooled
 from sidetune.errors import DivergedError
 from sidetune.evaluate import Evaluation, evaluate, scores
@@ -137,10 +137,10 @@ def _folds(work: Work) -> NDArray[np.int64] | None:
     asked, common = work.recipe.fleet.folds, work.common
     if asked is None:
         return None
-    own = own_folds(common.dataset)
-    if asked == "column" and own and not len(common.split["test"]):
-        common.say(f"the data's own {own} folds hold out every {work.recipe.sample}; no test split is drawn")
-    elif asked != "column" and common.dataset.fold is not None:
+    if asked == "column":
+        tested = "" if len(common.split["test"]) else "; no test split is drawn"
+        common.say(f"folds are the data's own, and hold out every {work.recipe.sample}{tested}")
+    elif common.dataset.fold is not None:
         common.say(f"{asked} folds are drawn; the data's own column is used with: --folds column")
     datasets = {job.column: job.dataset for job in work.jobs}
     return shared_folds(datasets, common.source.valid, asked, seed=work.recipe.data.split_seed)

@@ -31,7 +31,7 @@ from sidetune.store import DTypeName
 
 METHODS = {*SIDES, *BASELINES}
 
-# what changes no number: where weights are is no part of what they are, and all forms compute the same
+# where weights are is no part of what they are, and all forms and runtimes compute the same but for rounding
 UNHASHED = {"backbone": ("weights", "runtime"), "side": ("form",)}
 
 # settings that came after runs did: where they are left alone, a recipe's hash does not know them

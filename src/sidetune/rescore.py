@@ -205,6 +205,11 @@ def _choose_split(
     if split != "auto":
         return drawn, cast(Split, split)
     own = drawn.fingerprint(keys(drawn)) == artifact.data
+    if own and not recipe.test_fraction:
+        raise DataError(
+            f"{data} is what the run was fitted on, and no split of it is test: the run's report scores what "
+            "each network held out. Give other samples, or type: --split all"
+        )
     return (drawn, "test") if own else (whole, "all")
 
 

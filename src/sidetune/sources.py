@@ -217,7 +217,7 @@ class LiveSource(Source):
         chosen = [views] * len(rows) if isinstance(views, int) else views
         pictures = [one for row, view in zip(rows, chosen, strict=True) for one in self._pictures(row, view)]
         spec = self.spec if spec is None else self.spec.select(spec.names)
-        parts: list[list[Tensor]] = [[] for _ in spec.taps]
+        backbone, whole = self._giving.reading(spec.names), list[Tensor]()
         for first, images, bad in self._decoded(pictures):
             for slot, reason in bad.items():
                 if self.valid[rows[(first + slot) // self.reading.together]]:
@@ -225,10 +225,16 @@ class LiveSource(Source):
                         f"{pictures[first + slot].file}: {reason}; it could be read when the run began. "
                         "Put it back, then type the same command: it resumes"
                     )
-            for part, layer in zip(parts, self._run(images).select(spec.names).layers, strict=True):
-                part.append(layer)
-            del layer  # what is not asked for, and what is joined, is let go
-        return Features(tuple(map(_joined, parts)), spec)
+            part = self._run(backbone, images).select(spec.names).layers
+            if len(images) == len(pictures):
+                return Features(part, spec)
+            if not whole:
+                whole = [layer.new_empty(len(rows), *layer.shape[1:]) for layer in part]
+            at = first // self.reading.together
+            for into, layer in zip(whole, part, strict=True):
+                into[at : at + len(layer)] = layer
+            del part, layer  # before the next part is there, too
+        return Features(tuple(whole), spec)
 
     def summary(self, view: int = 0) -> Summary:
         """See `Source.summary`. Another view than the first costs a pass when it is first asked for."""
@@ -266,14 +272,7 @@ class LiveSource(Source):
         self.animated = tuple(row for row, file in enumerate(self.files) if file in frames)
         return summary
 
-    def _run(self, images: Tensor) -> Features:
+    def _run(self, backbone: Backbone, images: Tensor) -> Features:
         with torch.no_grad():
-            features = self._giving(images).to(self.backbone.device, DTYPES[self.dtype])
+            features = backbone(images).to(self.backbone.device, DTYPES[self.dtype])
             return self.reading.joined(features)
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """All samples of a tap. Its parts are let go before the next tap is joined: one of them stands twice."""
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-    parts.clear()
-    return whole

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from sidetune.backbones import blocks, build_backbone
+from sidetune.backbones import blocks, build_backbone, weightfile
 from sidetune.backbones.blocks import AheadReader
 from sidetune.backbones.random_weights import write_random_weights
 from sidetune.backbones.streamed import StreamedBackbone
@@ -172,7 +172,17 @@ def test_a_file_that_is_cut_meanwhile_is_an_error_of_the_call(folders, tmp_path)
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 4])
     with pytest.raises(BackboneError, match="end in the middle of a tensor"):
         streamed(images(streamed, 2))
-        streamed(images(streamed, 2))  # what was read ahead was whole
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tensor_is_read_as_it_is_or_piece_by_piece_into_another_type(tmp_path, monkeypatch, dtype):
+    tensors = {"a": torch.randn(5, 3), "b": torch.randn(()), "c": torch.randn(4)}
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    monkeypatch.setattr(weightfile, "PIECE", 4)
+    for name, stored in weightfile.stored_tensors(tmp_path).items():
+        into = torch.empty(stored.shape, dtype=dtype)
+        stored.read_into(into)
+        assert torch.equal(into, tensors[name].to(dtype)), name
 
 
 def test_the_system_is_told_of_the_next_block_beside_the_arithmetic(folders, monkeypatch):
@@ -189,7 +199,7 @@ def test_the_system_is_told_of_the_next_block_beside_the_arithmetic(folders, mon
 
     monkeypatch.setattr(Stored, "expect", noted)
     streamed(images(streamed, 2))
-    reader._threads.shutdown()
+    reader._expecting.shutdown()
     assert [number for number, _ in told] == [number for number in (1, 2, 0) for _ in reader.blocks[number]]
     assert not any(main for _, main in told)
 
@@ -247,7 +257,7 @@ def test_memory_holds_one_block_not_twelve(tmp_path):
     )
     block = 28_351_488
     assert grown < block
-    assert held - int(bare.stdout) < 5 * block
+    assert held - int(bare.stdout) < 1.8 * block
 
 
 def test_random_weights_follow_their_seed(tmp_path):

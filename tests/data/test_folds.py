@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidetune.data import Dataset, load_dataset
-from sidetune.data.folds import dataset_folds, draw_folds, given_folds
+from sidetune.data.folds import dataset_folds, draw_folds, given_folds, own_folds
+from sidetune.data.splits import Carving, carve
 from sidetune.errors import DataError
 
 SEEDS = st.integers(0, 2**32)
@@ -231,3 +232,39 @@ def test_an_empty_cell_is_no_fold_and_test_rows_need_none(tmp_path: Path) -> Non
     assert dataset.fold.tolist() == [0, 0, 1, 1, 2, 2, -1, -1]
     trained = np.sort(np.concatenate([dataset.rows("train"), dataset.rows("val")]))
     assert set(given_folds(dataset, trained).tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("rows", "found"),
+    [
+        ({"fold": np.array([0, 0, 1, 1, 4, 4])}, 3),
+        ({"fold": np.array([0, 0, 1, 1, 4, 4]), "split": np.array(["train"] * 4 + ["test"] * 2)}, 2),
+        ({"fold": np.array([0, 0, 1, 1, -1, 4])}, 0),  # a sample is in none
+        (
+            {"fold": np.array([0, 0, 1, 1, -1, 4]), "labelled": np.arange(6) != 4},
+            3,
+        ),  # one that does not count
+        ({"fold": np.array([0, 1, 0, 1, 0, 1])}, 0),  # a class is in one alone
+        ({"fold": np.array([0, 0, 1, 1, 4, 4]), "group": np.array(list("abbcdd"))}, 0),  # a group is torn
+        ({}, 0),
+    ],
+)
+def test_own_folds_are_those_that_could_be_used(rows, found):
+    dataset = replace(dataset_of(np.array([0, 1, 0, 1, 0, 1])), **rows)
+    assert own_folds([dataset]) == found
+
+
+@pytest.mark.parametrize(
+    ("group", "whole"),
+    [(None, "fold"), (list("aabbccddee"), "fold"), (list("abcdeabcde"), "group")],
+)
+def test_without_a_test_split_validation_is_whole_folds_unless_they_tear_groups(group, whole):
+    fold = np.arange(10) // 2
+    dataset = replace(
+        dataset_of(np.arange(10) % 2), fold=fold, group=None if group is None else np.array(group)
+    )
+    found = carve(dataset, missing=["val", "test"], carving=Carving(val=0.2, test=0.0))
+    of = fold if whole == "fold" else np.array(group)
+    held = found.split == "val"
+    assert held.sum() == 2
+    assert not set(of[held]) & set(of[~held])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -60,22 +60,20 @@ class CachedReader(BlockReader):
     ) -> None:
         super().__init__(blocks, types, device)
         self._loaded = self._room()
-        self._threads = ThreadPoolExecutor(COPIES + 1, "blocks")  # one more to tell the system
+        self._copies = ThreadPoolExecutor(COPIES, "blocks")
+        self._expecting = ThreadPoolExecutor(1, "blocks-ahead")
 
     def take(self, number: int) -> Loaded:
         """See `BlockReader.take`."""
         largest_first = sorted(self.blocks[number].items(), key=lambda item: -item[1].nbytes)
-        for _ in self._threads.map(lambda item: self._read(*item), largest_first):
-            pass
-        self._threads.submit(self._expect, (number + 1) % len(self.blocks))
+        copies = [self._copies.submit(stored.read_into, self._loaded[name]) for name, stored in largest_first]
+        try:
+            for copy in copies:
+                copy.result()
+        finally:
+            wait(copies)  # whatever went wrong, nobody writes any more where the next call reads to
+        self._expecting.submit(self._expect, (number + 1) % len(self.blocks))
         return self._loaded
-
-    def _read(self, name: str, stored: Stored) -> None:
-        into = self._loaded[name]
-        if into.dtype == stored.dtype:
-            stored.read_into(into)
-        else:
-            into.copy_(stored.read())
 
     def _expect(self, number: int) -> None:
         for stored in self.blocks[number].values():
@@ -101,7 +99,8 @@ class AheadReader(BlockReader):
         if self._ahead is None or self._ahead[0] != number:
             self._begin(number)
         assert self._ahead is not None
-        self._ahead[1].result()
+        ahead, self._ahead = self._ahead[1], None  # what failed is asked for again by the next call
+        ahead.result()
         self._used = 1 - self._used
         loaded = self._slots[self._used]
         self._begin((number + 1) % len(self.blocks))

@@ -173,7 +173,10 @@ class _Room:
 
     def __init__(self, spec: Spec, dtype: torch.dtype) -> None:
         shape = spec.taps[-1].num_tokens, spec.taps[-1].width
-        alike = [tap.name for tap in spec.taps if (tap.num_tokens, tap.width) == shape]
+        stream = [
+            tap for tap in spec.taps if tap.kind in ("embedding", "block")
+        ]  # branches may have the type
+        alike = [tap.name for tap in stream if (tap.num_tokens, tap.width) == shape]
         self._dtype, self._shape = dtype, shape
         self._places = {name: place for place, name in enumerate(alike)}
         self._whole: Tensor | None = None
@@ -235,11 +238,11 @@ def capture(
     return read
 
 
-def _listen(place: Place, keep: Callable[[Place, object], None]) -> Callable[[], None]:
+def _listen(place: Place, heard: Callable[[Place, object], None]) -> Callable[[], None]:
     """Register one hook; returns what removes it."""
     if place.reads == "input":
-        return place.module.register_forward_pre_hook(lambda _module, inputs: keep(place, inputs)).remove
-    return place.module.register_forward_hook(lambda _module, _inputs, output: keep(place, output)).remove
+        return place.module.register_forward_pre_hook(lambda _module, inputs: heard(place, inputs)).remove
+    return place.module.register_forward_hook(lambda _module, _inputs, output: heard(place, output)).remove
 
 
 def _tensor(place: Place, value: object) -> Tensor:

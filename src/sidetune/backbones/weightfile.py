@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import safetensors
@@ -27,6 +28,8 @@ INDEX = "model.safetensors.index.json"  # of a folder that holds a model in seve
 WHOLE = HUB_FILES[0]
 HUB_PATTERNS = ("config.json", "model*.safetensors", "model*.json")  # of such a folder, what is downloaded
 TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+PIECE = 2**20  # numbers that are read at a time where their type changes
+ADVICE = 2**17  # bytes that every disk reads ahead for one piece of advice; of more some read a part
 NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
@@ -58,29 +61,40 @@ class Stored:
         return into
 
     def read_into(self, into: Tensor) -> None:
-        """The same into a contiguous tensor of this shape and dtype on the CPU.
+        """The same into a contiguous tensor of this shape on the CPU, of this type or another.
 
         Raises:
             BackboneError: the file ends before the tensor does, or is gone.
         """
-        place = into.view(-1).view(torch.uint8).numpy().data
+        numbers = into.view(-1)
+        same = numbers.dtype == self.dtype
+        piece = numbers if same else torch.empty(min(PIECE, len(numbers)), dtype=self.dtype)
         try:
             with self.file.open("rb", buffering=0) as stream:
                 stream.seek(self.start)
-                while place:
-                    count = stream.readinto(place)
-                    if not count:
-                        raise BackboneError(f"weights {self.file} end in the middle of a tensor")
-                    place = place[count:]
+                for first in range(0, len(numbers), max(1, len(piece))):
+                    part = numbers[first : first + len(piece)]
+                    self._fill(stream, piece[: len(part)])
+                    if not same:
+                        part.copy_(piece[: len(part)])
         except OSError as error:
             raise BackboneError(f"weights {self.file} cannot be read: {error.strerror}") from error
+
+    def _fill(self, stream: FileIO, piece: Tensor) -> None:
+        place = piece.view(torch.uint8).numpy().data
+        while place:
+            count = stream.readinto(place)
+            if not count:
+                raise BackboneError(f"weights {self.file} end in the middle of a tensor")
+            place = place[count:]
 
     def expect(self) -> None:
         """Have the system read it into its cache, where it can be asked to."""
         if not hasattr(os, "posix_fadvise"):
             return
         with suppress(OSError), self.file.open("rb", buffering=0) as stream:
-            os.posix_fadvise(stream.fileno(), self.start, self.nbytes, os.POSIX_FADV_WILLNEED)
+            for first in range(self.start, self.start + self.nbytes, ADVICE):
+                os.posix_fadvise(stream.fileno(), first, ADVICE, os.POSIX_FADV_WILLNEED)
 
 
 def stored_tensors(path: Path) -> dict[str, Stored]:

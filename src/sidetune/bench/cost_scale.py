@@ -6,8 +6,8 @@ one takes: **computed**. Where that fits the memory that is free, and a step is 
 whole model is **measured**, too, and the measured value stands, with its ratio to the computed one. Each case
 runs alone, so that all memory is its own.
 
-Memory is all that a step holds: the backbone's weights (of a streamed one block), what is trained,
-gradients, the optimiser's state, activations.
+Memory is all that a step holds: the backbone's weights (of a streamed one a block, on a GPU two), what is
+trained, gradients, the optimiser's state, activations.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from sidetune.threads import torch_threads
 GOAL = CostSetting(backbone="timm:eva02_enormous_patch14_clip_224", batch=1, frames=8, precision="bf16")
 GOAL_STEP = f"losa-{STREAMED}"
 FEATURES_BYTES, STEP_BYTES = 1.5 * 2**30, 3 * 2**30  # that a process may hold: the goals at that setting
-LEAST_RATE, CHUNK = 0.8, 64  # of the rate in memory, where so many images or more go through a block at once
+LEAST_RATE, CHUNK = 0.8, 64  # of the rate in memory, where a call has so many images or more
 ROOM = 3  # a model in memory takes its weights in float32, its file while it loads, and a batch beside them
 
 

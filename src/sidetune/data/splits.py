@@ -43,9 +43,9 @@ class Carving:
 def carve(dataset: Dataset, *, missing: Sequence[Split], carving: Carving) -> Dataset:
     """Move training samples into the splits that are missing, test first.
 
-    Groups stay whole. Without groups and without a test split the folds do that the data have of their own:
-    there each sample is tested by its fold. Samples are drawn in order of their paths, so the order of a
-    CSV's rows does not matter.
+    Groups stay whole. Without a test split the folds do that the data have of their own: there each sample is
+    tested by its fold. Samples are drawn in order of their paths, so the order of a CSV's rows does not
+    matter.
 
     Raises:
         DataError: a class, or the set of groups, is too small for that many splits.
@@ -55,8 +55,8 @@ def carve(dataset: Dataset, *, missing: Sequence[Split], carving: Carving) -> Da
     rows = dataset.rows("train")
     rows = rows[np.argsort([dataset.paths[row].as_posix() for row in rows], kind="stable")]
     _check_sizes(dataset, rows, wanted)
-    untested = not carving.test and not len(dataset.rows("test"))
-    whole = _by_fold(dataset) if dataset.group is None and untested else dataset.group
+    no_test = not carving.test and not len(dataset.rows("test"))
+    whole = _by_fold(dataset) if no_test else dataset.group
     split = dataset.split.astype("<U5")
     left = 1.0
     for name in wanted:
@@ -70,10 +70,16 @@ def carve(dataset: Dataset, *, missing: Sequence[Split], carving: Carving) -> Da
 
 
 def _by_fold(dataset: Dataset) -> NDArray[np.str_] | None:
-    """Folds as groups; None where the data have no two, or not of every sample."""
-    fold = dataset.fold
-    if fold is None or (fold < 0).any() or len(np.unique(fold)) < 2:
-        return None
+    """Folds as groups, a sample without one alone; the groups where there are no folds or they tear one."""
+    if dataset.fold is None:
+        return dataset.group
+    fold = np.where(dataset.fold < 0, -1 - np.arange(len(dataset.fold)), dataset.fold)
+    if len(np.unique(fold)) < 2:
+        return dataset.group
+    if dataset.group is not None:
+        group = np.unique(dataset.group, return_inverse=True)[1]
+        if len(np.unique(np.stack([group, fold]), axis=1).T) > group.max() + 1:
+            return dataset.group
     return fold.astype(np.str_)
 
 
