@@ -70,9 +70,11 @@ def over_chunks(
     return list(on_threads(work, over_rows(batch, sample_bytes, device), device))
 
 
-def over_rows(batch: int, sample_bytes: int, device: torch.device) -> list[slice]:
-    """The rows of the chunks of a batch. Args as for `over_chunks`."""
-    return split(batch, sample_bytes, _threads(device)) if device.type == "cpu" else [slice(0, batch)]
+def over_rows(batch: int, sample_bytes: int, device: torch.device, scale: int = 1) -> list[slice]:
+    """The rows of the chunks of a batch, ``scale`` times as large as usual. Args as for `over_chunks`."""
+    if device.type != "cpu":
+        return [slice(0, batch)]
+    return split(batch, sample_bytes, _threads(device), scale)
 
 
 def on_threads(
@@ -144,11 +146,11 @@ class Scratches:
         return Scratches()
 
 
-def split(batch: int, sample_bytes: int, threads: int) -> list[slice]:
+def split(batch: int, sample_bytes: int, threads: int, scale: int = 1) -> list[slice]:
     """Slices of a batch, of equal length but for one sample, as many for each thread."""
     total = batch * sample_bytes
-    count, fitting = min(threads, total // LEAST_BYTES), -(-total // CACHE_BYTES)
-    if threads > 1 and total >= CHUNKS_A_THREAD * threads * SPARE_BYTES:
+    count, fitting = min(threads, total // LEAST_BYTES), -(-total // (scale * CACHE_BYTES))
+    if threads > 1 and total >= CHUNKS_A_THREAD * threads * scale * SPARE_BYTES:
         count = CHUNKS_A_THREAD * threads
     if fitting > max(count, 1):
         count = -(-fitting // threads) * threads

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 BLOCK_ROWS = 32  # codes of the layers that are worked on together
 MOST_MEMBERS = 16  # of a piece
+CHUNK_SCALE = 4  # times other chunks: products are thin, and each is a call from Python
 LEAST_SAMPLES = 10  # likewise, even where they leave the cache: each product is a call from Python
 
 
@@ -224,7 +225,7 @@ class Call:
         together = -(-self.members // groups)
         sample_bytes = size * (taps + 3 * codes * together)
         fitting = min(sample_bytes, CACHE_BYTES // LEAST_SAMPLES)
-        whole = over_rows(self.batch // frames, frames * fitting, self.frozen.pool_QPN.device)
+        whole = over_rows(self.batch // frames, frames * fitting, self.frozen.pool_QPN.device, CHUNK_SCALE)
         rows = [slice(frames * some.start, frames * some.stop) for some in whole]
         return [(slice(*group), some) for some in rows for group in pairwise(bounds)]
 
