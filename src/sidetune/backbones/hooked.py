@@ -173,9 +173,7 @@ class _Room:
 
     def __init__(self, spec: Spec, dtype: torch.dtype) -> None:
         shape = spec.taps[-1].num_tokens, spec.taps[-1].width
-        stream = [
-            tap for tap in spec.taps if tap.kind in ("embedding", "block")
-        ]  # branches may have the type
+        stream = (tap for tap in spec.taps if tap.kind in ("embedding", "block"))  # branches may be 16 bits
         alike = [tap.name for tap in stream if (tap.num_tokens, tap.width) == shape]
         self._dtype, self._shape = dtype, shape
         self._places = {name: place for place, name in enumerate(alike)}
