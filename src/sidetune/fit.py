@@ -175,10 +175,10 @@ def _with_own_folds(recipe: Recipe, data: Path) -> tuple[Recipe, tuple[Dataset, 
     split that is drawn across them would tear it: there is none but what the data name.
     """
     asked = recipe.fleet.folds
-    if asked is not None:
+    if asked is not None and data.is_file():  # a folder has none
         nothing = {"val_fraction": 0.0, "test_fraction": 0.0, "to_train": False}
         whole = load_datasets(data, **recipe.data_arguments() | nothing)
-        own = own_folds(whole)
+        own = own_folds(_by_column(recipe, whole))
         if own and asked in ("column", own):
             data_of, fleet = recipe.data, recipe.fleet.model_copy(update={"folds": "column"})
             if not (whole[0].split == "test").any():
@@ -221,10 +221,14 @@ def _check_members(recipe: Recipe, datasets: Sequence[Dataset], backbone: Backbo
     """A side, a member or folds that cannot be are refused before an image is read."""
     reads(recipe, backbone, max(len(dataset.outputs) for dataset in datasets))
     if recipe.fleet.folds is not None:
-        names = recipe.data.columns or ("",)
         every = np.ones(len(datasets[0]), dtype=np.bool_)
-        of_columns = dict(zip(names, datasets, strict=True))
+        of_columns = _by_column(recipe, datasets)
         shared_folds(of_columns, every, recipe.fleet.folds, seed=recipe.data.split_seed)
+
+
+def _by_column(recipe: Recipe, datasets: Sequence[Dataset]) -> dict[str, Dataset]:
+    """The label column of each; of one alone no name."""
+    return dict(zip(recipe.data.columns or ("",), datasets, strict=True))
 
 
 def _parts(recipe: Recipe, datasets: Sequence[Dataset], out: Path) -> tuple[Part, ...]:

@@ -138,8 +138,8 @@ def _folds(work: Work) -> NDArray[np.int64] | None:
     if asked is None:
         return None
     if asked == "column":
-        tested = "" if len(common.split["test"]) else "; no test split is drawn"
-        common.say(f"folds are the data's own, and hold out every {work.recipe.sample}{tested}")
+        every = f", and hold out every {work.recipe.sample}; no test split is drawn"
+        common.say(f"folds are the data's own{'' if len(common.split['test']) else every}")
     elif common.dataset.fold is not None:
         common.say(f"{asked} folds are drawn; the data's own column is used with: --folds column")
     datasets = {job.column: job.dataset for job in work.jobs}

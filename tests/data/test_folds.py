@@ -240,10 +240,8 @@ def test_an_empty_cell_is_no_fold_and_test_rows_need_none(tmp_path: Path) -> Non
         ({"fold": np.array([0, 0, 1, 1, 4, 4])}, 3),
         ({"fold": np.array([0, 0, 1, 1, 4, 4]), "split": np.array(["train"] * 4 + ["test"] * 2)}, 2),
         ({"fold": np.array([0, 0, 1, 1, -1, 4])}, 0),  # a sample is in none
-        (
-            {"fold": np.array([0, 0, 1, 1, -1, 4]), "labelled": np.arange(6) != 4},
-            3,
-        ),  # one that does not count
+        # one that does not count is in none
+        ({"fold": np.array([0, 0, 1, 1, -1, 4]), "labelled": np.arange(6) != 4}, 3),
         ({"fold": np.array([0, 1, 0, 1, 0, 1])}, 0),  # a class is in one alone
         ({"fold": np.array([0, 0, 1, 1, 4, 4]), "group": np.array(list("abbcdd"))}, 0),  # a group is torn
         ({}, 0),
@@ -251,7 +249,7 @@ def test_an_empty_cell_is_no_fold_and_test_rows_need_none(tmp_path: Path) -> Non
 )
 def test_own_folds_are_those_that_could_be_used(rows, found):
     dataset = replace(dataset_of(np.array([0, 1, 0, 1, 0, 1])), **rows)
-    assert own_folds([dataset]) == found
+    assert own_folds({"": dataset}) == found
 
 
 @pytest.mark.parametrize(

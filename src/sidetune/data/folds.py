@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from sidetune.data.dataset import Dataset
 from sidetune.data.dealing import deal_groups, deal_rows
-from sidetune.data.splits import stratify
+from sidetune.data.splits import stratify, torn_groups
 from sidetune.errors import DataError, naming
 
 
@@ -185,24 +185,6 @@ def given_folds(dataset: Dataset, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     return fold
 
 
-def own_folds(datasets: Sequence[Dataset]) -> int:
-    """How many folds the ``fold`` column of a CSV gives its rows outside test; 0 where it cannot be used.
-
-    Args:
-        datasets: one a label column, of the same rows.
-    """
-    found: set[int] = set()
-    for dataset in datasets:
-        may = dataset.split != "test"
-        if dataset.labelled is not None:
-            may &= dataset.labelled
-        try:
-            found.update(given_folds(dataset, np.flatnonzero(may)).tolist())
-        except DataError:
-            return 0
-    return len(found)
-
-
 def shared_folds(
     datasets: Mapping[str, Dataset], valid: NDArray[np.bool_], folds: int | Literal["column"], *, seed: int
 ) -> NDArray[np.int64]:
@@ -229,6 +211,20 @@ def shared_folds(
         with naming(column):
             fold_N[rows] = choose_folds(dataset, rows, folds, seed=seed)
     return fold_N
+
+
+def own_folds(datasets: Mapping[str, Dataset]) -> int:
+    """How many folds the ``fold`` column of a CSV gives its rows outside test; 0 where it cannot be used.
+
+    Args:
+        datasets: as for `shared_folds`.
+    """
+    every = np.ones(len(next(iter(datasets.values()))), dtype=np.bool_)
+    try:
+        fold_N = shared_folds(datasets, every, "column", seed=0)
+    except DataError:
+        return 0
+    return len(np.unique(fold_N[fold_N >= 0]))
 
 
 def check_spread(targets: NDArray[np.int64], fold: NDArray[np.int64], names: Sequence[str]) -> None:
@@ -278,14 +274,11 @@ def _check_classes(targets: NDArray[np.int64], groups: NDArray[np.str_] | None, 
 
 
 def _check_groups(groups: NDArray[np.str_], fold: NDArray[np.int64]) -> None:
-    unique, group = np.unique(groups, return_inverse=True)
-    pairs = np.unique(np.stack([group, fold]), axis=1)
-    codes, counts = np.unique(pairs[0], return_counts=True)
-    torn = codes[counts > 1]
+    torn = torn_groups(groups, fold)
     if len(torn):
-        folds = pairs[1][pairs[0] == torn[0]]
+        folds = np.unique(fold[groups == torn[0]])
         raise DataError(
-            f"group {str(unique[torn[0]])!r} is in folds {folds[0]} and {folds[1]}"
+            f"group {str(torn[0])!r} is in folds {folds[0]} and {folds[1]}"
             f"{_more(len(torn), 'are in several', 'groups')}; a group belongs to one fold. Renumber its "
             "rows, or draw folds, which keeps groups whole. Type: --folds 5"
         )

@@ -76,11 +76,16 @@ def _by_fold(dataset: Dataset) -> NDArray[np.str_] | None:
     fold = np.where(dataset.fold < 0, -1 - np.arange(len(dataset.fold)), dataset.fold)
     if len(np.unique(fold)) < 2:
         return dataset.group
-    if dataset.group is not None:
-        group = np.unique(dataset.group, return_inverse=True)[1]
-        if len(np.unique(np.stack([group, fold]), axis=1).T) > group.max() + 1:
-            return dataset.group
+    if dataset.group is not None and len(torn_groups(dataset.group, fold)):
+        return dataset.group
     return fold.astype(np.str_)
+
+
+def torn_groups(groups: NDArray[np.str_], fold: NDArray[np.int64]) -> NDArray[np.str_]:
+    """Names of the groups that are in several folds."""
+    names, group = np.unique(groups, return_inverse=True)
+    pairs = np.unique(np.stack([group, fold]), axis=1)
+    return names[np.bincount(pairs[0]) > 1]
 
 
 def _check_sizes(dataset: Dataset, rows: NDArray[np.int64], wanted: Sequence[Split]) -> None:

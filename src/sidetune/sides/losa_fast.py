@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 
 BLOCK_ROWS = 32  # codes of the layers that are worked on together
 MOST_MEMBERS = 16  # of a piece
-CHUNK_SCALE = 4  # times other chunks: products are thin, and each is a call from Python
 LEAST_SAMPLES = 10  # likewise, even where they leave the cache: each product is a call from Python
+CHUNK_SCALE = 4  # chunks are so many times larger than other sides', for the same reason
 
 
 @dataclass(frozen=True)
