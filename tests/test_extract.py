@@ -125,10 +125,10 @@ def test_a_streamed_backbone_gets_whole_calls_and_writes_the_same_features(pictu
         build_backbone("timm:vit_small_patch16_224", weights=folder, runtime=runtime)
         for runtime in ("eager", "streamed")
     )
-    assert streamed.fewest == 64
+    assert streamed.call_size == 64 and eager.call_size is None
     dataset, expected = bring(pictures, tmp_path / "eager", backbone=eager, dtype="fp16")
     monkeypatch.setattr(EXTRACT, "SHARD_BYTES", 1)
-    monkeypatch.setattr(type(streamed), "fewest", 8)
+    monkeypatch.setattr(type(streamed), "call_size", 8)
     _, store = bring(pictures, tmp_path / "streamed", backbone=streamed, dtype="fp16")
     assert [len(shard) for shard in store.plan.shards] == [8, 4]
     assert store.plan.variant.runtime == "streamed"
@@ -254,6 +254,12 @@ def scaled_toy(tap, factor):
     backbone = toy()
 
     class Scaled:
+        def __init__(self, dtype=torch.float32):
+            self.dtype = dtype
+
+        def giving(self, dtype):
+            return Scaled(dtype)
+
         def __getattr__(self, name):
             return getattr(backbone, name)
 
@@ -261,7 +267,7 @@ def scaled_toy(tap, factor):
             read = backbone(pixels)
             at = read.spec.index(tap)
             layers = [layer * factor if i == at else layer for i, layer in enumerate(read.layers)]
-            return Features(tuple(layers), read.spec)
+            return Features(tuple(layer.to(self.dtype) for layer in layers), read.spec)
 
     return Scaled()
 

@@ -107,6 +107,9 @@ def test_a_tap_without_class_token_and_targets_of_regression_are_stored(tmp_path
             tap = replace(self.toy.spec.last, num_prefix=0, cls_index=None)
             self.spec, self.norm = Spec((tap,)), None
 
+        def giving(self, dtype):
+            return self
+
         def __getattr__(self, name):
             return getattr(self.toy, name)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -200,7 +200,7 @@ def extract(
     import sidetune
     from sidetune.artifact import find_device
     from sidetune.data import load_datasets
-    from sidetune.extract import sample_keys
+    from sidetune.extract import sample_keys, skipped_samples
 
     features, clips = {"views": more_views}, (frames, frames_stored)
     recipe = build_recipe(
@@ -215,7 +215,7 @@ def extract(
     store = sidetune.extract(
         dataset, frozen, out, dtype=dtype, keys=keys, views=chosen, strict=strict, quiet=quiet
     )
-    _print_store(store, keys, as_json)
+    _print_store(store, keys, skipped_samples(store, keys, chosen), as_json)
 
 
 app.command("eval")(evaluate)
@@ -268,11 +268,14 @@ def demo(
         _print_json(summary)
 
 
-def _print_store(store: Any, keys: Sequence[str], as_json: bool) -> None:  # noqa: ANN401 - Store
+def _print_store(
+    store: Any,  # noqa: ANN401 - Store
+    keys: Sequence[str],
+    skipped: Mapping[str, str],
+    as_json: bool,
+) -> None:
     """What the store holds of one dataset: views of a sample, and other datasets, do not count here."""
-    paths = {key: key.rpartition("@")[0] for key in keys}
-    skipped = {path: store.skipped[key] for key, path in paths.items() if key in store.skipped}
-    animated = [path for key, path in paths.items() if key in store.animated]
+    animated = [key.rpartition("@")[0] for key in keys if key in store.animated]
     if as_json:
         fields = {"store": str(store.folder), "samples": len(keys), "bytes": store.num_bytes}
         _print_json({**fields, "skipped": skipped, "animated": animated})

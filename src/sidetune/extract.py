@@ -101,9 +101,24 @@ def extract(  # noqa: PLR0913 - what, where, how; each has its option on the com
         labels = {key: _label(dataset, row) for row, key in enumerate(keys)}
         store = _mended(folder, backbone, dtype, pictures, labels, reads, quiet=quiet)
     if strict:
-        bad = {key.rpartition("@")[0]: store.skipped[key] for key in keys if key in store.skipped}
+        bad = skipped_samples(store, keys, views)
         require_readable([f"{path}: {reason}" for path, reason in bad.items()])
     return store
+
+
+def skipped_samples(store: Store, keys: Sequence[str], views: Sequence[AnyView]) -> dict[str, str]:
+    """Path of each sample that could not be read -> why, as its first such view has it.
+
+    Args:
+        store: complete.
+        keys: of the samples.
+        views: of every sample.
+    """
+    return {
+        key.rpartition("@")[0]: store.skipped[bad[0]]
+        for key in keys
+        if (bad := [view.key(key) for view in views if view.key(key) in store.skipped])
+    }
 
 
 def require_readable(skipped: Sequence[str], where: str = "") -> None:
@@ -230,10 +245,11 @@ def _plan(folder: Path, backbone: Backbone, dtype: DTypeName, pictures: Mapping[
         check_free(folder)
     held = {key for shard in plan.shards for key in shard}
     missing = sorted({key for key in keys if key not in held}, key=place_by_hash)
-    size = max(backbone.fewest, min(SHARD_RECORDS, SHARD_BYTES // plan.record_bytes), 1)
+    size = max(backbone.call_size or 1, min(SHARD_RECORDS, SHARD_BYTES // plan.record_bytes))
     view = pictures[missing[0]].view if missing else PLAIN
     together = view.count if isinstance(view, Frame) else 1  # a clip that lies in two shards is decoded twice
-    size = max(size - size % together, together)
+    # which costs less than what is in memory of a clip whose frames are more than a call
+    size = size - size % together or (together if backbone.call_size is None else size)
     new = tuple(tuple(missing[first : first + size]) for first in range(0, len(missing), size))
     return replace(plan, shards=plan.shards + new)
 
@@ -264,6 +280,7 @@ def _write_shards(
 ) -> None:
     total = sum(map(len, plan.shards))
     done = total - sum(len(plan.shards[number]) for number in todo)
+    giving = backbone.giving(DTYPES[plan.dtype])
     with (
         Progress("extract", total, "images", done=done, quiet=quiet) as progress,
         ThreadPoolExecutor(DECODERS) as pool,
@@ -273,10 +290,10 @@ def _write_shards(
             animated: list[Path] = []
             parts: list[dict[str, Tensor]] = []
             reasons: dict[int, str] = {}
-            batches = decoded(shown, backbone.preprocess, pool, animated, fewest=backbone.fewest)
+            batches = decoded(shown, backbone.preprocess, pool, animated, call_size=backbone.call_size)
             for first, images, bad in batches:
                 reasons |= {first + slot: reason for slot, reason in bad.items()}
-                parts.append(_stored(images, backbone, plan))
+                parts.append(_stored(images, backbone, giving, plan))
                 progress.advance(len(images))
             _check_unchanged(folder, shown, pool)
             tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -311,10 +328,10 @@ def _digest(file: Path) -> str:
     return key_of(file, file).rpartition("@")[2]
 
 
-def _stored(images: Tensor, backbone: Backbone, plan: Plan) -> dict[str, Tensor]:
+def _stored(images: Tensor, backbone: Backbone, giving: Backbone, plan: Plan) -> dict[str, Tensor]:
     """A micro-batch's tensors as a shard holds them. The summary is of the rounded features."""
     with torch.inference_mode():
-        features = rounded(backbone(images), plan.dtype, backbone.variant.precision).to("cpu")
+        features = run_rounded(images, backbone, giving, plan.dtype).to("cpu")
     summary = summarise(features)
     tensors = dict(zip(plan.spec.names, features.layers, strict=True))
     tensors |= {
@@ -322,6 +339,25 @@ def _stored(images: Tensor, backbone: Backbone, plan: Plan) -> dict[str, Tensor]
     }
     tensors |= {f"summary.cls.{name}": cls for name, cls in zip(plan.spec.names, summary.cls, strict=True)}
     return tensors | {"summary.mean_square": summary.mean_square}
+
+
+def run_rounded(images: Tensor, backbone: Backbone, giving: Backbone, dtype: DTypeName) -> Features:
+    """Features of images in a store's type, rounded as soon as each is there: memory is theirs.
+
+    Args:
+        images: of a call.
+        backbone: that reads them.
+        giving: the same, `Backbone.giving` that type.
+        dtype: to round to.
+
+    Raises:
+        StoreError: a feature is more than the type can hold, or not finite.
+    """
+    precision = backbone.variant.precision
+    try:
+        return rounded(giving(images), dtype, precision)
+    except StoreError:  # what was rounded does not say which of the two it was
+        return rounded(backbone(images), dtype, precision)
 
 
 def rounded(features: Features, dtype: DTypeName, precision: str) -> Features:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -326,8 +327,9 @@ def answer_together(
         [torch.zeros(len(one.committee.voices), 0, one.artifact.task.num_outputs)] for one in predictors
     ]
     unreadable: dict[int, str] = {}
+    batches = partial(decoded, call_size=backbone.call_size, together=reading.together)
     with ThreadPoolExecutor(DECODERS) as pool, torch.inference_mode():
-        for first, images, bad in decoded(shown, backbone.preprocess, pool, fewest=backbone.fewest):
+        for first, images, bad in batches(shown, backbone.preprocess, pool):
             features = reading.joined(backbone(images)).to(backbone.device, torch.float32)
             for own, one in zip(outputs, predictors, strict=True):
                 own.append(one.committee.outputs(features))

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from sidetune.backbones.base import MICRO_BATCH, Backbone
 from sidetune.data.dataset import Dataset
-from sidetune.data.pictures import DECODERS, Picture, decoded
+from sidetune.data.pictures import DECODERS, Picture, decoded, load_pictures
 from sidetune.data.reading import IMAGES, Reading
 from sidetune.data.views import PLAIN
-from sidetune.errors import SidetuneError
-from sidetune.extract import rounded
+from sidetune.errors import ImageError, SidetuneError
+from sidetune.extract import run_rounded
 from sidetune.features import Features, FinalNorm, Spec
 from sidetune.progress import Progress
 from sidetune.reader import AHEAD, Ahead, Layout
@@ -208,6 +208,8 @@ class LiveSource(Source):
         self.skipped = {}
         self._pool = ThreadPoolExecutor(DECODERS)
         self._summaries = {0: self._pass(0, quiet)}
+        if reading.frames is not None:
+            self._try_later_frames()
         self.valid = np.array([row not in self.skipped for row in range(len(dataset))], dtype=bool)
 
     def features(
@@ -250,8 +252,10 @@ class LiveSource(Source):
         self, pictures: Sequence[Picture], animated: list[Path] | None = None
     ) -> Iterator[tuple[int, Tensor, dict[int, str]]]:
         """See `decoded`; as many at a time as the backbone asks for."""
-        backbone = self.backbone
-        return decoded(pictures, backbone.preprocess, self._pool, animated, fewest=backbone.fewest)
+        call_size, together = self.backbone.call_size, self.reading.together
+        return decoded(
+            pictures, self.backbone.preprocess, self._pool, animated, call_size=call_size, together=together
+        )
 
     def _pass(self, view: int, quiet: bool) -> Summary:
         animated: list[Path] = []
@@ -263,7 +267,7 @@ class LiveSource(Source):
                 for first, images, bad in self._decoded(pictures, animated):
                     self.skipped |= {(first + slot) // together: reason for slot, reason in bad.items()}
                     with torch.no_grad():
-                        features = rounded(self.backbone(images), self.dtype, self.backbone.variant.precision)
+                        features = run_rounded(images, self.backbone, self._giving, self.dtype)
                     progress.advance(len(images))
                     yield summarise(self.reading.joined(features).to("cpu"))
 
@@ -271,6 +275,21 @@ class LiveSource(Source):
         frames = set(animated)
         self.animated = tuple(row for row, file in enumerate(self.files) if file in frames)
         return summary
+
+    def _try_later_frames(self) -> None:
+        """Decode what is drawn later alone: one frame that cannot be read would end the run there."""
+        shown = [self.reading.stored[stored] for stored in self.reading.views[0]]
+        later = [view for view in self.reading.stored if view not in shown]
+        rows = [row for row in range(len(self.files)) if later and row not in self.skipped]
+
+        def reasons(row: int) -> list[str]:
+            pictures = [Picture(self.files[row], view, self.keys[row]) for view in later]
+            loaded = load_pictures(pictures, self.backbone.preprocess)
+            return [one.reason for one in loaded if isinstance(one, ImageError)]
+
+        for row, found in zip(rows, self._pool.map(reasons, rows), strict=True):
+            if found:
+                self.skipped[row] = found[0]
 
     def _run(self, backbone: Backbone, images: Tensor) -> Features:
         with torch.no_grad():

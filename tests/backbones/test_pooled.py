@@ -113,7 +113,7 @@ def test_of_clips_at_once_and_of_blocks_on_disk(tmp_path: Path) -> None:
     for runtime in ("eager", "streamed"):
         named = {"weights": folder, "runtime": runtime}
         plain, fewer = build_backbone("hf:a/b", **named), build_backbone("hf:a/b", **named, pooled=2)
-        assert fewer.frames == FRAMES and fewer.fewest == plain.fewest
+        assert fewer.frames == FRAMES and fewer.call_size == plain.call_size
         expected = one_by_one(plain(clips)["block.1"], plain.spec.last, 2)
         torch.testing.assert_close(fewer(clips)["block.1"], expected)
 

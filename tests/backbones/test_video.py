@@ -15,7 +15,7 @@ from sidetune.backbones import build_backbone
 from sidetune.backbones.video_models import FAMILIES
 from sidetune.bench.setting import require_images
 from sidetune.data import load_dataset
-from sidetune.data.clips import Span, frames_at
+from sidetune.data.clips import Frame, Span, frames_at
 from sidetune.data.pictures import MICRO_BATCH, Picture, batch_size
 from sidetune.data.reading import Reading
 from sidetune.errors import BackboneError, RecipeError, RequestError
@@ -123,13 +123,32 @@ def test_streamed_is_the_model_in_memory_bit_for_bit(folders, family, precision,
     alone = torch.cat([whole(image[None])["block.2"] for image in images])
     assert torch.equal(one_by_one(images)["block.2"], alone), "a micro-batch of one clip"
     assert not list(streamed._stream.template.parameters()), "of blocks two slots alone are held"
-    assert streamed.fewest > 1 == whole.fewest
+    assert streamed.call_size > 1 and whole.call_size is None
 
 
 def test_as_many_clips_go_into_a_batch_as_a_streamed_one_asks_for():
     spans = [Picture(Path(f"{number}.mp4"), Span(0, 1, FRAMES), "") for number in range(100)]
     assert batch_size(spans) == MICRO_BATCH // FRAMES
     assert batch_size(spans, 17) == 17
+
+
+@pytest.mark.parametrize(
+    ("stored", "together", "call_size", "expected"),
+    [
+        (16, 1, None, 32),  # two whole clips
+        (6, 1, None, 36),  # of six frames as many as leave no clip half
+        (16, 1, 64, 64),
+        (16, 1, 40, 32),
+        (16, 1, 8, 8),  # of a model whose taps are large no more, though a file is opened twice
+        (8, 8, 5, 8),  # what is one sample stays together
+        (8, 4, 5, 4),
+        (1, 1, 5, 5),
+    ],
+)
+def test_frames_of_a_clip_share_a_batch_where_a_call_has_room(stored, together, call_size, expected):
+    frames = [Frame(number, stored) for number in range(stored)]
+    shown = [Picture(Path(f"{clip}.mp4"), frame, "") for clip in range(9) for frame in frames]
+    assert batch_size(shown, call_size, together) == expected
 
 
 def test_a_streamed_checkpoint_in_pieces_with_its_heads(folders, tmp_path):

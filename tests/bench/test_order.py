@@ -48,6 +48,20 @@ def test_the_set_is_the_same_everywhere_and_is_written_once(tmp_path):
         write_order_set(tmp_path / "a", {"train": 2}, seed=3)
 
 
+def test_what_was_interrupted_is_begun_again_and_never_as_another_set(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr("sidetune.bench.order_set._write_clip", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            write_order_set(tmp_path, {"train": 2})
+    with pytest.raises(RequestError, match="holds another set"):
+        write_order_set(tmp_path, {"train": 1})
+    write_order_set(tmp_path, {"train": 2})
+    assert len(list(tmp_path.rglob("*.png"))) == 2 * len(ORDERS) * CLIP
+
+
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     setting = OrderSetting("toy", 32, scenes=12, sides=("losa", "last"), seeds=2, epochs=40)

@@ -42,13 +42,13 @@ def lines_of(script, monkeypatch, tmp_path, *words):
     return [json.loads(line) for line in into.read_text().splitlines()]
 
 
-def check(lines):
+def check(lines, chosen=2.0):
     for line in lines:
         for epochs, of_one in zip(line["epochs"], line["epoch_seconds"], strict=True):
             seconds = line["before_seconds"] + epochs * of_one
             assert 60 * line["minutes"] - of_one < seconds <= 60 * line["minutes"] and epochs >= 1
         assert len(line["took_seconds"]) == len(line["epochs"]) and min(line["took_seconds"]) > 0
-        assert line["lr_chosen_at_minutes"] == 2.0 and 0 <= line["value"] <= 1
+        assert line["lr_chosen_at_minutes"] == chosen and 0 <= line["value"] <= 1
         assert len(line["recipe"]) == 64 and line["metric"] == "accuracy" and line["peak_bytes"] > 10**7
     assert {line["method"] for line in lines} == {"DINOv2-S, LoSA", "EfficientNet-Lite0, full"}
     assert {line["seed"] for line in lines} == {0, 1}
@@ -68,7 +68,19 @@ def test_clips_answer_for_the_fold_that_they_did_not_see(script, tmp_path, monke
     rows = [f"{file},{file.parent.name},{number % 3}" for number, file in enumerate(files)]
     table = tmp_path / "clips.csv"
     table.write_text("\n".join(["path,label,fold", *rows]) + "\n")
-    check(lines_of(script, monkeypatch, tmp_path, table, "--frames", "2"))
+    found = lines_of(script, monkeypatch, tmp_path, table, "--frames", "2", "--lr", "losa=1e-3,full=1e-4")
+    check(found, chosen=None)
+    assert {line["method"]: line["lr"] for line in found} == {
+        "DINOv2-S, LoSA": 1e-3,
+        "EfficientNet-Lite0, full": 1e-4,
+    }
+    assert "--frames 2 --lr losa=0.001,full=0.0001 " in found[0]["command"]
+
+
+def test_clips_without_rates_and_images_with_them_are_refused(script, tmp_path, monkeypatch):
+    for words in (["--frames", "2"], ["--lr", "losa=1e-3,full=1e-4"]):
+        with pytest.raises(SystemExit, match="clips in folds need rates, images choose"):
+            lines_of(script, monkeypatch, tmp_path, tmp_path, *words)
 
 
 def test_full_fine_tuning_begins_at_the_model_itself(script):

@@ -9,6 +9,7 @@ from clips import grey, level, write_frames, write_gif, write_sound, write_video
 from sidetune.data import decoders
 from sidetune.data.clips import CLIP_SUFFIXES, Frame, frames_at, is_clip, middle_frame
 from sidetune.data.dataset import sample_key
+from sidetune.data.decoders import frame_files
 from sidetune.data.preprocess import open_image
 from sidetune.errors import ImageError, SidetuneError
 
@@ -139,6 +140,51 @@ def test_a_frame_in_a_folder_that_cannot_be_read_is_named(tmp_path):
     assert len(levels(folder, [0.0, 0.9])) == 2
 
 
+def test_frames_are_in_the_order_of_their_numbers(tmp_path):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for number, shown in enumerate(LEVELS):
+        grey(shown).save(folder / f"shot2_{number}.png")
+    assert levels(folder) == pytest.approx([LEVELS[number] for number in (2, 6, 10, 14, 18)])
+
+
+def test_still_webps_are_frames_and_moving_ones_are_clips(tmp_path):
+    (tmp_path / "still").mkdir()
+    for number, shown in enumerate(LEVELS):
+        grey(shown).save(tmp_path / "still" / f"{number}.webp", lossless=True)
+    assert is_clip(tmp_path / "still") and len(frame_files(tmp_path / "still")) == len(LEVELS)
+    assert levels(tmp_path / "still", [0.0, 0.5]) == pytest.approx([LEVELS[0], LEVELS[10]], abs=1)
+    (tmp_path / "moving").mkdir()
+    write_gif(tmp_path / "moving" / "a.webp", list(map(grey, LEVELS)), [100] * len(LEVELS))
+    assert not is_clip(tmp_path / "moving") and is_clip(tmp_path / "moving" / "a.webp")
+    (tmp_path / "still" / "0.webp").write_bytes(b"")
+    assert reason(tmp_path / "still", [0.0]) == "0.webp: the file is empty"
+
+
+def test_an_animation_of_giant_pictures_is_refused(tmp_path):
+    file = made(tmp_path / "a.gif")
+    content = bytearray(file.read_bytes())
+    content[6:10] = (60_000).to_bytes(2, "little") * 2
+    file.write_bytes(content)
+    assert reason(file) == "its pictures are too large"
+
+
+def test_pictures_that_end_before_the_header_says_are_refused(tmp_path):
+    decoders._require_length(tmp_path, 8.7, 8.6)
+    with pytest.raises(ImageError, match=r"cut short: pictures end after 0.6 s, expected 8.6 s or more"):
+        decoders._require_length(tmp_path, 0.6, 8.6)
+
+
+def test_torchcodec_refuses_what_is_cut_short(tmp_path):
+    pytest.importorskip("torchcodec.decoders", exc_type=(ImportError, RuntimeError))
+    file = write_video(tmp_path / "a.avi", [grey(40 + number) for number in range(150)])
+    assert len(list(decoders._by_torchcodec(file, MIDDLES))) == len(MIDDLES)
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ImageError, match=r"cut short: pictures end|not a video that is read, or damaged"):
+        list(decoders._by_torchcodec(file, MIDDLES))
+
+
 def test_a_playlist_in_a_videos_clothes_opens_no_other_file(tmp_path):
     other = made(tmp_path / "other.mkv")
     playlist = tmp_path / "a.mp4"
@@ -201,3 +247,7 @@ def test_what_is_a_clip(tmp_path):
     assert {".mp4", ".avi", ".mkv", ".webm", ".gif"} <= CLIP_SUFFIXES
     (tmp_path / "nothing").mkdir()
     assert not is_clip(tmp_path / "nothing") and not is_clip(tmp_path / "a.jpg")
+    folder = write_frames(tmp_path / "frames", [grey(1), grey(2)])
+    assert is_clip(folder)
+    write_video(folder / "session.mp4", [grey(1)])
+    assert not is_clip(folder), "its pictures may be a cover, and the video would be lost"

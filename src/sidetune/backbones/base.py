@@ -145,9 +145,9 @@ class Backbone(ABC):
         """Move the backbone to a device; returns itself."""
 
     @property
-    def fewest(self) -> int:
-        """Images that a call should have, so that what each call costs is small; or clips."""
-        return 1
+    def call_size(self) -> int | None:
+        """Images that a call should have, for it costs much by itself; or clips. None: it costs nothing."""
+        return None
 
     def reading(self, taps: Sequence[str]) -> Self:
         """The same network with other taps. Its weights are shared: be on the device before.

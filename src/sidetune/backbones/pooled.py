@@ -58,9 +58,9 @@ class PooledBackbone(Backbone):
         return self
 
     @property
-    def fewest(self) -> int:
-        """See `Backbone.fewest`."""
-        return self.inner.fewest
+    def call_size(self) -> int | None:
+        """See `Backbone.call_size`."""
+        return self.inner.call_size
 
     def reading(self, taps: Sequence[str]) -> Self:
         """See `Backbone.reading`."""

@@ -88,7 +88,7 @@ class StreamedBackbone(HookedBackbone):
         super().__init__(replace(parts, runtime="streamed"), taps=taps, precision=precision)
 
     @property
-    def fewest(self) -> int:
+    def call_size(self) -> int:
         """So many images that reading the weights is little beside them, and that their taps fit."""
         return a_call(self.spec.record_numel())
 

@@ -102,10 +102,10 @@ class VideoBackbone(HookedBackbone):
         super().__init__(parts, taps=taps, precision=precision)
 
     @property
-    def fewest(self) -> int:
-        """See `Backbone.fewest`; of a streamed one, clips whose pixels, tokens and taps fit."""
+    def call_size(self) -> int | None:
+        """See `Backbone.call_size`; of a streamed one, clips whose pixels, tokens and taps fit."""
         if self._stream is None or self.frames is None:
-            return super().fewest
+            return super().call_size
         pixels, tap = 3 * self.frames * self.preprocess.size**2, self.spec.last
         return a_call(pixels + 2 * tap.num_tokens * tap.width + self.spec.record_numel())
 

@@ -36,7 +36,7 @@ def order_name(order: Sequence[int]) -> str:
 def write_order_set(root: Path, scenes: dict[str, int], seed: int = 0) -> None:
     """Write ``root/SPLIT/CLASS/SCENE/0.png`` ..: folders of frames, six clips a scene.
 
-    What is there already, of the same numbers and seed, is left as it is.
+    What is there already, of the same numbers and seed, is left as it is; what was cut off is begun again.
 
     Args:
         root: of the set.
@@ -47,11 +47,14 @@ def write_order_set(root: Path, scenes: dict[str, int], seed: int = 0) -> None:
         RequestError: another set stands there.
     """
     about = {"scenes": scenes, "seed": seed, "frames": CLIP, "pixels": PIXELS}
-    mark = root / "order.json"
-    if mark.exists():
-        if read_json(mark) != about:
+    mark, begun = root / "order.json", root / "begun.json"
+    for file in (mark, begun):
+        if file.exists() and read_json(file) != about:
             raise RequestError(f"{root} holds another set, expected {about}. Type: rm -r {root}")
+    if mark.exists():
         return
+    root.mkdir(parents=True, exist_ok=True)
+    write_json(begun, about)
     for split, count in scenes.items():
         for scene in range(count):
             segments = draw_scene(f"{seed}/{split}/{scene}")

@@ -19,7 +19,7 @@ from typing import Literal
 
 from PIL import Image
 
-from sidetune.data.decoders import ANIMATIONS, PICTURES, animation, folder_of_frames, frame_files, video
+from sidetune.data.decoders import ANIMATIONS, animation, folder_of_frames, frame_files, video
 from sidetune.errors import ImageError
 
 VIDEOS = frozenset({".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv"})
@@ -115,9 +115,10 @@ class Span:
 
 
 def is_clip(file: Path) -> bool:
-    """Whether a path is a clip's by its ending, or is a folder that holds frames itself."""
+    """Whether a path is a clip's by its ending, or a folder that holds frames and no video beside them."""
     if file.is_dir():
-        return any(one.suffix.lower() in PICTURES for one in file.iterdir() if not one.name.startswith("."))
+        moving = any(one.suffix.lower() in VIDEOS for one in file.iterdir() if not one.name.startswith("."))
+        return not moving and bool(frame_files(file))
     return file.suffix.lower() in CLIP_SUFFIXES
 
 
@@ -125,7 +126,7 @@ def frames_at(file: Path, instants: Sequence[float]) -> Iterator[Image.Image]:
     """The pictures shown at some instants, 8-bit RGB, upright, each as soon as it is decoded.
 
     Args:
-        file: a video, an animation, or a folder of frames, which are taken in the order of their names.
+        file: a video, an animation, or a folder of frames, which are taken in the order of `frame_files`.
         instants: ascending, each from 0 to less than 1.
 
     Raises:

@@ -181,7 +181,7 @@ def _paths(table: Table, clips: bool) -> tuple[Path, ...]:
         elif clips and not is_clip(root / text):
             raise table.error(
                 row,
-                f"{quoted(text)} is no clip, expected a folder of frames or a file "
+                f"{quoted(text)} is no clip, expected a folder of frames alone or a file "
                 f"({' '.join(sorted(CLIP_SUFFIXES))}). For images leave --frames out",
             )
     if missing:

@@ -6,6 +6,7 @@ file; several files are decoded side by side.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from sidetune.errors import ImageError, SidetuneError
 
 ANIMATIONS = frozenset({".gif", ".webp"})
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
+STILL_OR_MOVING = ".webp"
 MISSING = 0.1  # share of a file's length that may lack a frame: more, and it is cut short
 PROMISED = 0.9  # share of its length by the header that a file's frames must reach
 # what FFmpeg may take a file for: a playlist in a video's clothes would have it open other files
@@ -46,7 +48,7 @@ class _Timeline:
 
 
 def folder_of_frames(folder: Path, instants: Sequence[float]) -> Iterator[Image.Image]:
-    """Frames of a folder, in the order of their names, each shown as long as the others.
+    """Frames of a folder, in the order of `frame_files`, each shown as long as the others.
 
     Raises:
         ImageError: there are none, or one that is asked for cannot be read.
@@ -62,9 +64,26 @@ def folder_of_frames(folder: Path, instants: Sequence[float]) -> Iterator[Image.
 
 
 def frame_files(folder: Path) -> list[Path]:
-    """The pictures in a folder, by name; numbers in names need as many digits."""
-    visible = (file for file in folder.iterdir() if not file.name.startswith("."))
-    return sorted((file for file in visible if file.suffix.lower() in PICTURES), key=lambda file: file.name)
+    """The pictures in a folder, by name, in which 10 follows 9. WebP counts where the first does not move."""
+    visible = sorted((file for file in folder.iterdir() if not file.name.startswith(".")), key=_by_number)
+    either = [file for file in visible if file.suffix.lower() == STILL_OR_MOVING]
+    suffixes = {*PICTURES, STILL_OR_MOVING} if either and _is_still(either[0]) else PICTURES
+    return [file for file in visible if file.suffix.lower() in suffixes]
+
+
+def _by_number(file: Path) -> tuple[list[str | int], str]:
+    """Text and numbers of a name in turn: ``f9.png`` comes before ``f10.png``."""
+    parts = re.split(r"([0-9]+)", file.name)
+    return [int(part) if number % 2 else part for number, part in enumerate(parts)], file.name
+
+
+def _is_still(file: Path) -> bool:
+    """Whether a WebP holds one picture; one that cannot be opened will be said to be damaged."""
+    try:
+        with Image.open(file, formats=["WEBP"]) as image:
+            return not getattr(image, "is_animated", False)
+    except (OSError, Image.DecompressionBombError, *DECODER_ERRORS):
+        return True
 
 
 def animation(file: Path, instants: Sequence[float]) -> Iterator[Image.Image]:
@@ -85,6 +104,8 @@ def animation(file: Path, instants: Sequence[float]) -> Iterator[Image.Image]:
                 yield to_rgb(image.copy())
     except UnidentifiedImageError as error:
         raise ImageError(file, "not an animation that Pillow reads") from error
+    except (Image.DecompressionBombError, MemoryError) as error:
+        raise ImageError(file, "its pictures are too large") from error
     except (OSError, *DECODER_ERRORS) as error:
         raise ImageError(file, "damaged or cut short") from error
 
@@ -138,11 +159,14 @@ def _by_torchcodec(file: Path, instants: Sequence[float]) -> Iterator[Image.Imag
 
     try:
         decoder = VideoDecoder(str(file), dimension_order="NHWC", num_ffmpeg_threads=1)
-        first, end = decoder.metadata.begin_stream_seconds, decoder.metadata.end_stream_seconds
+        about = decoder.metadata
+        first, end = about.begin_stream_seconds, about.end_stream_seconds
+        if about.num_frames_from_header != about.num_frames_from_content:
+            _require_length(file, end - first, PROMISED * (about.duration_seconds_from_header or 0))
         for instant in instants:
             frame = decoder.get_frame_played_at(first + instant * (end - first))
             yield Image.fromarray(frame.data.numpy())
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+    except (RuntimeError, ValueError, IndexError, TypeError, MemoryError) as error:
         raise ImageError(file, _reason(error)) from error
 
 
@@ -157,7 +181,7 @@ def _by_pyav(file: Path, instants: Sequence[float]) -> Iterator[Image.Image]:
             yield from _decoded(file, container, packets, wanted)
     except ImageError:
         raise
-    except (av.FFmpegError, OSError, ValueError) as error:
+    except (av.FFmpegError, OSError, ValueError, TypeError, MemoryError) as error:
         raise ImageError(file, _reason(error)) from error
 
 
@@ -199,12 +223,18 @@ def _packets(file: Path, container: Any) -> _Packets:  # noqa: ANN401 - PyAV's c
     starts.sort()
     usual = float(np.median(np.diff(starts))) if len(starts) > 1 else 1.0  # of the last, where it says none
     timeline = _Timeline(starts, max(end, starts[-1] + usual))
-    there = (timeline.end - starts[0]) * float(track.time_base)
-    if len(starts) != track.frames and there < (promised := _promised(container, track)):
+    if len(starts) != track.frames:
+        there = (timeline.end - starts[0]) * float(track.time_base)
+        _require_length(file, there, _promised(container, track))
+    return _Packets(tuple(starts), tuple(sorted(keys)), timeline)
+
+
+def _require_length(file: Path, there: float, promised: float) -> None:
+    """Seconds of pictures that are there, and that the header promises at least."""
+    if there < promised:
         raise ImageError(
             file, f"cut short: pictures end after {there:.1f} s, expected {promised:.1f} s or more"
         )
-    return _Packets(tuple(starts), tuple(sorted(keys)), timeline)
 
 
 def _promised(container: Any, track: Any) -> float:  # noqa: ANN401 - PyAV's container and its track

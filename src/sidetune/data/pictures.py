@@ -100,7 +100,8 @@ def decoded(
     pool: ThreadPoolExecutor,
     animated: list[Path] | None = None,
     *,
-    fewest: int = 1,
+    call_size: int | None = None,
+    together: int = 1,
 ) -> Iterator[tuple[int, Tensor, dict[int, str]]]:
     """Micro-batches of preprocessed pictures, the next one decoded while this one is used.
 
@@ -112,7 +113,8 @@ def decoded(
         preprocess: what the backbone reads.
         pool: decodes.
         animated: the files of which only the first frame or page is used are added to it, in any order.
-        fewest: pictures, or spans, of a batch that is not the last, where `MICRO_BATCH` are fewer.
+        call_size: pictures, or spans, of a batch; None: about `MICRO_BATCH`.
+        together: pictures that follow one another and are in one batch, whatever its size.
 
     Yields:
         The first picture's index, images (b, 3, size, size) or spans (b, T, 3, size, size), and slot ->
@@ -122,7 +124,7 @@ def decoded(
     def begun(batch: Sequence[Picture]) -> list[Future[list[Loaded | ImageError]]]:
         return [pool.submit(load_pictures, of_file, preprocess) for of_file in by_file(batch)]
 
-    size = batch_size(pictures, fewest)
+    size = batch_size(pictures, call_size, together)
     batches = [pictures[first : first + size] for first in range(0, len(pictures), size)]
     files = len(list(by_file(batches[0]))) if batches else 1
     depth = -(-DECODERS // files)
@@ -133,8 +135,8 @@ def decoded(
         ahead.extend(map(begun, islice(waiting, depth - len(ahead))))
         bad = {slot: item.reason for slot, item in enumerate(current) if isinstance(item, ImageError)}
         view = batch[0].view
-        together = (view.frames,) if isinstance(view, Span) else ()
-        blank = torch.zeros(*together, 3, preprocess.size, preprocess.size)
+        shape = (view.frames, 3) if isinstance(view, Span) else (3,)
+        blank = torch.zeros(*shape, preprocess.size, preprocess.size)
         images = torch.stack([blank if isinstance(item, ImageError) else item.pixels for item in current])
         if animated is not None:
             of_batch = zip(batch, current, strict=True)
@@ -142,13 +144,21 @@ def decoded(
         yield index * size, images, bad
 
 
-def batch_size(pictures: Sequence[Picture], fewest: int = 1) -> int:
-    """Pictures of a batch: no fewer than `MICRO_BATCH` and `fewest`, and whole clips of their frames.
+def batch_size(pictures: Sequence[Picture], call_size: int | None = None, together: int = 1) -> int:
+    """Pictures of a batch: whole clips of their frames, where a call's size is not exceeded by that.
 
-    A span, which is one of `fewest`, counts as its frames among `MICRO_BATCH`, and a batch has no more.
+    A span, which is one of a call's size, counts as its frames among `MICRO_BATCH`.
+
+    Args:
+        pictures: all of them.
+        call_size: pictures, or spans, that a batch should have; None: about `MICRO_BATCH`.
+        together: pictures that follow one another and are in one batch, whatever its size.
     """
-    size, view = max(MICRO_BATCH, fewest), pictures[0].view if pictures else PLAIN
+    view = pictures[0].view if pictures else PLAIN
     if isinstance(view, Span):
-        return max(1, MICRO_BATCH // view.frames, fewest)
-    frames = len(next(by_file(pictures), [])) if isinstance(view, Frame) else 1
-    return -(-size // frames) * frames
+        return call_size or max(1, MICRO_BATCH // view.frames)
+    frames = len(next(by_file(pictures), [])) if isinstance(view, Frame) else together
+    if call_size is None:
+        return -(-MICRO_BATCH // frames) * frames
+    whole = frames if frames <= call_size else together
+    return max(1, call_size // whole) * whole
