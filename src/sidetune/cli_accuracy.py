@@ -16,6 +16,8 @@ from sidetune.usage import (
     RECIPE,
     BackboneName,
     Device,
+    Frames,
+    FramesStored,
     Json,
     Out,
     Quiet,
@@ -141,6 +143,8 @@ def bench_accuracy(
     backbone: BackboneName = "demo",
     size: Size = None,
     weights: Weights = None,
+    frames: Frames = None,
+    frames_stored: FramesStored = None,
     stores: Stores = None,
     reveal: Reveal = False,
     looks: Looks = LOOKS,
@@ -159,7 +163,9 @@ def bench_accuracy(
         check_picture(picture)
     options = _Options(out, methods, against, seeds, grid_size, epochs, settings, minutes)
     request = replace(
-        options.request(find_tasks(data, columns(tasks)), _build(backbone, size, weights)),
+        options.request(
+            find_tasks(data, columns(tasks)), _build(backbone, size, weights, (frames, frames_stored))
+        ),
         equal_time=not no_equal_time,
         shots=_counts(shots),
         also=tuple(Path(one) for one in columns(also_test) or ()),
@@ -262,9 +268,14 @@ class _Options:
         )
 
 
-def _build(backbone: str, size: int | None, weights: str | None) -> Callable[[list[str]], Any]:
-    """Settings -> the recipe that all methods share."""
-    return partial(build_recipe, backbone, size, weights, task="classify", labels=None)
+def _build(
+    backbone: str,
+    size: int | None,
+    weights: str | None,
+    clips: tuple[int | None, int | None] = (None, None),
+) -> Callable[[list[str]], Any]:
+    """Settings -> the recipe that all methods share; of clips the frames that are read, and stored."""
+    return partial(build_recipe, backbone, size, weights, task="classify", labels=None, clips=clips)
 
 
 def _counts(text: str | None) -> tuple[int, ...]:

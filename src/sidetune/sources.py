@@ -200,7 +200,8 @@ class LiveSource(Source):
     ) -> None:
         self.files = [dataset.file(row) for row in range(len(dataset))]
         self.keys = [""] * len(dataset) if keys is None else list(keys)
-        assert reading.stored == (PLAIN,) or keys is not None, "crops are drawn from the sample keys"
+        drawn = reading.frames is None and reading.stored != (PLAIN,)
+        assert not drawn or keys is not None, "crops are drawn from the sample keys"
         self.backbone, self.reading = backbone, reading
         self.dtype: DTypeName = dtype
         self._giving = backbone.giving(DTYPES[dtype])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from accuracy_requests import BASE, frozen, hashes, of, request
+from clips import make_clips
 from sidetune import build_backbone, cli
 from sidetune.backbones.base import Backbone
 from sidetune.backbones.hooked import HookedBackbone
@@ -263,6 +264,29 @@ def test_a_backbone_that_gives_no_pixels_is_refused_before_anything_is_written(s
     with pytest.raises(BackboneError, match=r"reads the taps that it was built with, .* and got image"):
         bench_accuracy(asked)
     assert not (tmp_path / "out").exists()
+
+
+def test_clips_train_side_networks_and_baselines_alike(tmp_path):
+    """Of full fine-tuning frames are decoded for each batch, of all others they are stored."""
+    clips, other = make_clips(tmp_path / "clips"), make_clips(tmp_path / "other")
+    for file in sorted(other.glob("*/*.mkv")):
+        file.write_bytes(file.read_bytes() + b"another clip")
+    asked = request(
+        clips,
+        tmp_path,
+        "ridge,losa,stadapter,full",
+        settings=("clips.frames=2", "clips.stored=4", "train.lr=1e-2", "train.epochs=8"),
+        seeds=1,
+        grid_size=1,
+        equal_time=False,
+        also=(other,),
+    )
+    report = bench_accuracy(asked)
+    counts = {one.method: one.cost["parameters"] for one in report.outcomes if one.method != "ridge"}
+    assert all(counts.values()) and len(counts) == 3
+    assert all(of(report, "clips", method).val > 0.6 for method in ("ridge", "losa", "stadapter", "full"))
+    stored = json.loads(next((tmp_path / "stores").glob("*/plan.json")).read_text())
+    assert "frame0of4" in json.dumps(stored), "frames are what is stored"
 
 
 @pytest.fixture(scope="module")

@@ -167,8 +167,6 @@ def _check(request: Request) -> None:
         raise RequestError(
             f"--also-test is for one task, got {len(request.tasks)}. Type: --tasks {request.tasks[0].name}"
         )
-    if request.base.clips.frames is not None:
-        raise RequestError("clips.frames is given, and bench accuracy is for images. Leave it out")
     if request.base.train.select == "best":
         raise RequestError(
             "train.select is 'best', and the protocol takes the last epoch. Leave it at 'last'"

@@ -235,7 +235,7 @@ def _unlearned(ground: Ground, path: Path, keys: Sequence[str], rows: Rows) -> R
 
 
 def _classes_of(path: Path, recipe: Recipe) -> Dataset:
-    dataset = load_dataset(path, **recipe.data.arguments())
+    dataset = load_dataset(path, **recipe.data_arguments())
     if dataset.task != "classify":
         raise DataError(f"{path} has numbers or labels to learn, expected classes. Type: sidetune fit")
     return dataset
@@ -257,7 +257,8 @@ def _ground(folder: TaskFolder, job: Job, keys: Sequence[str]) -> Ground:
 
 
 def _live(job: Job, keys: Sequence[str], backbone: Backbone) -> Job:
-    source = LiveSource(job.dataset, backbone, keys=keys or None, quiet=job.quiet)
+    reading = job.recipe.reading(backbone.frames)
+    source = LiveSource(job.dataset, backbone, keys=keys or None, reading=reading, quiet=job.quiet)
     return replace(job, backbone=backbone, source=source, summary=source.summary())
 
 
