@@ -181,7 +181,7 @@ def test_torchcodec_refuses_what_is_cut_short(tmp_path):
     assert len(list(decoders._by_torchcodec(file, MIDDLES))) == len(MIDDLES)
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ImageError, match=r"cut short: pictures end|not a video that is read, or damaged"):
+    with pytest.raises(ImageError, match="avi: cut short: pictures end after"):
         list(decoders._by_torchcodec(file, MIDDLES))
 
 

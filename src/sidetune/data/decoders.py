@@ -166,6 +166,8 @@ def _by_torchcodec(file: Path, instants: Sequence[float]) -> Iterator[Image.Imag
         for instant in instants:
             frame = decoder.get_frame_played_at(first + instant * (end - first))
             yield Image.fromarray(frame.data.numpy())
+    except ImageError:
+        raise
     except (RuntimeError, ValueError, IndexError, TypeError, MemoryError) as error:
         raise ImageError(file, _reason(error)) from error
 
