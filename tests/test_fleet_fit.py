@@ -277,6 +277,27 @@ def test_a_table_with_folds_and_no_splits_is_tested_by_its_folds_alone(ensemble,
     assert evaluate_run(run.folder, table, split="all").evaluation.num_samples == len(rows)
 
 
+def test_a_run_without_test_images_says_what_can_be_scored(image_folder, tmp_path):
+    recipe = toy_recipe("losa", "data.test_fraction=0")
+    run = fit(image_folder, out=tmp_path / "run", recipe=recipe, store=tmp_path / "store", quiet=True)
+    with pytest.raises(DataError, match=r"report scores its validation samples.* type: --split val"):
+        evaluate_run(run.folder, image_folder)
+    assert evaluate_run(run.folder, image_folder, split="val").evaluation.num_samples > 0
+
+
+def test_a_faulty_column_of_folds_is_refused_wherever_its_row_is_drawn(ensemble, tmp_path):
+    rows = read_csv(ensemble.table)
+    for number, row in enumerate(rows):
+        row.pop("split")
+        row["fold"] = str(number // 2 % 3)
+    shutil.copytree(ensemble.table.parent / "images", tmp_path / "data" / "images")
+    for faulty in range(0, len(rows), 7):
+        cells = [row | {"fold": "" if number == faulty else row["fold"]} for number, row in enumerate(rows)]
+        table = write_table(tmp_path / "data" / "table.csv", cells)
+        with pytest.raises(DataError, match=r"fold is empty for 1 of 60 rows"):
+            fit(table, out=tmp_path / "run", recipe=fleet_recipe(None, folds="column"), store=ensemble.store)
+
+
 def test_drawn_folds_say_that_a_column_is_there_and_leave_groups_whole(
     ensemble, tmp_path, monkeypatch, capsys
 ):

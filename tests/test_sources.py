@@ -8,6 +8,7 @@ import torch
 
 from sidetune import sources
 from sidetune.backbones import build_backbone
+from sidetune.backbones.base import Backbone
 from sidetune.data import load_dataset, pictures
 from sidetune.errors import RequestError, StoreError
 from sidetune.extract import extract, sample_keys
@@ -55,6 +56,32 @@ def test_a_live_feature_is_rounded_as_the_store_rounds_it(image_folder, tmp_path
         assert torch.equal(got, expected)
     for got, expected in zip(live.summary().mean, stored.summary().mean, strict=True):
         assert torch.equal(got, expected)
+
+
+class Own(Backbone):
+    """What a user has to write: it reads the taps that it was built with."""
+
+    def __init__(self, inner):
+        self.inner = inner
+        for name in ("spec", "preprocess", "identity", "variant", "norm", "device"):
+            setattr(self, name, getattr(inner, name))
+
+    def __call__(self, images):
+        return self.inner(images)
+
+    def to(self, device):
+        return self
+
+
+def test_a_backbone_of_ones_own_trains_live_and_need_not_leave_out_taps(image_folder):
+    dataset, toy = load_dataset(image_folder), build_backbone("toy")
+    live = LiveSource(dataset, Own(toy), quiet=True)
+    expected = LiveSource(dataset, toy, quiet=True).features([3, 1])
+    for got, wanted in zip(live.features([3, 1]).layers, expected.layers, strict=True):
+        assert torch.equal(got, wanted)
+    last = live.spec.select([live.spec.names[-1]])
+    (got,) = live.features([3, 1], last).layers
+    assert torch.equal(got, expected.layers[-1])
 
 
 def test_a_live_feature_that_the_type_cannot_hold_is_refused(image_folder):

@@ -52,6 +52,7 @@ from sidetune.summary import summarise
 SHARD_BYTES = 256 * 2**20
 SHARD_RECORDS = 1024  # small features: a shard is still lost in seconds, not minutes
 DISK_LIMIT = 0.90  # of the disk, after the store is written
+DISK_SHARE = 0.10  # of what is free on a disk fuller than that: a small store fills no disk
 UNREADABLE = "unreadable"  # stands for the sha256 of a file that cannot be read
 
 
@@ -90,7 +91,7 @@ def extract(  # noqa: PLR0913 - what, where, how; each has its option on the com
         DataError: `strict`, and images cannot be read.
         RequestError: the folder holds something that is no store.
         StoreError: the folder holds another backbone's features, another dtype or fewer taps, the disk
-            would fill past 90 %, the features overflow the dtype, or a damaged shard cannot be mended.
+            would fill (`disk_room`), the features overflow the dtype, or a damaged shard cannot be mended.
     """
     keys = sample_keys(dataset) if keys is None else keys
     pictures = {
@@ -114,11 +115,8 @@ def skipped_samples(store: Store, keys: Sequence[str], views: Sequence[AnyView])
         keys: of the samples.
         views: of every sample.
     """
-    return {
-        key.rpartition("@")[0]: store.skipped[bad[0]]
-        for key in keys
-        if (bad := [view.key(key) for view in views if view.key(key) in store.skipped])
-    }
+    rows = store.skipped_rows([[view.key(key) for key in keys] for view in views])
+    return {keys[row].rpartition("@")[0]: reason for row, reason in sorted(rows.items())}
 
 
 def require_readable(skipped: Sequence[str], where: str = "") -> None:
@@ -247,21 +245,28 @@ def _plan(folder: Path, backbone: Backbone, dtype: DTypeName, pictures: Mapping[
     missing = sorted({key for key in keys if key not in held}, key=place_by_hash)
     size = max(backbone.call_size or 1, min(SHARD_RECORDS, SHARD_BYTES // plan.record_bytes))
     view = pictures[missing[0]].view if missing else PLAIN
-    together = view.count if isinstance(view, Frame) else 1  # a clip that lies in two shards is decoded twice
-    # which costs less than what is in memory of a clip whose frames are more than a call
-    size = size - size % together or (together if backbone.call_size is None else size)
+    together = view.count if isinstance(view, Frame) else 1
+    whole = size - size % together  # a clip that lies in two shards is decoded twice,
+    size = whole or (together if backbone.call_size is None else size)  # but a call has its size
     new = tuple(tuple(missing[first : first + size]) for first in range(0, len(missing), size))
     return replace(plan, shards=plan.shards + new)
+
+
+def disk_room(folder: Path) -> int:
+    """Bytes that features may take: up to 90 % of a folder's disk, or a tenth of what is free, if more."""
+    disk = shutil.disk_usage(folder)
+    return max(int(DISK_LIMIT * (disk.used + disk.free)) - disk.used, int(DISK_SHARE * disk.free))
 
 
 def _check_disk(folder: Path, plan: Plan, todo: Sequence[int], quiet: bool) -> None:
     """Say how many bytes will be written, and refuse where they would fill the disk."""
     needed = sum(len(plan.shards[number]) for number in todo) * plan.record_bytes
-    disk = shutil.disk_usage(folder)
-    if todo and disk.used + needed > DISK_LIMIT * (disk.used + disk.free):
+    room = disk_room(folder)
+    if todo and needed > room:
+        free = shutil.disk_usage(folder).free
         raise StoreError(
-            f"the store needs {needed / 2**20:,.1f} MiB more and {folder} has {disk.free / 2**20:,.1f} MiB "
-            "free; sidetune does not fill a disk past 90 %. "
+            f"the store needs {needed / 2**20:,.1f} MiB more; of {free / 2**20:,.1f} MiB free at {folder} "
+            f"it may take {room / 2**20:,.1f} (up to 90 % of the disk, or a tenth of what is free). "
             "Type: --live, or --set features.dtype=fp16, or a smaller --size"
         )
     if todo:
@@ -280,7 +285,6 @@ def _write_shards(
 ) -> None:
     total = sum(map(len, plan.shards))
     done = total - sum(len(plan.shards[number]) for number in todo)
-    giving = backbone.giving(DTYPES[plan.dtype])
     with (
         Progress("extract", total, "images", done=done, quiet=quiet) as progress,
         ThreadPoolExecutor(DECODERS) as pool,
@@ -293,7 +297,7 @@ def _write_shards(
             batches = decoded(shown, backbone.preprocess, pool, animated, call_size=backbone.call_size)
             for first, images, bad in batches:
                 reasons |= {first + slot: reason for slot, reason in bad.items()}
-                parts.append(_stored(images, backbone, giving, plan))
+                parts.append(_stored(images, backbone, plan))
                 progress.advance(len(images))
             _check_unchanged(folder, shown, pool)
             tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -328,10 +332,10 @@ def _digest(file: Path) -> str:
     return key_of(file, file).rpartition("@")[2]
 
 
-def _stored(images: Tensor, backbone: Backbone, giving: Backbone, plan: Plan) -> dict[str, Tensor]:
+def _stored(images: Tensor, backbone: Backbone, plan: Plan) -> dict[str, Tensor]:
     """A micro-batch's tensors as a shard holds them. The summary is of the rounded features."""
     with torch.inference_mode():
-        features = run_rounded(images, backbone, giving, plan.dtype).to("cpu")
+        features = run_rounded(images, backbone, plan.dtype).to("cpu")
     summary = summarise(features)
     tensors = dict(zip(plan.spec.names, features.layers, strict=True))
     tensors |= {
@@ -341,13 +345,12 @@ def _stored(images: Tensor, backbone: Backbone, giving: Backbone, plan: Plan) ->
     return tensors | {"summary.mean_square": summary.mean_square}
 
 
-def run_rounded(images: Tensor, backbone: Backbone, giving: Backbone, dtype: DTypeName) -> Features:
+def run_rounded(images: Tensor, backbone: Backbone, dtype: DTypeName) -> Features:
     """Features of images in a store's type, rounded as soon as each is there: memory is theirs.
 
     Args:
         images: of a call.
         backbone: that reads them.
-        giving: the same, `Backbone.giving` that type.
         dtype: to round to.
 
     Raises:
@@ -355,7 +358,7 @@ def run_rounded(images: Tensor, backbone: Backbone, giving: Backbone, dtype: DTy
     """
     precision = backbone.variant.precision
     try:
-        return rounded(giving(images), dtype, precision)
+        return rounded(backbone.giving(DTYPES[dtype])(images), dtype, precision)
     except StoreError:  # what was rounded does not say which of the two it was
         return rounded(backbone(images), dtype, precision)
 

@@ -178,7 +178,7 @@ def _with_own_folds(recipe: Recipe, data: Path) -> tuple[Recipe, tuple[Dataset, 
     if asked is not None and data.is_file():  # a folder has none
         nothing = {"val_fraction": 0.0, "test_fraction": 0.0, "to_train": False}
         whole = load_datasets(data, **recipe.data_arguments() | nothing)
-        own = own_folds(_by_column(recipe, whole))
+        own = own_folds(_by_column(recipe, whole), must=asked == "column")
         if own and asked in ("column", own):
             data_of, fleet = recipe.data, recipe.fleet.model_copy(update={"folds": "column"})
             if not (whole[0].split == "test").any():

@@ -18,7 +18,7 @@ from PIL import __version__ as pillow_version
 from sidetune.data.decoders import decoding
 from sidetune.doctor import Check
 from sidetune.errors import SidetuneError
-from sidetune.extract import DISK_LIMIT
+from sidetune.extract import disk_room
 from sidetune.figures import size
 from sidetune.store import stores_root
 
@@ -217,14 +217,16 @@ def _standing(folder: Path) -> Path:
 
 def _disk() -> Check:
     root = stores_root()
-    disk = shutil.disk_usage(_standing(root))
-    room = int(DISK_LIMIT * (disk.used + disk.free) - disk.used)
-    facts = {"stores": str(root), "free": disk.free, "room": max(0, room)}
-    found = f"{size(disk.free)} free at {root}; features may take {size(max(0, room))}"
-    if room <= 0:
+    standing = _standing(root)
+    free, room = shutil.disk_usage(standing).free, disk_room(standing)
+    facts = {"stores": str(root), "free": free, "room": room}
+    found = f"{size(free)} free at {root}; features may take {size(room)}"
+    if not room:
         fix = "export SIDETUNE_STORES=/another/disk, or fit with --live"
-        return Check("disk", "disk", "bad", f"{found}: it is 90 % full, and no store is begun", fix, facts)
-    return Check("disk", "disk", "ok", f"{found} (up to 90 % of the disk)", facts=facts)
+        return Check("disk", "disk", "bad", f"{found}: it is full, and no store is begun", fix, facts)
+    return Check(
+        "disk", "disk", "ok", f"{found} (up to 90 % of the disk, or a tenth of what is free)", facts=facts
+    )
 
 
 def _writable() -> Check:

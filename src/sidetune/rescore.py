@@ -206,9 +206,11 @@ def _choose_split(
         return drawn, cast(Split, split)
     own = drawn.fingerprint(keys(drawn)) == artifact.data
     if own and not recipe.test_fraction:
+        folds = artifact.recipe.fleet.folds is not None
+        held = "scores what each network held out" if folds else "scores its validation samples"
         raise DataError(
-            f"{data} is what the run was fitted on, and no split of it is test: the run's report scores what "
-            "each network held out. Give other samples, or type: --split all"
+            f"{data} is what the run was fitted on, and no split of it is test: the run's report {held}. "
+            f"Give other samples, or type: --split {'all' if folds else 'val'}"
         )
     return (drawn, "test") if own else (whole, "all")
 

@@ -22,7 +22,7 @@ from sidetune.data.dataset import Dataset
 from sidetune.data.pictures import DECODERS, Picture, decoded, load_pictures
 from sidetune.data.reading import IMAGES, Reading
 from sidetune.data.views import PLAIN
-from sidetune.errors import ImageError, SidetuneError
+from sidetune.errors import BackboneError, ImageError, SidetuneError
 from sidetune.extract import run_rounded
 from sidetune.features import Features, FinalNorm, Spec
 from sidetune.progress import Progress
@@ -131,12 +131,7 @@ class StoredSource(Source):
             store.require(view_keys)
         self.spec = reading.spec(store.plan.spec if spec is None else store.plan.spec.select(spec.names))
         self.final_norm = store.final_norm
-        self.skipped = {
-            row: store.skipped[key]
-            for view_keys in reversed(self.keys)  # what is said of the image itself comes last, and stays
-            for row, key in enumerate(view_keys)
-            if key in store.skipped
-        }
+        self.skipped = store.skipped_rows(self.keys)
         self.valid = np.array([row not in self.skipped for row in range(len(keys))], dtype=bool)
         self.animated = tuple(row for row, key in enumerate(keys) if key in store.animated)
 
@@ -220,7 +215,7 @@ class LiveSource(Source):
         chosen = [views] * len(rows) if isinstance(views, int) else views
         pictures = [one for row, view in zip(rows, chosen, strict=True) for one in self._pictures(row, view)]
         spec = self.spec if spec is None else self.spec.select(spec.names)
-        backbone, whole = self._giving.reading(spec.names), list[Tensor]()
+        backbone, whole = self._reading(spec.names), list[Tensor]()
         for first, images, bad in self._decoded(pictures):
             for slot, reason in bad.items():
                 if self.valid[rows[(first + slot) // self.reading.together]]:
@@ -238,6 +233,15 @@ class LiveSource(Source):
                 into[at : at + len(layer)] = layer
             del part, layer  # before the next part is there, too
         return Features(tuple(whole), spec)
+
+    def _reading(self, taps: Sequence[str]) -> Backbone:
+        """The backbone with these taps alone where it can leave others out, or as it is."""
+        if tuple(taps) == self.backbone.spec.names:
+            return self._giving
+        try:
+            return self._giving.reading(taps)
+        except BackboneError:
+            return self._giving
 
     def summary(self, view: int = 0) -> Summary:
         """See `Source.summary`. Another view than the first costs a pass when it is first asked for."""
@@ -268,7 +272,7 @@ class LiveSource(Source):
                 for first, images, bad in self._decoded(pictures, animated):
                     self.skipped |= {(first + slot) // together: reason for slot, reason in bad.items()}
                     with torch.no_grad():
-                        features = run_rounded(images, self.backbone, self._giving, self.dtype)
+                        features = run_rounded(images, self.backbone, self.dtype)
                     progress.advance(len(images))
                     yield summarise(self.reading.joined(features).to("cpu"))
 

@@ -185,6 +185,19 @@ class Store:
         records = Records(folder, plan.spec, DTYPES[plan.dtype], counts, entries)
         return cls(folder, plan, skipped, frozenset(animated), slots, records)
 
+    def skipped_rows(self, keys: Sequence[Sequence[str]]) -> dict[int, str]:
+        """Row -> why a record of it is not valid, as its first view that is not has it.
+
+        Args:
+            keys: of each view, those of all rows.
+        """
+        return {
+            row: self.skipped[key]
+            for of_view in reversed(keys)
+            for row, key in enumerate(of_view)
+            if key in self.skipped
+        }
+
     @property
     def num_records(self) -> int:
         """Samples in the store, quarantined ones included."""

@@ -122,7 +122,7 @@ def test_streamed_is_the_model_in_memory_bit_for_bit(folders, family, precision,
     one_by_one = build_backbone(NAME, weights=folders[family], precision=precision, runtime="streamed")
     alone = torch.cat([whole(image[None])["block.2"] for image in images])
     assert torch.equal(one_by_one(images)["block.2"], alone), "a micro-batch of one clip"
-    assert not list(streamed._stream.template.parameters()), "of blocks two slots alone are held"
+    assert not list(streamed._stream.template.parameters()), "of blocks a slot alone is held"
     assert streamed.call_size > 1 and whole.call_size is None
 
 
@@ -149,6 +149,13 @@ def test_frames_of_a_clip_share_a_batch_where_a_call_has_room(stored, together, 
     frames = [Frame(number, stored) for number in range(stored)]
     shown = [Picture(Path(f"{clip}.mp4"), frame, "") for clip in range(9) for frame in frames]
     assert batch_size(shown, call_size, together) == expected
+
+
+def test_what_fits_into_one_call_is_not_read_in_two():
+    frames = [Picture(Path("a.mp4"), Frame(number, 11), "") for number in (8, 9, 10)]
+    frames += [Picture(Path("b.mp4"), Frame(number, 11), "") for number in range(5)]
+    assert batch_size(frames, 8) == 8 and batch_size(frames[:5], 8) == 5
+    assert batch_size([], 8) > 0
 
 
 def test_a_streamed_checkpoint_in_pieces_with_its_heads(folders, tmp_path):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from accuracy_requests import BASE, frozen, hashes, of, request
 from clips import make_clips
@@ -14,9 +15,9 @@ from sidetune.backbones.hooked import HookedBackbone
 from sidetune.bench.accuracy import bench_accuracy
 from sidetune.bench.accuracy import ledger as ledger_module
 from sidetune.bench.accuracy.grid import parse_methods
-from sidetune.bench.accuracy.ground import Opening, add_test, open_ground
+from sidetune.bench.accuracy.ground import Opening, add_test, live_ground, open_ground
 from sidetune.bench.accuracy.picture import apart, draw, pareto, points
-from sidetune.bench.accuracy.tasks import find_tasks
+from sidetune.bench.accuracy.tasks import TaskFolder, find_tasks
 from sidetune.errors import ArtifactError, BackboneError, DataError, RecipeError, RequestError
 from sidetune.recipe import Recipe
 from vtab_tasks import make_suite, make_task, read_list, write_list
@@ -384,6 +385,36 @@ def test_images_that_are_learned_from_are_not_answered_for_elsewhere(image_folde
         (copy / file.parent.name / f"copied-{file.name}").unlink()
     with pytest.raises(DataError, match=r"all of its \d+ images are learned from"):
         add_test(ground, copy, how)
+
+
+def test_images_are_not_drawn_across_folds(image_folder, tmp_path):
+    files = sorted(image_folder.rglob("*.png"))
+    rows = [f"{file},{file.parent.name},{number % 5}" for number, file in enumerate(files)]
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(["path,label,fold", *rows]) + "\n")
+    how = Opening(Recipe.build(BASE), tmp_path / "out", tmp_path / "stores", quiet=True)
+    with pytest.raises(DataError, match=r"Name it 'group', which keeps them whole, or add a column 's"):
+        open_ground(TaskFolder(table), build_backbone("toy"), how)
+    table.write_text("\n".join(["path,label,group", *rows]) + "\n")
+    ground = open_ground(TaskFolder(table), build_backbone("toy"), how)
+    split = ground.job.split
+    groups = [set(ground.job.dataset.group[split[name]]) for name in ("train", "val", "test")]
+    assert sum(map(len, groups)) == 5 and len(ground.choosing.folds) == 5 - len(groups[2])
+
+
+def test_another_data_set_answers_live_where_views_are_drawn_from_keys(image_folder, tmp_path):
+    copy = shutil.copytree(image_folder, tmp_path / "copy")
+    for file in copy.rglob("*.png"):
+        file.write_bytes(file.read_bytes() + b"another")
+    recipe = Recipe.build(BASE, ["features.views=2"])
+    how = Opening(recipe, tmp_path / "out", tmp_path / "stores", quiet=True)
+    backbone = build_backbone("toy")
+    ground = add_test(open_ground(find_tasks(image_folder)[0], backbone, how), copy, how)
+    own = live_ground(ground, backbone).tests["copy"]
+    stored = ground.tests["copy"].job.source
+    rows = own.rows[:3].tolist()
+    for got, wanted in zip(own.job.source.features(rows).layers, stored.features(rows).layers, strict=True):
+        torch.testing.assert_close(got, wanted.float(), atol=2e-2, rtol=1e-2)
 
 
 def test_a_picture_is_drawn_of_costs_and_curves(curves, hidden, tmp_path):

@@ -50,16 +50,19 @@ def check(lines, chosen=2.0):
         assert len(line["took_seconds"]) == len(line["epochs"]) and min(line["took_seconds"]) > 0
         assert line["lr_chosen_at_minutes"] == chosen and 0 <= line["value"] <= 1
         assert len(line["recipe"]) == 64 and line["metric"] == "accuracy" and line["peak_bytes"] > 10**7
-    assert {line["method"] for line in lines} == {"DINOv2-S, LoSA", "EfficientNet-Lite0, full"}
+    alone = [line for line in lines if not line["ridge"]]
+    assert {line["method"] for line in alone} == {"DINOv2-S, LoSA", "EfficientNet-Lite0, full"}
     assert {line["seed"] for line in lines} == {0, 1}
 
 
 def test_both_train_for_the_epochs_that_fit(script, tmp_path, monkeypatch):
     lines = lines_of(script, monkeypatch, tmp_path, make_folder(tmp_path / "data", 2, 40))
     check(lines)
-    assert [line["minutes"] for line in lines] == [2.0] * 4, (
-        "a line a contender and seed, where an epoch fits"
+    assert [line["minutes"] for line in lines] == [2.0] * 6, (
+        "a line a contender and seed, where an epoch fits, and another of LoSA with ridge's share"
     )
+    with_ridge = [line for line in lines if line["method"] == "DINOv2-S, LoSA, with ridge's share"]
+    assert [line["seed"] for line in with_ridge] == [0, 1]
 
 
 def test_clips_answer_for_the_fold_that_they_did_not_see(script, tmp_path, monkeypatch):
@@ -81,6 +84,13 @@ def test_clips_without_rates_and_images_with_them_are_refused(script, tmp_path, 
     for words in (["--frames", "2"], ["--lr", "losa=1e-3,full=1e-4"]):
         with pytest.raises(SystemExit, match="clips in folds need rates, images choose"):
             lines_of(script, monkeypatch, tmp_path, tmp_path, *words)
+
+
+@pytest.mark.parametrize("rates", ["losa=1e-3", "1e-3", "losa=1e-3,full=3e-4,lora=1e-3"])
+def test_a_rate_too_few_or_too_many_names_what_to_type(script, tmp_path, monkeypatch, capsys, rates):
+    with pytest.raises(SystemExit):
+        lines_of(script, monkeypatch, tmp_path, tmp_path, "--lr", rates)
+    assert f"got {rates}, expected both rates. Type: --lr losa=1e-3,full=3e-4" in capsys.readouterr().err
 
 
 def test_full_fine_tuning_begins_at_the_model_itself(script):

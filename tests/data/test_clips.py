@@ -10,6 +10,7 @@ from sidetune.data import decoders
 from sidetune.data.clips import CLIP_SUFFIXES, Frame, frames_at, is_clip, middle_frame
 from sidetune.data.dataset import sample_key
 from sidetune.data.decoders import frame_files
+from sidetune.data.folders import list_images
 from sidetune.data.preprocess import open_image
 from sidetune.errors import ImageError, SidetuneError
 
@@ -159,6 +160,19 @@ def test_still_webps_are_frames_and_moving_ones_are_clips(tmp_path):
     assert not is_clip(tmp_path / "moving") and is_clip(tmp_path / "moving" / "a.webp")
     (tmp_path / "still" / "0.webp").write_bytes(b"")
     assert reason(tmp_path / "still", [0.0]) == "0.webp: the file is empty"
+    (tmp_path / "moving" / "0.webp").write_bytes(b"")
+    assert not is_clip(tmp_path / "moving"), "the first that opens says what they are"
+
+
+def test_a_clip_of_webp_frames_is_listed_once(tmp_path):
+    for number in range(3):
+        file = tmp_path / "a" / "one" / f"{number}.webp"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        grey(9).save(file, lossless=True)
+    write_gif(tmp_path / "a" / "two.gif", [grey(1), grey(2)], [100, 100])
+    found = [tmp_path / "a" / "one", tmp_path / "a" / "two.gif"]
+    assert list_images([tmp_path], clips=True) == found
+    assert list_images([tmp_path / "a" / "one"], clips=True) == found[:1]
 
 
 def test_an_animation_of_giant_pictures_is_refused(tmp_path):
@@ -251,3 +265,6 @@ def test_what_is_a_clip(tmp_path):
     assert is_clip(folder)
     write_video(folder / "session.mp4", [grey(1)])
     assert not is_clip(folder), "its pictures may be a cover, and the video would be lost"
+    animated = write_frames(tmp_path / "animated", [grey(1)])
+    write_gif(animated / "0.gif", [grey(1), grey(2)], [100, 100])
+    assert not is_clip(animated), "and so would an animation"

@@ -60,7 +60,7 @@ def write_order_set(root: Path, scenes: dict[str, int], seed: int = 0) -> None:
             segments = draw_scene(f"{seed}/{split}/{scene}")
             for order in ORDERS:
                 _write_clip(root / split / order_name(order) / f"{scene:05d}", segments, order)
-    write_json(mark, about)
+    begun.replace(mark)
 
 
 def _write_clip(folder: Path, segments: Sequence[Sequence[Image.Image]], order: Sequence[int]) -> None:

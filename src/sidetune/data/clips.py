@@ -115,10 +115,11 @@ class Span:
 
 
 def is_clip(file: Path) -> bool:
-    """Whether a path is a clip's by its ending, or a folder that holds frames and no video beside them."""
+    """Whether a path is a clip's by its ending, or a folder of frames, no video or animation among them."""
     if file.is_dir():
-        moving = any(one.suffix.lower() in VIDEOS for one in file.iterdir() if not one.name.startswith("."))
-        return not moving and bool(frame_files(file))
+        frames = frame_files(file)
+        others = {one for one in file.iterdir() if not one.name.startswith(".")}.difference(frames)
+        return bool(frames) and not any(one.suffix.lower() in CLIP_SUFFIXES for one in others)
     return file.suffix.lower() in CLIP_SUFFIXES
 
 

@@ -55,7 +55,9 @@ def folder_of_frames(folder: Path, instants: Sequence[float]) -> Iterator[Image.
     """
     files = frame_files(folder)
     if not files:
-        raise ImageError(folder, f"a folder without a frame ({' '.join(sorted(PICTURES))})")
+        raise ImageError(
+            folder, f"a folder without a frame ({' '.join(sorted({*PICTURES, STILL_OR_MOVING}))})"
+        )
     for number in _Timeline(range(len(files)), len(files)).shown(instants):
         try:
             yield open_image(files[number])
@@ -64,10 +66,11 @@ def folder_of_frames(folder: Path, instants: Sequence[float]) -> Iterator[Image.
 
 
 def frame_files(folder: Path) -> list[Path]:
-    """The pictures in a folder, by name, in which 10 follows 9. WebP counts where the first does not move."""
+    """The pictures in a folder, by name, in which 10 follows 9; WebPs if the first that opens is still."""
     visible = sorted((file for file in folder.iterdir() if not file.name.startswith(".")), key=_by_number)
     either = [file for file in visible if file.suffix.lower() == STILL_OR_MOVING]
-    suffixes = {*PICTURES, STILL_OR_MOVING} if either and _is_still(either[0]) else PICTURES
+    first = next((moves for file in either if (moves := _moves(file)) is not None), False)
+    suffixes = PICTURES if first else {*PICTURES, STILL_OR_MOVING}
     return [file for file in visible if file.suffix.lower() in suffixes]
 
 
@@ -77,13 +80,13 @@ def _by_number(file: Path) -> tuple[list[str | int], str]:
     return [int(part) if number % 2 else part for number, part in enumerate(parts)], file.name
 
 
-def _is_still(file: Path) -> bool:
-    """Whether a WebP holds one picture; one that cannot be opened will be said to be damaged."""
+def _moves(file: Path) -> bool | None:
+    """Whether a WebP holds several pictures; None: it cannot be opened, which whoever reads it will say."""
     try:
         with Image.open(file, formats=["WEBP"]) as image:
-            return not getattr(image, "is_animated", False)
+            return bool(getattr(image, "is_animated", False))
     except (OSError, Image.DecompressionBombError, *DECODER_ERRORS):
-        return True
+        return None
 
 
 def animation(file: Path, instants: Sequence[float]) -> Iterator[Image.Image]:

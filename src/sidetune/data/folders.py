@@ -162,7 +162,7 @@ def list_images(paths: Sequence[Path], *, clips: bool = False) -> list[Path]:
     for path in paths:
         inside = sorted(path.rglob("[!.]*")) if path.is_dir() else []
         if clips and path.is_dir():
-            files += [path] if is_clip(path) else [file for file in inside if is_clip(file)]
+            files += [path] if is_clip(path) else _clips(inside)
             continue
         images = [file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES]
         if path.is_dir() and not images:
@@ -172,6 +172,13 @@ def list_images(paths: Sequence[Path], *, clips: bool = False) -> list[Path]:
             )
         files += images or [path]
     return files
+
+
+def _clips(paths: Sequence[Path]) -> list[Path]:
+    """Those that are clips; what lies in a folder of frames is none of its own."""
+    of_frames = {path for path in paths if path.is_dir() and is_clip(path)}
+    outside = [path for path in paths if of_frames.isdisjoint(path.parents)]
+    return [path for path in outside if path in of_frames or (not path.is_dir() and is_clip(path))]
 
 
 def _is_new(folder: Path, seen: set[str]) -> bool:

@@ -213,16 +213,22 @@ def shared_folds(
     return fold_N
 
 
-def own_folds(datasets: Mapping[str, Dataset]) -> int:
+def own_folds(datasets: Mapping[str, Dataset], *, must: bool = False) -> int:
     """How many folds the ``fold`` column of a CSV gives its rows outside test; 0 where it cannot be used.
 
     Args:
         datasets: as for `shared_folds`.
+        must: that it cannot be used is an error.
+
+    Raises:
+        DataError: `must`, and as `shared_folds`.
     """
     every = np.ones(len(next(iter(datasets.values()))), dtype=np.bool_)
     try:
         fold_N = shared_folds(datasets, every, "column", seed=0)
     except DataError:
+        if must:
+            raise
         return 0
     return len(np.unique(fold_N[fold_N >= 0]))
 

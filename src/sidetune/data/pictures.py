@@ -158,6 +158,8 @@ def batch_size(pictures: Sequence[Picture], call_size: int | None = None, togeth
     if isinstance(view, Span):
         return call_size or max(1, MICRO_BATCH // view.frames)
     frames = len(next(by_file(pictures), [])) if isinstance(view, Frame) else together
+    if call_size is not None and 0 < len(pictures) <= call_size:
+        return len(pictures)
     if call_size is None:
         return -(-MICRO_BATCH // frames) * frames
     whole = frames if frames <= call_size else together

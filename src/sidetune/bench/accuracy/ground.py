@@ -153,12 +153,17 @@ def open_ground(folder: TaskFolder, backbone: Backbone, how: Opening) -> Ground:
         how: see there.
 
     Raises:
-        DataError: there are no classes, or no test images.
+        DataError: there are no classes, or no test images, or they would be drawn across folds.
         StoreError: the store belongs to another backbone, or the disk is full.
     """
     dataset = _classes_of(folder.path, how.recipe)
     if not len(dataset.rows("test")):
         raise DataError(f"{folder.path} has no test images, expected some: scores are of test alone")
+    if dataset.fold is not None and dataset.group is None and "test" in dataset.carved:
+        raise DataError(
+            f"{folder.path} has a column 'fold' and none that names test images: drawn ones would lie on "
+            "both sides of its folds. Name it 'group', which keeps them whole, or add a column 'split'"
+        )
     keys = sample_keys(dataset)
     return _ground(folder, _job(dataset, keys, backbone, how, folder.name), keys)
 
@@ -173,7 +178,7 @@ def live_ground(ground: Ground, backbone: Backbone) -> Ground:
     job = _live(ground.job, ground.keys, backbone)
     made = _ground(ground.folder, job, ground.keys)
     others = {
-        name: replace(images, job=_live(images.job, (), backbone))
+        name: replace(images, job=_live(images.job, sample_keys(images.job.dataset), backbone))
         for name, images in ground.tests.items()
         if name != "test"
     }
@@ -252,13 +257,17 @@ def _job(dataset: Dataset, keys: Sequence[str], backbone: Backbone, how: Opening
 
 def _ground(folder: TaskFolder, job: Job, keys: Sequence[str]) -> Ground:
     on: On = "val" if folder.path.is_dir() and is_vtab(folder.path) else "folds"
-    choosing = Choosing.build(job, on, 1 if on == "val" else FOLDS, metric=METRIC)
+    folds = FOLDS
+    if job.dataset.group is not None:
+        rows = union([job.split["train"], job.split["val"]])
+        folds = max(2, min(FOLDS, len(np.unique(job.dataset.group[rows]))))
+    choosing = Choosing.build(job, on, 1 if on == "val" else folds, metric=METRIC)
     return Ground(folder, job, keys, choosing, {"test": Images.of(job, keys, job.split["test"])})
 
 
 def _live(job: Job, keys: Sequence[str], backbone: Backbone) -> Job:
     reading = job.recipe.reading(backbone.frames)
-    source = LiveSource(job.dataset, backbone, keys=keys or None, reading=reading, quiet=job.quiet)
+    source = LiveSource(job.dataset, backbone, keys=keys, reading=reading, quiet=job.quiet)
     return replace(job, backbone=backbone, source=source, summary=source.summary())
 
 
