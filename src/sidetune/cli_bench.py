@@ -185,7 +185,14 @@ def bench_cost(
         str | None,
         typer.Option(metavar="A,B", help="With --video, of ViT-S, ViT-B, ViT-L, ViT-g, ViT-G, EVA-E."),
     ] = None,
-    frames: Frames = None,
+    frames: Annotated[
+        str | None,
+        typer.Option(
+            metavar="T",
+            rich_help_panel=SIZES,
+            help="Frames of a clip; B counts clips then. With --video 8, or several: 8,16.",
+        ),
+    ] = None,
     precision: Annotated[str, typer.Option(metavar="NAME", help="Of the backbone: fp32 or bf16.")] = "fp32",
     threads: Threads = None,
     rounds: Rounds = 5,
@@ -198,7 +205,8 @@ def bench_cost(
     from sidetune.bench.cost_cases import DEFAULT, CostSetting
     from sidetune.bench.cost_scale import CASES, bench_scale, require_video
 
-    require_video(video, models, growth, backbone)
+    counts = _numbers("--frames", "8" if frames is None and video else frames or "")
+    require_video(video, models, growth, backbone, counts)
     setting = CostSetting(
         backbone=backbone,
         size=size,
@@ -208,12 +216,12 @@ def bench_cost(
         threads=threads,
         rounds=rounds,
         device=device,
-        frames=8 if frames is None and video else frames,
+        frames=counts[0] if counts else None,
         precision=cast("Precision", precision),
     )
     if video:
         own = CASES if cases is None else _words(cases)
-        _print(bench_scale(setting, _words(models or ""), cases=own, quiet=quiet), as_json)
+        _print(bench_scale(setting, _words(models or ""), frames=counts, cases=own, quiet=quiet), as_json)
         return
     chosen = DEFAULT if cases is None else _words(cases)
     _print(run(setting, chosen, growth=_words(growth or ""), quiet=quiet), as_json)
@@ -292,6 +300,15 @@ def bench_order(
 
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    from sidetune.errors import RequestError
+
+    words = _words(text)
+    if any(not word.isdecimal() or not int(word) for word in words):
+        raise RequestError(f"{option} is {text}, expected whole numbers from 1. Type: {option} 8,16")
+    return list(dict.fromkeys(map(int, words)))
 
 
 def _print(bench: Bench, as_json: bool) -> None:

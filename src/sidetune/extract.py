@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sidetune.backbones.base import Backbone
+from sidetune.backbones.base import MICRO_BATCH, Backbone
 from sidetune.data.clips import Frame
 from sidetune.data.dataset import Dataset, sample_key
 from sidetune.data.pictures import DECODERS, Picture, decoded
@@ -297,7 +297,8 @@ def _write_shards(
             batches = decoded(shown, backbone.preprocess, pool, animated, call_size=backbone.call_size)
             for first, images, bad in batches:
                 reasons |= {first + slot: reason for slot, reason in bad.items()}
-                parts.append(_stored(images, backbone, plan))
+                most = backbone.call_size or 2 * MICRO_BATCH  # a clip that is long is one batch
+                parts += [_stored(part, backbone, plan) for part in images.split(most)]
                 progress.advance(len(images))
             _check_unchanged(folder, shown, pool)
             tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

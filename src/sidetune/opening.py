@@ -121,17 +121,18 @@ def open_jobs(
     source = _open_source(parts, backbone, keys, store, quiet)
     write_skipped(out, dataset, source.skipped)
     if source.skipped:
-        say(f"{len(source.skipped)} images could not be read: {out / 'skipped.csv'}", quiet=quiet)
+        sample = parts[0].recipe.sample
+        say(f"{len(source.skipped)} {sample}s could not be read: {out / 'skipped.csv'}", quiet=quiet)
     if source.animated:
         say(first_frames([dataset.paths[row] for row in source.animated]), quiet=quiet)
     if dataset.ignored:
-        say(other_files(dataset.ignored), quiet=quiet)
+        say(other_files(dataset.ignored, parts[0].recipe.sample), quiet=quiet)
     summary = source.summary()
     seconds = time.monotonic() - started
     jobs = []
     for part in parts:
         with naming(part.column):
-            split = _readable(part.dataset, source, out)
+            split = _readable(part.dataset, source, out, part.recipe.sample)
         data = part.recipe.data
         task = build_task(data.task, part.dataset, split["train"], **data.task_options())
         job = Job(part.recipe, part.dataset, backbone, part.out, quiet, source, summary, split, task, seconds)
@@ -174,7 +175,7 @@ def reads(recipe: Recipe, backbone: Backbone, num_outputs: int) -> tuple[str, ..
     return tuple(name for name in backbone.spec.names if name in read)
 
 
-def _readable(dataset: Dataset, source: Source, out: Path) -> dict[str, NDArray[np.int64]]:
+def _readable(dataset: Dataset, source: Source, out: Path, sample: str) -> dict[str, NDArray[np.int64]]:
     """The readable rows of each split.
 
     Raises:
@@ -184,16 +185,16 @@ def _readable(dataset: Dataset, source: Source, out: Path) -> dict[str, NDArray[
     for name in SPLITS:
         rows = dataset.rows(name)
         split[name] = rows[source.valid[rows]]
-    lacking = [f"no {name} image" for name in ("train", "val") if not len(split[name])]
+    lacking = [f"no {name} {sample}" for name in ("train", "val") if not len(split[name])]
     if dataset.task == "classify" and not lacking:
         named, left = (
             set(dataset.targets[rows].tolist()) for rows in (dataset.rows("train"), split["train"])
         )
-        lacking = [f"no train image of class {dataset.outputs[k]!r}" for k in sorted(named - left)]
+        lacking = [f"no train {sample} of class {dataset.outputs[k]!r}" for k in sorted(named - left)]
     if lacking:
         example = ", ".join(f"{dataset.paths[row]}: {why}" for row, why in sorted(source.skipped.items())[:1])
         raise DataError(
-            f"{lacking[0]} can be read, expected at least one; of {len(dataset)} images "
+            f"{lacking[0]} can be read, expected at least one; of {len(dataset)} {sample}s "
             f"{len(source.skipped)} cannot{example and f' ({example})'}. Mend or remove those that "
             f"{out / 'skipped.csv'} lists"
         )
@@ -226,9 +227,10 @@ def _find_leaks(job: Job, keys: Sequence[str]) -> Leaks:
     if leaks.pairs:
         first = leaks.pairs[0]
         names = [job.dataset.paths[row].as_posix() for row in (first.row, first.train_row)]
+        sample = job.recipe.sample
         job.say(
-            f"{len(leaks.pairs)} of {leaks.num_others} validation and test images have a near-duplicate in "
-            f"training ({names[0]} and {names[1]}): what they score is not what new images would. "
+            f"{len(leaks.pairs)} of {leaks.num_others} validation and test {sample}s have a near-duplicate "
+            f"in training ({names[0]} and {names[1]}): what they score is not what new ones would. "
             "The report shows them; give copies one group in a CSV, fit into a new folder, and look again: "
             "other groups make other splits"
         )

@@ -13,7 +13,7 @@ cache, and a member's whole state is three rows and a number.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
+LARGE = 2**20  # numbers of a member, from which on gradients are not brought together: that would be a copy
 
 
 @dataclass(frozen=True)
@@ -105,31 +106,49 @@ class MemberAdamW:
         """Update these members from their parameters' gradients; the others stay as they are.
 
         Args:
-            updates: member -> how. The gradients are let go.
+            updates: member -> how. The gradients are let go, those of a large network one after the other.
         """
-        gradients_MP = torch.cat(
-            [
-                (torch.zeros_like(p) if p.grad is None else p.grad).flatten(1).to(p.dtype)
-                for p in self._parameters
-            ],
-            1,
-        )
+        pieces = [
+            (torch.zeros_like(p) if p.grad is None else p.grad).flatten(1).to(p.dtype)
+            for p in self._parameters
+        ]
         for parameter in self._parameters:
             parameter.grad = None
-        for member, update in updates.items():
-            self._step(member, gradients_MP[member], update)
+        if self.weights_MP.shape[1] < LARGE:
+            pieces = [torch.cat(pieces, 1)]
+        clips = {
+            member: _clip([piece_Mp[member] for piece_Mp in pieces], update.clip_norm)
+            for member, update in updates.items()
+            if update.clip_norm is not None
+        }
+        for member in updates:
+            self.steps[member] += 1
+        end = self.weights_MP.shape[1]
+        while pieces:  # from the back, for what is done there is gone
+            gradient_Mp = pieces.pop()
+            columns = slice(end - gradient_Mp.shape[1], end)
+            for member, update in updates.items():
+                if member in clips:
+                    gradient_Mp[member] *= clips[member]
+                self._update(member, columns, gradient_Mp[member], update)
+            end = columns.start
 
-    def _step(self, member: int, gradient_P: Tensor, update: Update) -> None:
-        if update.clip_norm is not None:
-            norm = torch.linalg.vector_norm(gradient_P)
-            gradient_P *= (update.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        self.steps[member] += 1
+    def _update(self, member: int, columns: slice, gradient_P: Tensor, update: Update) -> None:
+        """Some columns of one member; see above."""
         weights_P, mean_P, square_P = (
-            rows_MP[member] for rows_MP in (self.weights_MP, self.mean_MP, self.square_MP)
+            rows_MP[member, columns] for rows_MP in (self.weights_MP, self.mean_MP, self.square_MP)
         )
         mean_P.lerp_(gradient_P, 1 - BETAS[0])
         square_P.mul_(BETAS[1]).addcmul_(gradient_P, gradient_P, value=1 - BETAS[1])
         unbiased, unbiased_square = (1 - beta ** self.steps[member] for beta in BETAS)
         root_P = square_P.sqrt().div_(math.sqrt(unbiased_square)).add_(EPS)
-        weights_P[: self._decaying] *= 1 - update.lr * update.weight_decay
+        weights_P[: max(0, self._decaying - columns.start)] *= 1 - update.lr * update.weight_decay
         weights_P.addcdiv_(mean_P, root_P, value=-update.lr / unbiased)
+
+
+def _clip(gradients: Sequence[Tensor], most: float) -> Tensor:
+    """What a gradient in pieces is multiplied by, that its norm be no larger."""
+    norms = [torch.linalg.vector_norm(one) for one in gradients]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    clip: Tensor = (most / (norm + 1e-6)).clamp(max=1.0)
+    return clip

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sidetune.backbones.base import MICRO_BATCH, Backbone
+from sidetune.data.clips import Frame, Span
 from sidetune.data.dataset import Dataset
 from sidetune.data.pictures import DECODERS, Picture, decoded, load_pictures
 from sidetune.data.reading import IMAGES, Reading
@@ -155,8 +156,8 @@ class StoredSource(Source):
         """See `Source.summary`."""
         pictures = self._of_pictures(None)
         shown = self.reading.views[view]
-        parts = [self.store.summary(self.keys[stored]).select(pictures) for stored in shown]
-        return parts[0] if self.reading.frames is None else over_time(parts, self.spec)
+        parts = (self.store.summary(self.keys[stored]).select(pictures) for stored in shown)
+        return next(parts) if self.reading.frames is None else over_time(parts, self.spec)
 
     def _of_pictures(self, spec: Spec | None) -> Spec:
         """The store's taps of these names."""
@@ -204,7 +205,7 @@ class LiveSource(Source):
         self.skipped = {}
         self._pool = ThreadPoolExecutor(DECODERS)
         self._summaries = {0: self._pass(0, quiet)}
-        if reading.frames is not None:
+        if isinstance(reading.stored[0], Frame | Span):
             self._try_later_frames()
         self.valid = np.array([row not in self.skipped for row in range(len(dataset))], dtype=bool)
 

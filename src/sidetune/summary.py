@@ -113,18 +113,24 @@ def summarise(features: Features, statistics: Sequence[Statistic] = ()) -> Summa
     )
 
 
-def over_time(frames: Sequence[Summary], spec: Spec) -> Summary:
+def over_time(frames: Iterable[Summary], spec: Spec) -> Summary:
     """The summary of clips, of those of their frames: every mean is over as many tokens.
 
     Args:
-        frames: of the first frame of every clip, of the second, and so on; without more statistics.
+        frames: of the first frame of every clip, of the second, and so on, one or more; without more
+            statistics. Two are in memory at a time.
         spec: of the clips.
     """
-    mean, cls = (
-        tuple(torch.stack(of_tap).mean(0) for of_tap in zip(*columns, strict=True))
-        for columns in ([one.mean for one in frames], [one.cls for one in frames])
-    )
-    return Summary(spec, mean, cls, torch.stack([one.mean_square for one in frames]).mean(0))
+    every = iter(frames)
+    first, count = next(every), 1
+    sums = [tensor.clone() for tensor in (*first.mean, *first.cls, first.mean_square)]
+    for one in every:
+        count += 1
+        for total, tensor in zip(sums, (*one.mean, *one.cls, one.mean_square), strict=True):
+            total.add_(tensor)
+    taps = len(first.mean)
+    *means, mean_square = (total.div_(count) for total in sums)
+    return Summary(spec, tuple(means[:taps]), tuple(means[taps:]), mean_square)
 
 
 def _std(tokens: Tensor, tap: Tap, mask: Tensor | None) -> Tensor:

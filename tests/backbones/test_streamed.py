@@ -136,6 +136,10 @@ def changed(folder, tmp_path, change):
             r"blocks\.2\.more has shape \(1,\), expected None",
         ),
         (lambda t: t.update({"blocks.4.more": torch.ones(1)}), r"lack blocks\.3\."),
+        (
+            lambda t: [t.pop(name) for name in list(t) if name.startswith("blocks.2.")],
+            "have 2 blocks, expected 3 of vit_small",
+        ),
         (lambda t: t.pop("cls_token"), r"1 weights are missing \(cls_token\)"),
         (lambda t: t.update(surplus=torch.ones(1)), r"1 are unexpected \(surplus\)"),
         (lambda t: [t.pop(name) for name in list(t) if name.startswith("blocks")], "weights are missing"),
@@ -144,6 +148,16 @@ def changed(folder, tmp_path, change):
 def test_weights_that_do_not_fit(folders, tmp_path, change, message):
     with pytest.raises(BackboneError, match=message):
         StreamedBackbone(PLAIN, weights=changed(folders[PLAIN], tmp_path, change))
+
+
+def test_a_whole_file_counts_before_pieces_as_everywhere(folders, tmp_path):
+    """A model may have been saved again into the folder of an older one in pieces."""
+    folder = changed(folders[PLAIN], tmp_path, lambda _: None)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"cls_token": "none.safetensors"}}')
+    assert (
+        StreamedBackbone(PLAIN, weights=folder).identity
+        == StreamedBackbone(PLAIN, weights=folders[PLAIN]).identity
+    )
 
 
 def test_what_cannot_be_streamed_says_so(folders, tmp_path):

@@ -1,6 +1,7 @@
 import json
 import runpy
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,8 @@ def test_weights_under_other_names_are_taken_in_their_order(script):
     weights = {f"_{name}": tensor for name, tensor in theirs.state_dict().items()}
     weights = {name.replace("_classifier", "_fc"): tensor for name, tensor in weights.items()}
     ours = timm.create_model("tf_efficientnet_lite0", num_classes=0)
-    script["load_in_order"](ours, weights)
+    load_in_order = import_module("efficientnet").load_in_order
+    load_in_order(ours, weights)
     assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
     with pytest.raises(AssertionError):
-        script["load_in_order"](ours, dict(list(weights.items())[::-1]))
+        load_in_order(ours, dict(list(weights.items())[::-1]))

@@ -1,4 +1,6 @@
 import sys
+from pathlib import Path
+from types import ModuleType
 
 import av
 import numpy as np
@@ -12,7 +14,7 @@ from sidetune.data.dataset import sample_key
 from sidetune.data.decoders import frame_files
 from sidetune.data.folders import list_images
 from sidetune.data.preprocess import open_image
-from sidetune.errors import ImageError, SidetuneError
+from sidetune.errors import DataError, ImageError, SidetuneError
 
 LEVELS = [20 + 10 * number for number in range(20)]
 NEAR = 4.0  # levels that coding may cost
@@ -53,12 +55,12 @@ def test_a_clip_of_another_rate_shows_the_same(tmp_path, rate):
     assert found == pytest.approx([20 + 200 * instant for instant in MIDDLES], abs=NEAR + 100 / (2 * rate))
 
 
-@pytest.mark.parametrize("name", ["a.mkv", "a.gif"])
+@pytest.mark.parametrize("name", ["a.mkv", "a.gif", "a.webp"])
 def test_frames_that_stand_unevenly_in_time_count_as_long_as_they_are_shown(tmp_path, name):
     """Nine frames in the first second, the tenth for nine seconds."""
     delays = [111] * 9 + [9000]
     pictures = list(map(grey, LEVELS[:10]))
-    if name == "a.gif":
+    if name != "a.mkv":
         file = write_gif(tmp_path / name, pictures, delays)
     else:
         times = [sum(delays[:number]) / 1000 for number in range(10)]
@@ -100,6 +102,50 @@ def test_a_turned_clip_stands_upright(tmp_path):
     file.write_bytes(content)
     shown = middle_frame(file)
     assert level(shown.crop((0, 0, 48, 20))) > 200 and level(shown.crop((0, 28, 48, 48))) < 50
+
+
+@pytest.mark.parametrize(
+    ("matrix", "bright"),
+    [
+        ((-1, 0, 0, 1), (24, 0, 48, 48)),  # mirrored: what was left is right
+        ((1, 0, 0, -1), (0, 0, 24, 48)),
+        ((0, 1, 1, 0), (0, 0, 48, 24)),
+        ((0, -1, -1, 0), (0, 24, 48, 48)),
+    ],
+)
+def test_a_mirrored_clip_is_shown_as_players_do(tmp_path, matrix, bright):
+    file = tmp_path / "a.mp4"
+    left_white = grey(20)
+    left_white.paste(grey(230).crop((0, 0, 24, 48)), (0, 0))
+    write_video(file, [left_white] * 3)
+    content = bytearray(file.read_bytes())
+    at = content.index(b"tkhd") + 4 + 40
+    a, b, c, d = (number << 16 for number in matrix)
+    numbers = [a, b, 0, c, d, 0, 0, 0, 1 << 30]
+    content[at : at + 36] = b"".join(number.to_bytes(4, "big", signed=True) for number in numbers)
+    file.write_bytes(content)
+    assert level(middle_frame(file).crop(bright)) > 200
+
+
+def test_what_a_trim_leaves_hidden_is_not_shown(tmp_path):
+    """A cut that encodes nothing anew keeps the frames before it, for later ones need them."""
+    whole, cut = made(tmp_path / "a.mp4"), tmp_path / "cut.mp4"
+    with av.open(str(whole)) as given, av.open(str(cut), "w") as container:
+        track = given.streams.video[0]
+        other = container.add_stream_from_template(track)
+        for packet in given.demux(track):
+            if packet.dts is not None:
+                early = 10 * packet.duration
+                packet.pts, packet.dts, packet.stream = packet.pts - early, packet.dts - early, other
+                container.mux(packet)
+    assert levels(cut) == pytest.approx([LEVELS[number] for number in (11, 13, 15, 17, 19)], abs=NEAR)
+    assert level(middle_frame(cut)) == pytest.approx(LEVELS[15], abs=NEAR)
+
+
+def test_a_name_with_a_colon_is_no_address(tmp_path, monkeypatch):
+    made(tmp_path / "12:30.mp4")
+    monkeypatch.chdir(tmp_path)
+    assert levels(Path("12:30.mp4")) == levels(tmp_path / "12:30.mp4")
 
 
 def test_bad_files_say_why(tmp_path):
@@ -173,6 +219,12 @@ def test_a_clip_of_webp_frames_is_listed_once(tmp_path):
     found = [tmp_path / "a" / "one", tmp_path / "a" / "two.gif"]
     assert list_images([tmp_path], clips=True) == found
     assert list_images([tmp_path / "a" / "one"], clips=True) == found[:1]
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "notes.txt").touch()
+    with pytest.raises(
+        DataError, match=r"none is a folder without a clip \(.*\.mp4.* Type: sidetune predict"
+    ):
+        list_images([tmp_path / "none"], clips=True)
 
 
 def test_an_animation_of_giant_pictures_is_refused(tmp_path):
@@ -218,6 +270,19 @@ def test_without_a_library_it_says_what_to_type(tmp_path, monkeypatch):
     with pytest.raises(SidetuneError, match=r"Type: pip install 'sidetune\[video\]'"):
         levels(file)
     assert len(levels(made(tmp_path / "a.gif"))) == 5, "which Pillow reads"
+
+
+def test_a_torchcodec_that_leaves_phone_videos_on_their_side_is_not_taken(monkeypatch):
+    package, part = ModuleType("torchcodec"), ModuleType("torchcodec.decoders")
+    package.__version__, package.decoders, part.VideoDecoder = "0.10.2+cpu", part, None
+    for name, module in (("torchcodec", package), ("torchcodec.decoders", part)):
+        monkeypatch.setitem(sys.modules, name, module)
+    decoders._library.cache_clear()
+    assert decoders.decoding() == f"PyAV {av.__version__}"
+    package.__version__ = "0.11.0+cpu"
+    decoders._library.cache_clear()
+    assert decoders.decoding() == "torchcodec 0.11.0+cpu"
+    decoders._library.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.avi", "a.mkv", "a.webm"])
@@ -268,3 +333,12 @@ def test_what_is_a_clip(tmp_path):
     animated = write_frames(tmp_path / "animated", [grey(1)])
     write_gif(animated / "0.gif", [grey(1), grey(2)], [100, 100])
     assert not is_clip(animated), "and so would an animation"
+    above = write_frames(tmp_path / "above", [grey(1)])
+    assert is_clip(above)
+    write_frames(above / "camera", [grey(1), grey(2)])
+    assert not is_clip(above) and is_clip(above / "camera"), "the picture above is a cover"
+    deep = write_frames(tmp_path / "deep", [grey(1), grey(2)])
+    write_frames(deep / "masks", [grey(1), grey(2)])
+    assert is_clip(deep), "frames, and what belongs to them"
+    write_video(deep / "day" / "camera" / "a.mp4", [grey(1)])
+    assert not is_clip(deep)

@@ -61,8 +61,10 @@ def differing(name: str, path: Path, dtype: torch.dtype, depth: int | None = Non
     Raises:
         BackboneError: an unknown model, or no safetensors file.
     """
-    stored = stored_tensors(path)
-    for key, shape in weight_shapes(name, depth).items():
+    stored, shapes = stored_tensors(path), weight_shapes(name, depth)
+    if more := sorted(stored.keys() - shapes.keys()):
+        return f"has {more[0]}, which the model has not"
+    for key, shape in shapes.items():
         if key not in stored or tuple(stored[key].shape) != tuple(shape):
             found = tuple(stored[key].shape) if key in stored else "none"
             return f"has {key} {found} instead of {tuple(shape)}"

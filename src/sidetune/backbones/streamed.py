@@ -54,13 +54,14 @@ class StreamedBackbone(HookedBackbone):
         precision: ``fp32``, or ``bf16`` or ``fp16`` by autocast; matrices are held in it.
         resize: ``squash`` or ``crop``.
         micro_batch: images that go through a block at once; None: as `Stream` has it.
+        depth: blocks that the weights have; None: as many as the model.
 
     Raises:
         BackboneError: as of `TimmBackbone`; blocks that differ from each other, or whose shapes go with the
-            model's own size.
+            model's own size, or fewer or more of them.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - as of TimmBackbone, and what benches cut
         self,
         name: str,
         *,
@@ -70,14 +71,20 @@ class StreamedBackbone(HookedBackbone):
         precision: Precision = "fp32",
         resize: Resize = "squash",
         micro_batch: int | None = None,
+        depth: int | None = None,
     ) -> None:
         check_choice("precision", precision, get_args(Precision))
         weights = _downloaded(name) if weights == "hub" else Path(weights)
-        model, arguments, tensors = _outline(name, weights)
+        model, arguments, tensors, whole = _outline(name, weights)
         digest = tensors_digest((name, stored.read().float()) for name, stored in sorted(tensors.items()))
         set_size(model, size)
         write_over(model)
         blocks = blocks_of(tensors, BLOCKS, model.blocks[0], weights)
+        if len(blocks) != (depth or whole):
+            raise BackboneError(
+                f"weights {weights} have {len(blocks)} blocks, expected {depth or whole} of {name}. "
+                "Type: --weights with those of the whole model"
+            )
         self._stream = Stream(model.blocks[0], blocks, DTYPES[precision], micro_batch)
         run_in_parts(model.patch_embed.proj, micro_batch or MICRO_BATCH)
         streamed = [StreamedBlock(self._stream, number) for number in range(len(blocks))]
@@ -113,15 +120,20 @@ class StreamedBackbone(HookedBackbone):
         )
 
 
-def _outline(name: str, weights: Path) -> tuple[ViT, dict[str, Any], dict[str, Stored]]:
-    """The model with its first block alone, loaded; what its folder adds; and where all of it stands."""
+def _outline(name: str, weights: Path) -> tuple[ViT, dict[str, Any], dict[str, Stored], int]:
+    """The model with its first block alone, loaded; what its folder adds; its tensors; its depth."""
     architecture = known_architecture(name)
     config = hub_config(weights / "config.json") if weights.is_dir() else None
-    with torch.random.fork_rng(devices=[]):  # timm draws a start from the global generator
+
+    def made(**arguments: int) -> ViT:
         if config is None:
-            model = create(name, depth=1)
-        else:
-            model = create_from(weights, config, architecture, depth=1)
+            return create(name, **arguments)
+        return create_from(weights, config, architecture, **arguments)
+
+    with torch.random.fork_rng(devices=[]):  # timm draws a start from the global generator
+        model = made(depth=1)
+        with torch.device("meta"):
+            depth = len(made().blocks)
     if not isinstance(model.patch_embed, PatchEmbed):
         raise BackboneError(
             f"{architecture} embeds images by a {type(model.patch_embed).__name__}, expected patches alone, "
@@ -130,7 +142,7 @@ def _outline(name: str, weights: Path) -> tuple[ViT, dict[str, Any], dict[str, S
     stored = without(stored_tensors(weights), classifiers(model))
     given = {key: tensor.read() for key, tensor in stored.items() if _number(key) in (None, 0)}
     load_weights(model, given, f"weights {weights}")
-    return model, dict((config or {}).get("model_args") or {}), stored
+    return model, dict((config or {}).get("model_args") or {}), stored, depth
 
 
 def _downloaded(name: str) -> Path:

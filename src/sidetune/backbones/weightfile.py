@@ -116,15 +116,15 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
 
 
 def _files_of(folder: Path) -> list[Path]:
+    if (folder / WHOLE).is_file():  # as timm and transformers choose where both are there
+        return [folder / WHOLE]
     if (folder / INDEX).is_file():
         try:
             index = read_json(folder / INDEX)["weight_map"]
             return [folder / name for name in sorted(set(index.values()))]
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise BackboneError(f"{folder / INDEX} is damaged: {error!r}") from error
-    if not (folder / WHOLE).is_file():
-        raise BackboneError(f"weights {folder}: expected {WHOLE} or {INDEX} in it")
-    return [folder / WHOLE]
+    raise BackboneError(f"weights {folder}: expected {WHOLE} or {INDEX} in it")
 
 
 def _tensors_of(file: Path) -> dict[str, Stored]:

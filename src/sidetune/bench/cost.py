@@ -26,7 +26,7 @@ from sidetune.bench.cost_growth import growth_rows, known_axes
 from sidetune.bench.cost_rows import Measured, cost_rows
 from sidetune.bench.cost_worker import MARK
 from sidetune.bench.peak import GLIBC
-from sidetune.bench.rows import Bench, describe_machine
+from sidetune.bench.rows import Bench, describe_machine, note_commit
 from sidetune.bench.stores import temporary_folder
 from sidetune.bench.timing import in_turn
 from sidetune.errors import RequestError, SidetuneError
@@ -79,6 +79,7 @@ def measure(
     Raises:
         SidetuneError: a case's process failed.
     """
+    note_commit()
     streamed = any(case.streamed for case in cases.values())
     with temporary_folder() as folder, temporary_folder() as weights:
         if streamed and setting.weights is None:

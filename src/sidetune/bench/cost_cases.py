@@ -139,12 +139,22 @@ class CostSetting:
         """The backbone on its device; it reads the embedding and every block."""
         how: dict[str, Any] = {"size": self.size, "precision": self.precision}
         if self.backbone.startswith("timm"):
-            if self.depth is not None and not streamed:
-                from sidetune.bench.shallow import ShallowBackbone
-
-                return ShallowBackbone(self.model, self.depth, **how).to(self.device)
+            if self.depth is not None:
+                return self._shallow(how, streamed).to(self.device)
             how |= {"weights": self.weights or "random", "runtime": STREAMED if streamed else "eager"}
         return build_backbone(self.backbone, **how).to(self.device)
+
+    def _shallow(self, how: dict[str, Any], streamed: bool) -> Backbone:
+        """Its first blocks alone."""
+        assert self.depth is not None
+        if streamed:
+            from sidetune.backbones.streamed import StreamedBackbone
+
+            assert self.weights is not None, "drawn before"
+            return StreamedBackbone(self.model, weights=self.weights, depth=self.depth, **how)
+        from sidetune.bench.shallow import ShallowBackbone
+
+        return ShallowBackbone(self.model, self.depth, **how)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values by name; those that came later are left out where they are left alone."""

@@ -81,6 +81,10 @@ class Model:
         blocks = [int(found[1]) for name in shapes if (found := block.fullmatch(name))]
         return cls(setting, max(blocks) + 1, sum(map(math.prod, shapes.values())))
 
+    def of_clips(self, frames: int) -> Model:
+        """The same with clips of so many frames."""
+        return replace(self, setting=replace(self.setting, frames=frames))
+
 
 @dataclass(frozen=True)
 class Line:
@@ -97,26 +101,34 @@ class Line:
 
 
 def bench_scale(
-    setting: CostSetting, models: Sequence[str] = (), *, cases: Sequence[str] = CASES, quiet: bool = False
+    setting: CostSetting,
+    models: Sequence[str] = (),
+    *,
+    frames: Sequence[int] = (),
+    cases: Sequence[str] = CASES,
+    quiet: bool = False,
 ) -> Bench:
     """Time and memory of a step on clips by model and method, and the largest model that a device trains.
 
     Args:
         setting: sizes; its backbone is not heeded.
         models: of `MODELS`; none: all.
+        frames: T of a clip, of each case one after the other; none: the setting's.
         cases: as `CostCase.parse` reads them, live ones.
         quiet: no progress.
 
     Returns:
         Rows ``scale/CASE/MODEL`` of ``step_s`` and ``held_bytes``, whose unit says where they are computed;
-        ``scale/CASE/24 GB`` of ``largest_parameters``; ``scale/all/MODEL`` of ``backbone_parameters``.
+        ``scale/CASE/24 GB`` of ``largest_parameters``; ``scale/all/MODEL`` of ``backbone_parameters``. Where
+        there are several T, ``CASE T=16`` is what stands for a case.
 
     Raises:
         RequestError: an unknown model or case, no clips, or a method that a model's blocks do not take.
         SidetuneError: the process of a case at a small depth failed.
     """
     chosen = _chosen(models)
-    if setting.frames is None:
+    counts = frames or (() if setting.frames is None else (setting.frames,))
+    if not counts:
         raise RequestError("frames is not given, expected those of a clip. Type: --frames 8")
     parsed = {name: CostCase.parse(name) for name in cases}
     if not parsed:
@@ -127,25 +139,33 @@ def bench_scale(
     for (label, model), (name, case) in product(known.items(), parsed.items()):
         _require_fitting(label, model.setting, name, case)
     room, failed = SPARE * free_memory(setting.device), dict[str, str]()
-    rows = list(scale_rows(known, parsed, partial(measure, quiet=quiet), room, failed))
+    rows = list(scale_rows(known, parsed, counts, partial(measure, quiet=quiet), room, failed))
     for what, reason in failed.items():
         say(f"{what}: not measured whole, {reason}", quiet=quiet)
     with torch_threads(setting.threads):
         sizes = {name: value for name, value in setting.to_json().items() if name not in UNUSED}
         sizes |= {"models": list(chosen.values()), "cases": list(cases)}
+        sizes |= {"frames": list(counts) if len(counts) > 1 else counts[0]}
         about = describe_machine(torch.device(setting.device), sizes)
         return Bench(tuple(rows), {**about, "not_measured_whole": failed})
 
 
-def require_video(video: bool, models: str | None, growth: str | None, backbone: str) -> None:
+def require_video(
+    video: bool, models: str | None, growth: str | None, backbone: str, frames: Sequence[int] = ()
+) -> None:
     """Options that go together.
 
     Raises:
-        RequestError: models without video, or with it what is not heeded there.
+        RequestError: models or several numbers of frames without video, or with it what is not heeded there.
     """
     if not video:
         if models is not None:
             raise RequestError(f"--models is {models} without --video, expected both. Type: --video")
+        if len(frames) > 1:
+            several = ",".join(map(str, frames))
+            raise RequestError(
+                f"--frames is {several} without --video, expected one. Type: --frames {frames[0]}"
+            )
         return
     if growth is not None:
         raise RequestError(f"--growth is {growth} with --video, expected one. Type: --growth without --video")
@@ -159,6 +179,7 @@ def require_video(video: bool, models: str | None, growth: str | None, backbone:
 def scale_rows(
     models: Mapping[str, Model],
     cases: Mapping[str, CostCase],
+    frames: Sequence[int],
     measure: Measure,
     room: float,
     failed: dict[str, str],
@@ -168,6 +189,7 @@ def scale_rows(
     Args:
         models: by label.
         cases: by name.
+        frames: T of a clip, one or more.
         measure: a setting and cases -> what was measured.
         room: bytes that a process with a whole model may hold.
         failed: case and model -> why it could not be measured whole, though it should fit; added to.
@@ -175,18 +197,19 @@ def scale_rows(
     held: dict[tuple[str, str], float] = {}
     for label, model in models.items():
         yield Row(f"scale/all/{label}", "backbone_parameters", model.parameters, "")
-        for name, case in cases.items():
-            found = _measured(model, {name: case}, measure, room)
+        for (name, case), count in product(cases.items(), frames):
+            line = name if len(frames) == 1 else f"{name} T={count}"
+            found = _measured(model.of_clips(count), {name: case}, measure, room)
             if found.reason:
-                failed[f"{name}/{label}"] = found.reason
+                failed[f"{line}/{label}"] = found.reason
             for metric in UNITS:
-                row = found.row(f"scale/{name}/{label}", metric)
+                row = found.row(f"scale/{line}/{label}", metric)
                 if metric == "held_bytes":
-                    held[name, label] = row.value
+                    held[line, label] = row.value
                 yield row
-    for name, gigabytes in product(cases, DEVICES):
-        fitting = [models[label].parameters for label in models if held[name, label] <= gigabytes * GB]
-        yield Row(f"scale/{name}/{gigabytes} GB", "largest_parameters", max(fitting, default=0), "")
+    for line, gigabytes in product(dict.fromkeys(line for line, _ in held), DEVICES):
+        fitting = [models[label].parameters for label in models if held[line, label] <= gigabytes * GB]
+        yield Row(f"scale/{line}/{gigabytes} GB", "largest_parameters", max(fitting, default=0), "")
 
 
 @dataclass(frozen=True)

@@ -161,6 +161,7 @@ def describe_machine(device: torch.device, setting: Mapping[str, Any]) -> dict[s
         "cpu": _cpu_name(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "commit": commit(),
+        "changed": changed(),
         "setting": dict(setting),
     }
 
@@ -173,7 +174,8 @@ def machine_lines(about: Mapping[str, Any]) -> Iterator[str]:
     """
     yield f"{about['cpu']} · {about['threads']} threads of {about['cores']} cores"
     gpu = "" if about["gpu"] is None else f" · {about['gpu']}"
-    yield f"torch {about['torch']}{gpu} · commit {(about['commit'] or 'unknown')[:12]}"
+    beyond = " and changes" if about.get("changed") else ""
+    yield f"torch {about['torch']}{gpu} · commit {(about['commit'] or 'unknown')[:12]}{beyond}"
 
 
 def _line(row: Row) -> str:
@@ -240,16 +242,30 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def note_commit() -> None:
+    """Ask for commit and changes now: a long run names those that it began with."""
+    commit()
+    changed()
+
+
 @cache
 def commit() -> str | None:
     """Of the git checkout that this package runs from; None where it is installed, or git is missing."""
+    return _git("rev-parse", "HEAD")
+
+
+@cache
+def changed() -> bool:
+    """Whether that checkout has changes that are in no commit."""
+    return bool(_git("status", "--porcelain", "--untracked-files=no"))
+
+
+def _git(*words: str) -> str | None:
     here = Path(__file__).resolve().parents[3]
     if not (here / ".git").exists():
         return None
     try:
-        done = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        )
+        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -19,10 +19,12 @@ from typing import Literal
 
 from PIL import Image
 
-from sidetune.data.decoders import ANIMATIONS, animation, folder_of_frames, frame_files, video
+from sidetune.data.decoders import ANIMATIONS, PICTURES, animation, folder_of_frames, frame_files, video
 from sidetune.errors import ImageError
 
-VIDEOS = frozenset({".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv"})
+VIDEOS = frozenset(
+    {".mp4", ".m4v", ".mov", ".3gp", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".mts", ".m2ts", ".ts"}
+) | {".wmv", ".flv", ".ogv"}
 CLIP_SUFFIXES = VIDEOS | ANIMATIONS
 Square = Literal["first", "middle", "last"]
 SQUARES: tuple[Square, ...] = ("middle", "first", "last")
@@ -115,11 +117,16 @@ class Span:
 
 
 def is_clip(file: Path) -> bool:
-    """Whether a path is a clip's by its ending, or a folder of frames, no video or animation among them."""
+    """Whether a path is a clip's by its ending, or a folder of frames.
+
+    A folder with a video or an animation in it, or below, is none: its pictures are covers. Nor is one whose
+    only picture stands above folders of others.
+    """
     if file.is_dir():
         frames = frame_files(file)
-        others = {one for one in file.iterdir() if not one.name.startswith(".")}.difference(frames)
-        return bool(frames) and not any(one.suffix.lower() in CLIP_SUFFIXES for one in others)
+        others = set(file.rglob("[!.]*")).difference(frames) if frames else ()
+        suffixes = CLIP_SUFFIXES | PICTURES if len(frames) == 1 else CLIP_SUFFIXES
+        return bool(frames) and not any(one.suffix.lower() in suffixes for one in others)
     return file.suffix.lower() in CLIP_SUFFIXES
 
 

@@ -7,6 +7,7 @@ file; several files are decoded side by side.
 from __future__ import annotations
 
 import re
+import struct
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
 from sidetune.data.preprocess import DECODER_ERRORS, open_image, to_rgb
 from sidetune.errors import ImageError, SidetuneError
@@ -27,6 +28,7 @@ MISSING = 0.1  # share of a file's length that may lack a frame: more, and it is
 PROMISED = 0.9  # share of its length by the header that a file's frames must reach
 # what FFmpeg may take a file for: a playlist in a video's clothes would have it open other files
 FORMATS = "mov,matroska,webm,avi,mpeg,mpegts,mpegvideo,h264,hevc,flv,asf,ogg"
+UPRIGHT = (0, 11)  # the version of torchcodec that began to turn what phones write on its side
 GIF_DELAY = 0.1  # seconds that viewers show a frame whose own delay is none
 
 
@@ -97,10 +99,7 @@ def animation(file: Path, instants: Sequence[float]) -> Iterator[Image.Image]:
     """
     try:
         with Image.open(file, formats=["GIF", "WEBP"]) as image:
-            delays = [
-                float(frame.info.get("duration") or 0) / 1000 or GIF_DELAY
-                for frame in ImageSequence.Iterator(image)
-            ]
+            delays = [_delay(frame) for frame in ImageSequence.Iterator(image)]
             starts = np.cumsum([0.0, *delays]).tolist()
             for number in _Timeline(starts[:-1], starts[-1]).shown(instants):
                 image.seek(number)
@@ -111,6 +110,13 @@ def animation(file: Path, instants: Sequence[float]) -> Iterator[Image.Image]:
         raise ImageError(file, "its pictures are too large") from error
     except (OSError, *DECODER_ERRORS) as error:
         raise ImageError(file, "damaged or cut short") from error
+
+
+def _delay(frame: Image.Image) -> float:
+    """Seconds that a frame is shown; of a WebP it is known once its pixels are."""
+    if frame.format == "WEBP":
+        frame.load()
+    return float(frame.info.get("duration") or 0) / 1000 or GIF_DELAY
 
 
 def video(file: Path, instants: Sequence[float]) -> Iterator[Image.Image]:
@@ -142,6 +148,8 @@ def _library() -> tuple[str, Decode]:
         import torchcodec
         from torchcodec.decoders import VideoDecoder  # noqa: F401
 
+        if tuple(map(int, torchcodec.__version__.split(".")[:2])) < UPRIGHT:
+            raise ImportError(f"{torchcodec.__version__} leaves turned videos on their side")
         return f"torchcodec {torchcodec.__version__}", _by_torchcodec
     except (ImportError, RuntimeError, OSError) as error:  # it is there, and the FFmpeg that it needs is not
         reasons.append(f"torchcodec: {str(error).splitlines()[0]}")
@@ -161,7 +169,7 @@ def _by_torchcodec(file: Path, instants: Sequence[float]) -> Iterator[Image.Imag
     from torchcodec.decoders import VideoDecoder
 
     try:
-        decoder = VideoDecoder(str(file), dimension_order="NHWC", num_ffmpeg_threads=1)
+        decoder = VideoDecoder(str(file.absolute()), dimension_order="NHWC", num_ffmpeg_threads=1)
         about = decoder.metadata
         first, end = about.begin_stream_seconds, about.end_stream_seconds
         if about.num_frames_from_header != about.num_frames_from_content:
@@ -193,7 +201,8 @@ def _by_pyav(file: Path, instants: Sequence[float]) -> Iterator[Image.Image]:
 def _opened(file: Path) -> Any:  # noqa: ANN401 - PyAV's container
     import av
 
-    return av.open(str(file), container_options={"protocol_whitelist": "file", "format_whitelist": FORMATS})
+    options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
+    return av.open(str(file.absolute()), container_options=options)  # 12:30.mp4 alone would be a protocol's
 
 
 @dataclass(frozen=True)
@@ -212,23 +221,30 @@ class _Packets:
 
 
 def _packets(file: Path, container: Any) -> _Packets:  # noqa: ANN401 - PyAV's container
-    """Read a file's packets, which costs little beside decoding them."""
+    """Read a file's packets, which costs little beside decoding them.
+
+    What was cut off without being encoded anew may be there, for later frames need it, and is not shown.
+    """
     track = _track(file, container)
     starts: list[int] = []
     keys: list[int] = []
-    end = 0
+    hidden = end = 0
     for packet in container.demux(track):
         stamp = packet.dts if packet.pts is None else packet.pts
-        if packet.size and stamp is not None:
-            starts.append(stamp)
-            keys += [stamp] * packet.is_keyframe
-            end = max(end, stamp + (packet.duration or 0))
+        if not packet.size or stamp is None:
+            continue
+        keys += [stamp] * packet.is_keyframe
+        if packet.is_discard:
+            hidden += 1
+            continue
+        starts.append(stamp)
+        end = max(end, stamp + (packet.duration or 0))
     if not starts:
         raise ImageError(file, "damaged or cut short: it holds no frame")
     starts.sort()
     usual = float(np.median(np.diff(starts))) if len(starts) > 1 else 1.0  # of the last, where it says none
     timeline = _Timeline(starts, max(end, starts[-1] + usual))
-    if len(starts) != track.frames:
+    if len(starts) + hidden != track.frames:
         there = (timeline.end - starts[0]) * float(track.time_base)
         _require_length(file, there, _promised(container, track))
     return _Packets(tuple(starts), tuple(sorted(keys)), timeline)
@@ -283,7 +299,18 @@ def _decoded(
         if shown is None or stamp - _stamp(shown) > MISSING * length:
             there = 0.0 if shown is None else (_stamp(shown) - packets.stamps[0]) / length
             raise ImageError(file, f"damaged or cut short: no frame can be decoded after {there:.0%} of it")
-        yield shown.to_image().rotate(shown.rotation, expand=True)
+        yield _upright(shown)
+
+
+def _upright(frame: Any) -> Image.Image:  # noqa: ANN401 - PyAV's frame
+    """A frame as it is to be seen: turned, or mirrored and turned."""
+    image: Image.Image = frame.to_image()
+    given = next((one for one in frame.side_data if one.type.name == "DISPLAYMATRIX"), None)
+    if given is not None:
+        a, b, _, c, d = struct.unpack("=5i", bytes(given)[:20])
+        if a * d < b * c:
+            image = ImageOps.flip(image)
+    return image.rotate(frame.rotation, expand=True)
 
 
 def _stamp(frame: Any) -> int:  # noqa: ANN401 - PyAV's frame

@@ -156,13 +156,19 @@ def list_images(paths: Sequence[Path], *, clips: bool = False) -> list[Path]:
         clips: a folder of frames is a clip, and of another folder its clips are listed.
 
     Raises:
-        DataError: a folder holds no image.
+        DataError: a folder holds none.
     """
     files: list[Path] = []
     for path in paths:
         inside = sorted(path.rglob("[!.]*")) if path.is_dir() else []
         if clips and path.is_dir():
-            files += [path] if is_clip(path) else _clips(inside)
+            found = [path] if is_clip(path) else _clips(inside)
+            if not found:
+                raise DataError(
+                    f"{path} is a folder without a clip ({' '.join(sorted(CLIP_SUFFIXES))}, or a folder of "
+                    "pictures). Type: sidetune predict RUN CLIP, or RUN and a folder of clips"
+                )
+            files += found
             continue
         images = [file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES]
         if path.is_dir() and not images:

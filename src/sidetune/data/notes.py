@@ -14,12 +14,14 @@ def first_frames(paths: Sequence[Path]) -> str:
     return f"{len(paths)} images are animations or have several pages; the first of each is used: {names}"
 
 
-def other_files(number: int) -> str:
-    """What is said of files beside the images that are not looked at."""
-    what = (
-        "1 other file beside the images has"
-        if number == 1
-        else f"{number} other files beside the images have"
-    )
-    left = "is" if number == 1 else "are"
-    return f"{what} no image's ending and {left} left out; photographs in HEIC have to be made JPEG first"
+def other_files(number: int, sample: str = "image") -> str:
+    """What is said of files beside the samples that are not looked at.
+
+    Args:
+        number: of them.
+        sample: what a sample is called.
+    """
+    what, left = (f"{number} other files", "are") if number > 1 else ("1 other file", "is")
+    have = "have" if number > 1 else "has"
+    said = f"{what} beside the {sample}s {have} no {sample}'s ending and {left} left out"
+    return said + ("; photographs in HEIC have to be made JPEG first" if sample == "image" else "")
