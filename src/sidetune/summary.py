@@ -122,13 +122,14 @@ def over_time(frames: Iterable[Summary], spec: Spec) -> Summary:
         spec: of the clips.
     """
     every = iter(frames)
-    first, count = next(every), 1
+    first = next(every)
     sums = [tensor.clone() for tensor in (*first.mean, *first.cls, first.mean_square)]
+    del first
+    taps, count = len(spec.taps), 1
     for one in every:
         count += 1
         for total, tensor in zip(sums, (*one.mean, *one.cls, one.mean_square), strict=True):
             total.add_(tensor)
-    taps = len(first.mean)
     *means, mean_square = (total.div_(count) for total in sums)
     return Summary(spec, tuple(means[:taps]), tuple(means[taps:]), mean_square)
 

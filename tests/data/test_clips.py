@@ -339,6 +339,7 @@ def test_what_is_a_clip(tmp_path):
     assert not is_clip(above) and is_clip(above / "camera"), "the picture above is a cover"
     deep = write_frames(tmp_path / "deep", [grey(1), grey(2)])
     write_frames(deep / "masks", [grey(1), grey(2)])
+    write_gif(deep / "masks" / "preview.gif", [grey(1), grey(2)], [100, 100])
     assert is_clip(deep), "frames, and what belongs to them"
     write_video(deep / "day" / "camera" / "a.mp4", [grey(1)])
     assert not is_clip(deep)

@@ -119,14 +119,18 @@ class Span:
 def is_clip(file: Path) -> bool:
     """Whether a path is a clip's by its ending, or a folder of frames.
 
-    A folder with a video or an animation in it, or below, is none: its pictures are covers. Nor is one whose
-    only picture stands above folders of others.
+    A folder with a video or an animation beside its pictures, or a video below, is none: they are covers. Nor
+    is one whose only picture stands above others.
     """
     if file.is_dir():
         frames = frame_files(file)
-        others = set(file.rglob("[!.]*")).difference(frames) if frames else ()
-        suffixes = CLIP_SUFFIXES | PICTURES if len(frames) == 1 else CLIP_SUFFIXES
-        return bool(frames) and not any(one.suffix.lower() in suffixes for one in others)
+        beside = set(file.glob("[!.]*")).difference(frames) if frames else set()
+        below = (one for folder in beside if folder.is_dir() for one in folder.rglob("[!.]*"))
+        lower = CLIP_SUFFIXES | PICTURES if len(frames) == 1 else VIDEOS
+        return bool(frames) and not (
+            any(one.suffix.lower() in CLIP_SUFFIXES for one in beside)
+            or any(one.suffix.lower() in lower for one in below)
+        )
     return file.suffix.lower() in CLIP_SUFFIXES
 
 
