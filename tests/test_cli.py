@@ -598,7 +598,7 @@ def test_strict_exits_2_and_fit_says_the_count_last(run_cli, image_folder, tmp_p
         words = [command, images, "--backbone", "toy", "--out", command, "--quiet"]
         code, _, err = run_cli(*words, *(["--side", "ridge"] if command == "fit" else []), "--strict")
         assert code == 2
-        assert err.startswith("error: 1 images cannot be read, the first ")
+        assert err.startswith("error: 1 image cannot be read, the first ")
     code, _, err = run_cli("fit", images, "--backbone", "toy", "--side", "ridge", "--out", "fit", "--quiet")
     assert code == 0
     assert err == "1 of 60 images could not be read: fit/skipped.csv\n"

@@ -342,7 +342,7 @@ def test_strict_names_the_first_image_and_keeps_the_store(own, tmp_path):
     with pytest.raises(DataError) as error:
         extract(dataset, toy(), tmp_path / "s", strict=True, quiet=True)
     assert str(error.value) == (
-        f"1 images cannot be read, the first {bad.relative_to(own)}: the file is empty; --strict expects "
+        f"1 image cannot be read, the first {bad.relative_to(own)}: the file is empty; --strict expects "
         "none. Mend or remove them, or type the same command without --strict, which leaves them out"
     )
     assert Store.open(tmp_path / "s").num_records == 12

@@ -103,7 +103,8 @@ def extract(  # noqa: PLR0913 - what, where, how; each has its option on the com
         store = _mended(folder, backbone, dtype, pictures, labels, reads, quiet=quiet)
     if strict:
         bad = skipped_samples(store, keys, views)
-        require_readable([f"{path}: {reason}" for path, reason in bad.items()])
+        sample = "clip" if dataset.clips else "image"
+        require_readable([f"{path}: {reason}" for path, reason in bad.items()], sample=sample)
     return store
 
 
@@ -119,20 +120,22 @@ def skipped_samples(store: Store, keys: Sequence[str], views: Sequence[AnyView])
     return {keys[row].rpartition("@")[0]: reason for row, reason in sorted(rows.items())}
 
 
-def require_readable(skipped: Sequence[str], where: str = "") -> None:
+def require_readable(skipped: Sequence[str], where: str = "", *, sample: str = "image") -> None:
     """What --strict asks for.
 
     Args:
-        skipped: ``path: reason`` of each image that could not be read.
+        skipped: ``path: reason`` of each sample that could not be read.
         where: all of them are listed.
+        sample: what a sample is called.
 
     Raises:
         DataError: there are some; names the first.
     """
     if skipped:
         listed = f" ({where} lists all)" if where else ""
+        many = f"{len(skipped)} {sample}" + "s" * (len(skipped) > 1)
         raise DataError(
-            f"{len(skipped)} images cannot be read, the first {skipped[0]}{listed}; --strict expects none. "
+            f"{many} cannot be read, the first {skipped[0]}{listed}; --strict expects none. "
             "Mend or remove them, or type the same command without --strict, which leaves them out"
         )
 

@@ -157,13 +157,13 @@ def _fit(data: Path, out: Path, recipe: Recipe, backbone: Backbone | None, how: 
     keys = sample_keys(datasets[0])
     request = _Request(out, recipe, _parts(recipe, datasets, out), keys, backbone)
     if is_finished(out, *request.asked) and (out / "report.html").exists():
-        _check_strict(out, how.strict)
+        _check_strict(out, how.strict, recipe.sample)
         return
     with locked(out):
         if not begin_run(out, *request.asked):
             _work(request, store, how)
         else:  # another process finished it while this one waited, or it was killed at its very end
-            _check_strict(out, how.strict)
+            _check_strict(out, how.strict, recipe.sample)
         if not (out / "report.html").exists():
             _write_end(request)
 
@@ -252,7 +252,7 @@ def _work(request: _Request, store: Path, how: _How) -> None:
         jobs = open_jobs(
             request.parts, request.backbone, request.keys, out=request.out, store=store, quiet=how.quiet
         )
-        _check_strict(request.out, how.strict)
+        _check_strict(request.out, how.strict, request.recipe.sample)
         work = Work(jobs, request.recipe, request.out)
         leaks = look_for_leaks(work, request.keys) if how.leak_check else None
         rows: dict[Path, list[Row]] = {job.out: [] for job in jobs}
@@ -290,9 +290,9 @@ def _write_end(request: _Request) -> None:
         write_report(request.out)
 
 
-def _check_strict(out: Path, strict: bool) -> None:
+def _check_strict(out: Path, strict: bool, sample: str) -> None:
     if strict:
-        require_readable(read_skipped(out), f"{out / 'skipped.csv'}")
+        require_readable(read_skipped(out), f"{out / 'skipped.csv'}", sample=sample)
 
 
 def check_store(recipe: Recipe, store: Path, out: Path) -> None:
